@@ -1,0 +1,1 @@
+"""Export of a story model to ONNX and TensorRT (installed as fastory.export)."""

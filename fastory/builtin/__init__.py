@@ -1,0 +1,1 @@
+"""The built-in story model: a drawn world, its training, its weights and example stories."""

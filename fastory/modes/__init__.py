@@ -1,0 +1,1 @@
+"""Algorithms of the papers: one generator a mode."""

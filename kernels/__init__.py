@@ -1,0 +1,1 @@
+"""Triton operators of fastory and their oracles: pure functions of tensors (installed as fastory.kernels)."""

@@ -1,0 +1,73 @@
+"""Packaging of fastory. kernels/ and export/ lie at the top level and install as fastory.kernels and fastory.export."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+packages = [
+    *find_packages(include=["fastory", "fastory.*"]),
+    "fastory.kernels",
+    *(f"fastory.kernels.{name}" for name in find_packages("kernels")),
+    "fastory.export",
+    *(f"fastory.export.{name}" for name in find_packages("export")),
+]
+
+install_requires = [
+    "torch>=2.11",  # tensors, attention, the custom operators; no upper cap
+    "diffusers>=0.42",  # UNets, VAEs, schedulers and the reading of checkpoints
+    "transformers>=5.17",  # CLIP text and image encoders, tokenizers
+    "accelerate>=1.0",  # diffusers and transformers load weights without a second copy through it
+    "safetensors>=0.5",  # the only weight format that is read
+    "peft>=0.17",  # LoRA files on the UNet and the text encoder
+    "numpy>=1.26",  # pictures as arrays
+    "pillow>=10",  # PNG and WebP, resizing, the drawn world
+    "pydantic>=2.7",  # the story file's schema
+    "PyYAML>=6",  # story files, with line numbers
+    "typer>=0.15",  # the command line
+    "rich>=13",  # progress, tables
+    "jinja2>=3.1",  # the storybook page
+    "filelock>=3.13",  # one process per run folder, released by the system on a kill
+    "psutil>=5.9",  # free memory, for the micro-batch
+    # The kernels. Triton publishes wheels for Linux only; elsewhere the SDPA path runs.
+    "triton>=3.6; platform_system == 'Linux'",
+]
+
+extras_require = {
+    # quality metrics and the classifier of the built-in world's evaluation
+    "metrics": ["torchmetrics>=1.4"],
+    # one more peer and one more choice for FASTORY_KERNELS; it pins its own torch
+    "xformers": ["xformers"],
+    # fastory export
+    "onnx": ["onnx>=1.19", "onnxscript>=0.5", "onnxruntime>=1.22"],
+    "tensorrt": ["tensorrt>=11"],
+    "test": [
+        "pytest>=8",
+        "pytest-benchmark>=5",
+        "hypothesis>=6.100",
+        "ruff>=0.12",
+        "mypy>=1.15",
+        "types-PyYAML",
+        "types-psutil",
+    ],
+}
+
+setup(
+    name="fastory",
+    version="0.1.0",
+    description="Turns a list of captions into a consistent sequence of pictures with Stable Diffusion UNets.",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=packages,
+    package_dir={"fastory.kernels": "kernels", "fastory.export": "export"},
+    package_data={
+        "fastory": ["py.typed", "templates/*"],
+        "fastory.builtin": ["weights/**/*", "weights/*", "stories/*", "*.md", "*.json", "*.safetensors"],
+        "fastory.kernels.grca": ["configs/*.json"],
+        "fastory.kernels.banded": ["configs/*.json"],
+    },
+    install_requires=install_requires,
+    extras_require=extras_require,
+    entry_points={"console_scripts": ["fastory = fastory.cli:main"]},
+)
