@@ -1,0 +1,6 @@
+"""Global reference cross-attention in its grouped form (Story-Adapter, arXiv 2410.06244)."""
+
+from fastory.kernels.grca.api import grca
+from fastory.kernels.grca.reference import grca_reference
+
+__all__ = ["grca", "grca_reference"]
