@@ -1,7 +1,9 @@
-"""Writes small but complete checkpoints: the classes, key names and file layout of real ones, with seeded random weights.
+"""Writes small but complete checkpoints: the classes, key names and file layout of real ones, with seeded
+random weights.
 
-A picture is 64x64 (the VAE's factor is 8, as in the real models), so a UNet call sees 8x8 latents. Widths are chosen so that
-no two sizes that could be mixed up are equal: the image encoder's hidden width, its projection and the UNet's text width differ.
+A picture is 64x64 (the VAE's factor is 8, as in the real models), so a UNet call sees 8x8 latents. Widths
+are chosen so that no two sizes that could be mixed up are equal: the image encoder's hidden width, its
+projection and the UNet's text width differ.
 """
 
 from __future__ import annotations
@@ -31,11 +33,11 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-WORDS = "a the red blue fox rabbit robinson swims sleeps picks fruit in sea forest and with".split()
+WORDS = ("a the red blue fox rabbit robinson swims sleeps picks fruit in sea forest and with").split()  # noqa: SIM905 - a list of words reads better as one
 PLUS_TOKENS = 16
 PLUS_LAYERS = 4  # the depth diffusers builds for every Plus adapter
-# SD's schedule but for the prediction type: under v an untrained UNet keeps the latents near unit variance, under epsilon
-# they grow twentyfold in ten steps and rounding with them.
+# SD's schedule but for the prediction type: under v an untrained UNet keeps the latents near unit variance,
+# under epsilon they grow twentyfold in ten steps and rounding with them.
 NOISE_SCHEDULE = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
@@ -47,7 +49,7 @@ HEAD_DIM = 64  # of the Plus resampler: diffusers takes the number of heads as i
 
 
 def tokenizer() -> CLIPTokenizer:
-    """A byte-level CLIP tokenizer that knows WORDS as single tokens and spells everything else; limit 77, as in CLIP."""
+    """A byte-level CLIP tokenizer that has WORDS as single tokens and spells all else; limit 77."""
     symbols = sorted(ByteLevel.alphabet())
     symbols += [symbol + "</w>" for symbol in symbols]
     merges = dict.fromkeys(pair for word in WORDS for pair in _merges_of(word))
@@ -92,7 +94,7 @@ def vae() -> AutoencoderKL:
 
 
 def sd15_unet() -> UNet2DConditionModel:
-    """Three levels as in SD1.5 (the lowest without attention), eight heads there, two here; seven attn2 layers."""
+    """Like SD1.5's: attention on all levels but the lowest, one layer a block; seven attn2 layers."""
     return UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(32, 64, 64),
@@ -106,7 +108,7 @@ def sd15_unet() -> UNet2DConditionModel:
 
 
 def sdxl_unet() -> UNet2DConditionModel:
-    """Attention from the second level on, several transformer layers a block, linear projections, text_time embedding; eight attn2 layers."""
+    """Like SDXL's: no attention on top, two layers a block, text_time embedding; eight attn2 layers."""
     return UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(32, 64),
@@ -143,7 +145,7 @@ def image_processor() -> CLIPImageProcessorPil:
 
 
 def write_sd15(folder: Path) -> Path:
-    """A diffusers folder like SD1.5's, with an image encoder (hidden width 40, projection 24) beside the model's parts."""
+    """A diffusers folder like SD1.5's with an image encoder of hidden width 40 and projection 24."""
     with _seed(15):
         pipeline = StableDiffusionPipeline(
             vae=vae(),
@@ -161,7 +163,7 @@ def write_sd15(folder: Path) -> Path:
 
 
 def write_sdxl(folder: Path) -> Path:
-    """A diffusers folder like SDXL's, with an image encoder (hidden width 48, projection 40) beside the model's parts."""
+    """A diffusers folder like SDXL's with an image encoder of hidden width 48 and projection 40."""
     with _seed(100):
         pipeline = StableDiffusionXLPipeline(
             vae=vae(),
@@ -180,7 +182,7 @@ def write_sdxl(folder: Path) -> Path:
 
 
 def write_adapter(folder: Path, kind: str, path: Path, seed: int = 7) -> Path:
-    """An IP-Adapter file, flat keys as published, that fits the UNet and the image encoder of `folder`; kind base or plus."""
+    """An IP-Adapter file (flat keys, as published) for the UNet and image encoder of `folder`."""
     unet = UNet2DConditionModel.from_pretrained(folder / "unet")
     encoder = CLIPVisionConfig.from_pretrained(folder / "image_encoder")
     text_width = unet.config.cross_attention_dim

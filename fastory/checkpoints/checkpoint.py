@@ -1,0 +1,159 @@
+"""Opening a model with what comes beside it: adapter, image encoder, LoRAs, and the folder's own defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+import torch
+from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
+
+from fastory.checkpoints.folder import Family, Pipeline, open_folder
+from fastory.checkpoints.hub import encoder_path, model_path, weight_path
+from fastory.checkpoints.image_encoder import find_image_encoder, image_processor, load_image_encoder
+from fastory.checkpoints.ip_adapter import (
+    AdapterHeader,
+    IPAdapter,
+    check_text_width,
+    load_adapter,
+    read_adapter_header,
+)
+from fastory.checkpoints.lora import fuse_loras
+from fastory.checkpoints.single_file import open_single_file
+from fastory.checkpoints.weights import read_json, refuse_pickle, tensor_shapes
+from fastory.errors import InputError
+
+DEFAULTS_FILE = "fastory_defaults.json"
+DEFAULTS_SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The parts of a model, on the CPU, in eval mode, without gradients.
+
+    The pipeline is the stock one without an IP-Adapter and without image encoder: its UNet is plain, LoRAs
+    are fused into its weights. `sources` are the weight files read, for model_hashes.
+    """
+
+    pipeline: Pipeline
+    family: Literal["sd15", "sdxl"]
+    image_encoder: CLIPVisionModelWithProjection | None
+    image_processor: CLIPImageProcessorPil
+    adapter: IPAdapter | None
+    defaults: Mapping[str, object]
+    sources: tuple[Path, ...]
+
+
+def open_checkpoint(
+    model: str,
+    *,
+    config: Path | None = None,
+    ip_adapter: str | None = None,
+    image_encoder: str | None = None,
+    loras: Sequence[tuple[str, float]] = (),
+    dtype: torch.dtype = torch.float32,
+    offline: bool = False,
+) -> Checkpoint:
+    """Opens `model`: "builtin", a diffusers folder, a .safetensors file (with `config`, a diffusers
+    folder), or a hub id.
+
+    `ip_adapter` and each LoRA are a .safetensors file or `owner/name/path` of the hub, `image_encoder` a
+    folder or `owner/name/folder`; a folder's own adapter (the key ip_adapter of its fastory_defaults.json)
+    is used when none is given. Everything small is looked at before anything large is read. Raises
+    InputError for whatever cannot be used.
+    """
+    path = builtin_folder() if model == "builtin" else model_path(model, offline=offline)
+    defaults = read_defaults(path) if path.is_dir() else {}
+    header = _adapter_header(path, defaults, ip_adapter, offline)
+    lora_files = [(weight_path(name, what="LoRA", offline=offline), weight) for name, weight in loras]
+    for file, _ in lora_files:
+        tensor_shapes(file)
+    given = encoder_path(image_encoder, offline=offline) if image_encoder is not None else None
+    if header:
+        # Before the encoder is looked for: of an adapter of the other family that would be the lesser complaint.
+        check_text_width(header, _text_width(path if path.is_dir() else config))
+    encoder_folder = find_image_encoder(given, path if path.is_dir() else None, header)
+
+    pipeline, family, sources = _open_model(path, config, dtype, offline)
+    fuse_loras(pipeline, family, lora_files)
+    adapter = load_adapter(header, pipeline.unet, dtype) if header else None
+    encoder, encoder_sources = load_image_encoder(encoder_folder, dtype) if encoder_folder else (None, ())
+    return Checkpoint(
+        pipeline=pipeline,
+        family=family.name,
+        image_encoder=encoder,
+        image_processor=image_processor(pipeline.feature_extractor, encoder),
+        adapter=adapter,
+        defaults=defaults,
+        sources=(
+            *sources,
+            *((header.path,) if header else ()),
+            *encoder_sources,
+            *(file for file, _ in lora_files),
+        ),
+    )
+
+
+def builtin_folder() -> Path:
+    """The built-in model's diffusers folder."""
+    return Path(str(files("fastory.builtin") / "weights"))
+
+
+def read_defaults(folder: Path) -> Mapping[str, object]:
+    """The settings a model folder asks for (fastory_defaults.json), or {} where it has none.
+
+    Raises InputError for a file that is not JSON, lacks its schema, or has a newer one than this version
+    reads.
+    """
+    path = folder / DEFAULTS_FILE
+    if not path.is_file():
+        return {}
+    defaults = read_json(path)
+    schema = defaults.get("schema")
+    if type(schema) is not int or schema < 1:
+        raise InputError(f'{path}: wanted "schema": {DEFAULTS_SCHEMA}, came {schema!r}.')
+    if schema > DEFAULTS_SCHEMA:
+        raise InputError(
+            f"{path} has schema {schema}; this version of fastory reads schema {DEFAULTS_SCHEMA}. "
+            "Update fastory."
+        )
+    return defaults
+
+
+def _adapter_header(
+    model: Path, defaults: Mapping[str, object], given: str | None, offline: bool
+) -> AdapterHeader | None:
+    if given is not None:
+        return read_adapter_header(weight_path(given, what="IP-Adapter", offline=offline))
+    named = defaults.get("ip_adapter")
+    if named is None:
+        return None
+    # The name comes with the folder, perhaps from a stranger: it may not lead out of it.
+    if not isinstance(named, str) or PurePosixPath(named).is_absolute() or ".." in PurePosixPath(named).parts:
+        raise InputError(
+            f"{model / DEFAULTS_FILE}: ip_adapter is {named!r}; wanted a file inside the folder."
+        )
+    return read_adapter_header(model / named)
+
+
+def _text_width(folder: Path | None) -> object:
+    """The UNet's cross_attention_dim by the folder's configs; None where they are not at hand yet."""
+    config = folder / "unet" / "config.json" if folder else None
+    return read_json(config).get("cross_attention_dim") if config and config.is_file() else None
+
+
+def _open_model(
+    path: Path, config: Path | None, dtype: torch.dtype, offline: bool
+) -> tuple[Pipeline, Family, tuple[Path, ...]]:
+    if path.is_dir():
+        if config is not None:
+            raise InputError(
+                f"--config is for single .safetensors files; {path} is a folder with its own configs."
+            )
+        return open_folder(path, dtype)
+    refuse_pickle(path)
+    pipeline, family, _ = open_single_file(path, config, dtype, offline=offline)
+    return pipeline, family, (path,)

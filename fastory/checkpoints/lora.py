@@ -1,0 +1,75 @@
+"""LoRA files: checked against the model and fused into its weights.
+
+Fused, because every layer then stays a plain linear one: text K and V of all layers come out of one matrix
+product, a captured step holds no extra products, and a cached K/V cannot go stale, since weights do not
+change afterwards.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
+
+from fastory.checkpoints.folder import Family, Pipeline
+from fastory.checkpoints.loading import loading
+from fastory.errors import InputError
+
+# The first of the two matrices of a layer, in any of the layouts.
+DOWN = re.compile(r"(lora_A|[._]down)\.weight$")
+OTHER_KINDS = {"dora_scale": "DoRA", "hada_w1": "LoHa", "lokr_w": "LoKr", "ip_adapter.": "IP-Adapter"}
+
+
+def fuse_loras(pipeline: Pipeline, family: Family, loras: Sequence[tuple[Path, float]]) -> None:
+    """Adds weight * LoRA of every file to the UNet and the text encoders, in the pipeline's own dtype.
+
+    Raises InputError for a file that is no LoRA, was made for other layers, or only partly finds its layers.
+    """
+    if not loras:
+        return
+    names = [f"lora_{index}" for index in range(len(loras))]
+    for name, (path, _) in zip(names, loras, strict=True):
+        _load(pipeline, family, name, path)
+    parts = [part for part in family.parts if _lora_layers(getattr(pipeline, part))]
+    with loading("The LoRAs cannot be fused"):
+        pipeline.set_adapters(names, [weight for _, weight in loras])
+        pipeline.fuse_lora(components=parts, adapter_names=names)
+        pipeline.unload_lora_weights()
+    for part in family.parts:
+        getattr(pipeline, part).eval().requires_grad_(False)
+
+
+def _load(pipeline: Pipeline, family: Family, name: str, path: Path) -> None:
+    with loading(f"LoRA {path} does not fit this {family.title} model (is it of the other family?)"):
+        weights = load_file(path)
+        _refuse_other_kinds(path, weights)
+        # The pipeline's own conversion knows the layouts that are about: PEFT's, diffusers' older ones,
+        # kohya-ss's.
+        converted, _ = pipeline.lora_state_dict(dict(weights), unet_config=pipeline.unet.config)
+        given = sum(DOWN.search(key) is not None for key in converted)
+        pipeline.load_lora_weights(weights, adapter_name=name)
+    found = sum(len(_lora_layers(getattr(pipeline, part), name)) for part in family.parts)
+    if given == 0 or found < given:
+        raise InputError(
+            f"LoRA {path} does not fit this {family.title} model: {found} of its {given} layers are "
+            f"layers of the model. It was made for another model; its first tensor is {min(weights)}."
+        )
+
+
+def _refuse_other_kinds(path: Path, weights: dict[str, torch.Tensor]) -> None:
+    for mark, kind in OTHER_KINDS.items():
+        if any(mark in key for key in weights):
+            raise InputError(f"{path} is of kind {kind}; only LoRA (and LoCon) files can be used.")
+
+
+def _lora_layers(part: torch.nn.Module, name: str | None = None) -> list[str]:
+    """The layers of a part that carry a LoRA, or the LoRA of that name."""
+    return [
+        key
+        for key, module in part.named_modules()
+        if isinstance(module, LoraLayer) and (name is None or name in module.lora_A)
+    ]

@@ -1,0 +1,93 @@
+"""Turning a pickle of tensors into safetensors, once, without running what else it may hold."""
+
+from __future__ import annotations
+
+import filecmp
+import os
+import pickle
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from zipfile import BadZipFile
+
+import torch
+from safetensors.torch import save_file
+
+from fastory.checkpoints.weights import PICKLE_SUFFIXES
+from fastory.errors import InputError
+
+
+def convert_pickle(path: Path, output: Path | None = None, *, overwrite: bool = False) -> Path:
+    """Writes the tensors of a .bin, .ckpt or .pt file as safetensors and returns the file's path.
+
+    Nested mappings are flattened with dots ({"image_proj": {"latents": ...}} gives image_proj.latents); of
+    a training checkpoint only its state_dict is kept. The default output lies beside the input, under the
+    name the libraries look for. Raises InputError for input that is not tensors alone and for an existing
+    output of other content.
+    """
+    if path.suffix.lower() not in PICKLE_SUFFIXES or not path.is_file():
+        raise InputError(f"{path} cannot be converted: wanted a file ending in {', '.join(PICKLE_SUFFIXES)}.")
+    output = output or _beside(path)
+    if output.suffix != ".safetensors":
+        raise InputError(f"Output {output} must end in .safetensors.")
+    tensors = dict(_flattened(path, _contents(path)))
+    if not tensors:
+        raise InputError(f"{path} holds no tensors.")
+    _write(tensors, output, overwrite)
+    return output
+
+
+def _beside(path: Path) -> Path:
+    stem = "model" if path.stem == "pytorch_model" else path.stem  # transformers' two names for the same file
+    return path.with_name(stem + ".safetensors")
+
+
+def _contents(path: Path) -> Mapping[object, object]:
+    try:
+        contents = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"{path} is refused: it holds more than tensors, and reading it could run any program "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+    except (OSError, RuntimeError, ValueError, EOFError, BadZipFile, LookupError) as error:
+        raise InputError(
+            f"{path} cannot be read: {error}. It was cut short or is no pickle of tensors."
+        ) from error
+    if not isinstance(contents, Mapping):
+        raise InputError(f"{path} holds a {type(contents).__name__}; wanted named tensors.")
+    inner = contents.get("state_dict")
+    return inner if isinstance(inner, Mapping) else contents
+
+
+def _flattened(
+    path: Path, contents: Mapping[object, object], prefix: str = ""
+) -> Iterator[tuple[str, torch.Tensor]]:
+    for key, value in contents.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, torch.Tensor):
+            # A copy of its own: safetensors refuses tensors that share memory.
+            yield name, value.detach().clone().contiguous()
+        elif isinstance(value, Mapping):
+            yield from _flattened(path, value, f"{name}.")
+        else:
+            raise InputError(f"{path} is refused: {name} is a {type(value).__name__}; wanted tensors alone.")
+
+
+def _write(tensors: dict[str, torch.Tensor], output: Path, overwrite: bool) -> None:
+    """Writes beside the output and renames, so that a reader never sees half a file."""
+    try:
+        with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
+            written = Path(folder) / output.name
+            save_file(tensors, written, metadata={"format": "pt"})  # transformers asks for the format
+            if output.exists() and not overwrite:
+                if not filecmp.cmp(written, output, shallow=False):
+                    raise InputError(
+                        f"{output} exists and holds something else; remove it or give another output."
+                    )
+                return
+            with written.open("rb+") as file:
+                os.fsync(file.fileno())
+            written.replace(output)
+    except OSError as error:
+        raise InputError(f"{output} cannot be written: {error}") from error
