@@ -8,6 +8,7 @@ import json
 import os
 import re
 import unicodedata
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +32,6 @@ SCHEMA = 1
 MAX_BYTES = 2**20  # a thousand captions of a thousand characters; PyYAML takes seconds for each megabyte
 MAX_DEPTH = 32  # of nested brackets; what lies deeper can only be meant to exhaust the stack
 MAX_SEED = 2**63 - 1
-MAX_PIXELS = 100_000_000
 PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # Pillow's EPS reader would start Ghostscript
 
 STYLES = {
@@ -345,10 +345,11 @@ _Loader.yaml_implicit_resolvers = {}
 _CORE_SCHEMA = (  # YAML 1.2.2, section 10.3.2
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    ("int", r"[-+]?[0-9]+", list("-+0123456789")),
+    ("int", r"[-+]?(0|[1-9][0-9]*)", list("-+0123456789")),  # 010 would be read as octal
     (
         "float",
-        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+|[0-9]+\.[0-9]*|\.[0-9]+[eE][-+]?[0-9]+)"
+        r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
         list("-+.0123456789"),
     ),
 )
@@ -712,15 +713,16 @@ def _decoding_problem(path: Path) -> str | None:
             head = file.read(4)
         if head[:1] == b"\x80" or head == b"PK\x03\x04":  # pickle protocol 2 and later; torch.save's zip
             return "a pickle or an archive, which is never opened: save the picture as PNG"
-        with Image.open(path, formats=PICTURE_FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                return f"{image.width} x {image.height} pixels: make it smaller"
-            image.verify()
-        with Image.open(path, formats=PICTURE_FORMATS) as image:  # verify leaves the image unusable
-            image.load()
-    except (
-        Exception
-    ) as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=PICTURE_FORMATS) as image:
+                image.verify()
+            with Image.open(path, formats=PICTURE_FORMATS) as image:  # verify leaves the image unusable
+                image.load()
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        return f"of more than {Image.MAX_IMAGE_PIXELS} pixels: make it smaller"
+    # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
+    except Exception as error:
         return f"which cannot be decoded ({error}): save it anew as PNG"
     return None
 
