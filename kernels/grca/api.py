@@ -81,7 +81,7 @@ def grca(
 
         O[l] = softmax(Q[l] Kt' / sqrt d) Vt + sum_g scale_g mask_g[l] softmax(Q[l] Kg' / sqrt d) Vg
 
-    Story-Adapter (arXiv 2410.06244), eq. of section 3: one group, no mask is the paper's case.
+    Story-Adapter (arXiv 2410.06244), global reference cross-attention: one group, no mask is the paper's.
 
     q               (B, L, H, d), as diffusers has it: a view of (B, L, H*d), never transposed
     k_text, v_text  (B or 1, Lt, H, d); one row is read by every row of q
