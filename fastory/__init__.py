@@ -1,3 +1,55 @@
-"""fastory: a list of captions in, a consistent sequence of pictures out."""
+"""fastory: a list of captions in, a consistent sequence of pictures out.
+
+    from fastory import Story, StoryModel, generate
+
+    for event in generate(Story.from_captions(["a rabbit is reading a book", "a rabbit is sleeping"])):
+        ...
+
+`generate` yields events (fastory.events.Event); a FrameDrawn holds a picture. Nothing is written without `output`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from fastory.errors import FastoryError, InputError
+    from fastory.model import StoryModel
+    from fastory.pipeline import generate
+    from fastory.settings import PRESETS, Settings
+    from fastory.story import Character, Frame, Story
+
+__all__ = [
+    "PRESETS",
+    "Character",
+    "FastoryError",
+    "Frame",
+    "InputError",
+    "Settings",
+    "Story",
+    "StoryModel",
+    "generate",
+]
+
+_ROOMS = {
+    "FastoryError": "errors",
+    "InputError": "errors",
+    "StoryModel": "model",
+    "generate": "pipeline",
+    "PRESETS": "settings",
+    "Settings": "settings",
+    "Character": "story",
+    "Frame": "story",
+    "Story": "story",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Load on first use: `fastory --help` need not import PyTorch and diffusers."""
+    if name not in _ROOMS:
+        raise AttributeError(f"module 'fastory' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"fastory.{_ROOMS[name]}"), name)

@@ -1,0 +1,175 @@
+"""Attention of a UNet: processors that read projected K and V. The only file that knows diffusers and the kernels.
+
+A context is projected once and read by every layer at every step (architecture.md, idea 1). All layers stand side
+by side in one tensor (rows, tokens, W), W = 2 * sum of C over the cross-attention layers: layer n with C channels
+holds K in [offset, offset + C) and V in [offset + C, offset + 2C).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from torch import Tensor
+from torch.nn import functional
+
+from fastory.errors import InputError
+from fastory.kernels.grca import grca
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the cross-attention layers of one UNet call attend to (algorithms.md, section 1, grouped form).
+
+    text_kv: (B, Lt, W). ref_kv: (1, Lr, W), every row reads it without a copy; Lr = 0 in a call without references.
+    scale: (G,) weight l_g of each group. ref_visible: (B, Lr / tokens_per_ref) bool. ref_offsets: (G + 1,) int32.
+    masks: for a layer of L query tokens, masks[L] is (B or 1, G, L) in [0, 1].
+    """
+
+    text_kv: Tensor
+    ref_kv: Tensor
+    scale: Tensor
+    ref_visible: Tensor
+    ref_offsets: Tensor
+    tokens_per_ref: int
+    masks: dict[int, Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Where a cross-attention layer's K and V stand in the wide tensor."""
+
+    name: str
+    attn: Attention
+    offset: int
+    channels: int
+
+    def keys_values(self, kv: Tensor) -> tuple[Tensor, Tensor]:
+        """Views (rows, tokens, H, d) of this layer's K and V in (rows, tokens, W)."""
+        heads = self.attn.heads
+        shape = (*kv.shape[:2], heads, self.channels // heads)
+        keys = kv[..., self.offset : self.offset + self.channels]
+        values = kv[..., self.offset + self.channels : self.offset + 2 * self.channels]
+        return keys.unflatten(-1, shape[2:]), values.unflatten(-1, shape[2:])
+
+
+class SelfAttention(AttnProcessor2_0):
+    """diffusers' self-attention, told to let the context pass: cross_attention_kwargs reach attn1 as well."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        context: Context | None = None,
+    ) -> Tensor:
+        return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+
+
+class CrossAttention:
+    """Global reference cross-attention (Story-Adapter, arXiv 2410.06244, eq. of GRCA) of one layer."""
+
+    def __init__(self, layer: Layer) -> None:
+        self.layer = layer
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        context: Context | None = None,
+    ) -> Tensor:
+        """hidden_states (B, L, C) -> (B, L, C). K and V come from `context`; encoder_hidden_states is not read."""
+        if context is None:
+            raise TypeError(
+                "this UNet draws with projected contexts: pass cross_attention_kwargs={'context': ...}"
+            )
+        query = attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1))
+        k_text, v_text = self.layer.keys_values(context.text_kv)
+        k_ref, v_ref = self.layer.keys_values(context.ref_kv)
+        mask = None if context.masks is None else context.masks[hidden_states.shape[1]]
+        out = grca(
+            query,
+            k_text,
+            v_text,
+            k_ref,
+            v_ref,
+            context.scale,
+            tokens_per_ref=context.tokens_per_ref,
+            ref_offsets=context.ref_offsets,
+            ref_visible=context.ref_visible,
+            mask=mask,
+        )
+        return attn.to_out[1](attn.to_out[0](out.flatten(2)))
+
+
+class CrossAttentionLayers:
+    """The cross-attention layers of one UNet, in diffusers' order, and their projections."""
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        key_weights: Sequence[Tensor] = (),
+        value_weights: Sequence[Tensor] = (),
+    ) -> None:
+        """Install the processors. key_weights and value_weights are an IP-Adapter's to_k_ip and to_v_ip, one a layer."""
+        self.layers: list[Layer] = []
+        offset = 0
+        for name in unet.attn_processors:
+            if name.endswith("attn1.processor"):
+                continue
+            attn = unet.get_submodule(name.removesuffix(".processor"))
+            assert isinstance(attn, Attention)
+            _refuse_unknown(name, attn)
+            self.layers.append(Layer(name, attn, offset, attn.inner_dim))
+            offset += 2 * attn.inner_dim
+        self.width = offset
+        self.key_weights, self.value_weights = tuple(key_weights), tuple(value_weights)
+        by_name = {layer.name: layer for layer in self.layers}
+        unet.set_attn_processor(
+            {
+                name: CrossAttention(by_name[name]) if name in by_name else SelfAttention()
+                for name in unet.attn_processors
+            }
+        )
+
+    def project_text(self, tokens: Tensor) -> Tensor:
+        """tokens (1, Lt, C_x) -> (1, Lt, W) through to_k and to_v, each layer's own module, so a LoRA on them counts."""
+        out = tokens.new_empty(*tokens.shape[:2], self.width)
+        for layer in self.layers:
+            self._store(out, layer, layer.attn.to_k(tokens), layer.attn.to_v(tokens))
+        return out
+
+    def project_references(self, tokens: Tensor) -> Tensor:
+        """tokens (1, Lr, C_x) -> (1, Lr, W) through the IP-Adapter's to_k_ip and to_v_ip."""
+        out = tokens.new_empty(*tokens.shape[:2], self.width)
+        for layer, key, value in zip(self.layers, self.key_weights, self.value_weights, strict=True):
+            self._store(out, layer, functional.linear(tokens, key), functional.linear(tokens, value))
+        return out
+
+    @staticmethod
+    def _store(out: Tensor, layer: Layer, keys: Tensor, values: Tensor) -> None:
+        out[..., layer.offset : layer.offset + layer.channels] = keys
+        out[..., layer.offset + layer.channels : layer.offset + 2 * layer.channels] = values
+
+
+def _refuse_unknown(name: str, attn: Attention) -> None:
+    """GRCA covers cross-attention as SD1.5 and SDXL have it. Anything else would be drawn wrongly, so it is refused."""
+    extras = [
+        what
+        for what in ("spatial_norm", "group_norm", "norm_cross", "norm_q", "norm_k", "residual_connection")
+        if getattr(attn, what, None)
+    ]
+    if attn.rescale_output_factor != 1.0:
+        extras.append("rescale_output_factor")
+    if extras:
+        raise InputError(
+            f"the UNet's layer {name} has {', '.join(extras)}; wanted: cross-attention as in SD1.5 and SDXL. "
+            "Use a checkpoint of one of these families."
+        )

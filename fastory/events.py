@@ -1,0 +1,126 @@
+"""What happens while stories are drawn, as data. `Event` is the public union; `as_json` gives one line for one event."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class StoryStarted:
+    """A story begins (or is taken up again: `finished` pictures of `total` lie in the run folder)."""
+
+    story: str
+    frames: int
+    rounds: int
+    steps: int
+    finished: int
+    total: int
+    folder: Path | None
+
+
+@dataclass(frozen=True)
+class BatchChosen:
+    """Frames denoised at once, and why this many."""
+
+    size: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Notice:
+    """Something the user should know; drawing goes on."""
+
+    message: str
+
+
+@dataclass(frozen=True)
+class RoundStarted:
+    """Round 0 draws from the captions alone; `reference_scale` is l_k of the later ones."""
+
+    round: int
+    rounds: int
+    reference_scale: float
+    frames: int
+
+
+@dataclass(frozen=True)
+class StepDone:
+    """One denoising step of one micro-batch: `frames` are the story's frames in it, `step` counts from 1."""
+
+    round: int
+    frames: tuple[int, ...]
+    step: int
+    steps: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class FrameDrawn:
+    """A finished picture, 8-bit RGB. `left_out` says why it is never a reference, or is None."""
+
+    round: int
+    frame: int
+    image: Image.Image
+    seed: int
+    left_out: str | None
+    path: Path | None = None
+
+
+@dataclass(frozen=True)
+class BatchHalved:
+    """Memory ran out: the round starts again with `size` frames at once. `needed` quotes the allocator."""
+
+    round: int
+    size: int
+    needed: str
+
+
+@dataclass(frozen=True)
+class RoundFinished:
+    """All frames of a round are drawn."""
+
+    round: int
+    rounds: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class StoryFinished:
+    """A story is complete. The paths are None where no run folder was asked for."""
+
+    story: str
+    folder: Path | None
+    sheet: Path | None
+    storybook: Path | None
+    seconds: float
+
+
+Event = (
+    StoryStarted
+    | BatchChosen
+    | Notice
+    | RoundStarted
+    | StepDone
+    | FrameDrawn
+    | BatchHalved
+    | RoundFinished
+    | StoryFinished
+)
+
+
+def as_json(event: Event) -> str:
+    """One line of JSON: `schema`, `event` (the class name) and the fields; a picture is given by its path alone."""
+    values: dict[str, Any] = {"schema": SCHEMA, "event": type(event).__name__}
+    for field in fields(event):
+        value = getattr(event, field.name)
+        if isinstance(value, Image.Image):
+            continue
+        values[field.name] = str(value) if isinstance(value, Path) else value
+    return json.dumps(values, ensure_ascii=False)

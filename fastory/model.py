@@ -1,0 +1,313 @@
+"""StoryModel: the parts of a checkpoint and what they compute, one frame at a time so that bytes never depend on neighbours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fastory.attention import CrossAttentionLayers
+from fastory.checkpoints import Checkpoint, IPAdapter, model_hashes, open_checkpoint
+from fastory.errors import FastoryError, InputError
+from fastory.kernels import choice
+from fastory.placement import Placement, place
+
+# The squash of the reference implementation: every reference becomes 256 x 256 before CLIP's own resizing.
+SQUASH = 256
+
+
+@dataclass(frozen=True)
+class Caption:
+    """An encoded caption. tokens: (1, Lt, C_x); pooled: (1, P) for SDXL, else None."""
+
+    tokens: Tensor
+    pooled: Tensor | None
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A decoded frame: 8-bit RGB, and why it must not become a reference (None where it may)."""
+
+    image: Image.Image
+    left_out: str | None
+
+
+class StoryModel:
+    """A checkpoint on its device: encodes captions and references, projects them, decodes latents."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, placement: Placement, name: str, asked: Mapping[str, str] | None = None
+    ) -> None:
+        """name: as shown to the user. asked: device and dtype where the user named them."""
+        self.name = name
+        self.asked = dict(asked or {})
+        self.options: dict[str, Any] | None = None
+        self.checkpoint = checkpoint
+        self.family = checkpoint.family
+        self.placement = placement
+        self.device, self.dtype = placement.device, placement.dtype
+        self.pipeline = checkpoint.pipeline
+        self.pipeline.to(self.device)  # open_checkpoint has loaded it in its type
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.unet, self.vae = self.pipeline.unet, self.pipeline.vae
+        if self.family == "sdxl" and self.dtype == torch.float16:
+            # SDXL's VAE overflows in fp16 (its config says force_upcast); decoding is a small share of a frame's time.
+            self.vae.to(torch.float32)
+        self._place_references(checkpoint.adapter)
+
+    @classmethod
+    def open(
+        cls,
+        model: str = "builtin",
+        *,
+        config: Path | None = None,
+        ip_adapter: str | None = None,
+        image_encoder: str | None = None,
+        loras: Sequence[tuple[str, float]] = (),
+        device: str = "auto",
+        dtype: str = "auto",
+        offline: bool = False,
+    ) -> StoryModel:
+        """Open `builtin`, a diffusers folder, a .safetensors file (with `config`) or a hub id.
+
+        loras: (path, weight) pairs, in effect before any K and V are projected. device: auto, cpu, cuda or cuda:N.
+        dtype: auto, float32, float16 or bfloat16. Raises InputError for anything that cannot be used.
+        """
+        placement = place(device, dtype)
+        check_kernels(placement.device)
+        options: dict[str, Any] = {
+            "config": config,
+            "ip_adapter": ip_adapter,
+            "image_encoder": image_encoder,
+            "loras": loras,
+            "offline": offline,
+        }
+        checkpoint = open_checkpoint(model, dtype=placement.dtype, **options)
+        asked = {name: value for name, value in (("device", device), ("dtype", dtype)) if value != "auto"}
+        opened = cls(checkpoint, placement, model, asked)
+        opened.options = {"model": model, **options}
+        return opened
+
+    def _place_references(self, adapter: IPAdapter | None) -> None:
+        self.adapter = adapter
+        if adapter is None:
+            self.layers = CrossAttentionLayers(self.unet)
+            return
+        encoder = self.checkpoint.image_encoder
+        if encoder is None:
+            raise InputError("the IP-Adapter has no image encoder; wanted: its folder by --image-encoder")
+        encoder.to(self.device, self.dtype)
+        adapter.image_projection.to(self.device, self.dtype)
+        self.layers = CrossAttentionLayers(
+            self.unet,
+            [weight.to(self.device, self.dtype) for weight in adapter.key_weights],
+            [weight.to(self.device, self.dtype) for weight in adapter.value_weights],
+        )
+
+    @property
+    def defaults(self) -> Mapping[str, Any]:
+        """The settings of the folder's fastory_defaults.json, without the names of its files."""
+        return {
+            k: v
+            for k, v in self.checkpoint.defaults.items()
+            if k not in ("schema", "ip_adapter", "image_encoder")
+        }
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """sha256 of every weight file that was opened, by name."""
+        return model_hashes(self.checkpoint.sources)
+
+    @property
+    def asked_dtype(self) -> str | None:
+        """The dtype the user named, or None where it was left to us."""
+        return self.asked.get("dtype")
+
+    def on(self, machine: Mapping[str, Any]) -> StoryModel:
+        """This model where `machine` (a manifest's) says a run began: itself, or the checkpoint opened there.
+
+        Raises InputError where the user named another device or type: the run's bytes could not go on.
+        """
+        here = self.placement.as_dict()
+        if (machine["device"], machine["dtype"]) == (here["device"], here["dtype"]):
+            return self
+        if self.asked or self.options is None:
+            raise InputError(
+                f"this run began on {machine['device']} in {machine['dtype']}, and the model is on {here['device']} in "
+                f"{here['dtype']}; give --device {machine['device']} --dtype {machine['dtype']}, or --overwrite to begin anew"
+            )
+        return StoryModel.open(**self.options, device=machine["device"], dtype=machine["dtype"])
+
+    @property
+    def tokens_per_ref(self) -> int:
+        """T: tokens of one reference picture."""
+        return self.adapter.tokens if self.adapter else 4
+
+    @property
+    def cross_attention_dim(self) -> int:
+        """C_x: width of the tokens that cross-attention reads."""
+        return int(self.unet.config.cross_attention_dim)
+
+    @property
+    def native_size(self) -> tuple[int, int]:
+        """(width, height) in pixels that the UNet was trained for."""
+        sample = self.unet.config.sample_size
+        height, width = (sample, sample) if isinstance(sample, int) else sample
+        return width * self.vae_factor, height * self.vae_factor
+
+    @property
+    def vae_factor(self) -> int:
+        """Pixels per latent, a side."""
+        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+
+    @property
+    def size_factor(self) -> int:
+        """Width and height must be multiples of this many pixels: the VAE's factor times the UNet's."""
+        return self.vae_factor * int(2 ** (len(self.unet.config.block_out_channels) - 1))
+
+    def lost_words(self, prompt: str) -> str:
+        """What the tokenizer's limit cuts off `prompt`; empty where it fits."""
+        tokenizer = self.pipeline.tokenizer
+        ids = tokenizer(prompt, truncation=False, verbose=False).input_ids
+        limit = tokenizer.model_max_length
+        return "" if len(ids) <= limit else tokenizer.decode(ids[limit - 1 : -1]).strip()
+
+    @torch.inference_mode()
+    def encode_caption(self, prompt: str) -> Caption:
+        """A caption as the text encoders see it, cut at the tokenizer's limit."""
+        if self.family == "sdxl":
+            tokens, _, pooled, _ = self.pipeline.encode_prompt(
+                prompt, device=self.device, do_classifier_free_guidance=False
+            )
+            return Caption(tokens, pooled)
+        tokens, _ = self.pipeline.encode_prompt(prompt, self.device, 1, do_classifier_free_guidance=False)
+        return Caption(tokens, None)
+
+    @torch.inference_mode()
+    def encode_negative(self, negative_prompt: str) -> Caption:
+        """The unconditional caption. SDXL without a negative prompt has zeros where its config says so."""
+        if self.family == "sdxl":
+            if not negative_prompt and self.pipeline.config.force_zeros_for_empty_prompt:
+                shape = self.encode_caption("")
+                assert shape.pooled is not None
+                return Caption(torch.zeros_like(shape.tokens), torch.zeros_like(shape.pooled))
+            return self.encode_caption(negative_prompt)
+        return self.encode_caption(negative_prompt)
+
+    @torch.inference_mode()
+    def encode_reference(self, image: Image.Image, fit: str = "pad") -> Tensor:
+        """An 8-bit RGB picture -> its reference tokens (1, T, C_x): CLIPVision, then the adapter's projection.
+
+        fit: how a picture that is not square meets CLIP's square: pad, squash (to 256 x 256 first) or crop.
+        """
+        pixels = self.checkpoint.image_processor(fit_square(image, fit), return_tensors="pt").pixel_values
+        return self._project_image(self._encode_image(pixels.to(self.device, self.dtype)))
+
+    @torch.inference_mode()
+    def null_reference(self) -> Tensor:
+        """Tokens (1, T, C_x) of the unconditional reference: base: zeros; Plus: the encoder's view of all-zero pixels."""
+        adapter, encoder = self._need_adapter(), self.checkpoint.image_encoder
+        assert encoder is not None
+        if adapter.embedding == "image_embeds":
+            zeros = torch.zeros(1, encoder.config.projection_dim, device=self.device, dtype=self.dtype)
+            return self._project_image(zeros)
+        side = encoder.config.image_size
+        return self._project_image(
+            self._encode_image(torch.zeros(1, 3, side, side, device=self.device, dtype=self.dtype))
+        )
+
+    def _encode_image(self, pixels: Tensor) -> Tensor:
+        encoder = self.checkpoint.image_encoder
+        assert encoder is not None
+        if self._need_adapter().embedding == "image_embeds":
+            return encoder(pixels).image_embeds
+        return encoder(pixels, output_hidden_states=True).hidden_states[-2]
+
+    def _project_image(self, embeds: Tensor) -> Tensor:
+        return self._need_adapter().image_projection(embeds).reshape(1, -1, self.cross_attention_dim)
+
+    def _need_adapter(self) -> IPAdapter:
+        if self.adapter is None:
+            raise InputError(
+                f"{self.name} has no IP-Adapter, and references need one; wanted: --ip-adapter FILE.safetensors "
+                "(and --image-encoder FOLDER), or --iterations 0 without character references"
+            )
+        return self.adapter
+
+    def require_references(self) -> None:
+        """InputError where this model cannot take references."""
+        self._need_adapter()
+
+    def added_conditions(self, pooled: Tensor, width: int, height: int) -> dict[str, Tensor]:
+        """SDXL's text_embeds and time_ids of one row: original and target size are the picture's, nothing cropped."""
+        projection = self.pipeline.text_encoder_2.config.projection_dim
+        size = (height, width)
+        ids = self.pipeline._get_add_time_ids(
+            size, (0, 0), size, self.dtype, text_encoder_projection_dim=projection
+        )
+        return {"text_embeds": pooled, "time_ids": ids.to(self.device)}
+
+    @torch.inference_mode()
+    def decode(self, latents: Tensor) -> Decoded:
+        """latents (1, c, h, w) -> an 8-bit RGB picture; black and marked where values are not finite or unsafe."""
+        height, width = (side * self.vae_factor for side in latents.shape[-2:])
+        black = Image.new("RGB", (width, height))
+        scaled = self._unscale(latents.to(self.vae.dtype))
+        pixels = self.vae.decode(scaled, return_dict=False)[0]
+        if not bool(torch.isfinite(pixels).all()):
+            return Decoded(black, "holds non-finite values")
+        if getattr(self.pipeline, "safety_checker", None) is not None:
+            _, unsafe = self.pipeline.run_safety_checker(pixels, self.device, self.dtype)
+            if unsafe and unsafe[0]:
+                return Decoded(black, "blacked out by the safety checker")
+        image = self.pipeline.image_processor.postprocess(pixels, output_type="pil", do_denormalize=[True])[0]
+        return Decoded(image.convert("RGB"), None)
+
+    def _unscale(self, latents: Tensor) -> Tensor:
+        """From the UNet's latents to the VAE's, as diffusers' pipelines do it."""
+        config = self.vae.config
+        mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+        if mean is None or std is None:
+            return latents / config.scaling_factor
+        shape = (1, -1, 1, 1)
+        mean_tensor = torch.tensor(mean, device=latents.device, dtype=latents.dtype).view(shape)
+        std_tensor = torch.tensor(std, device=latents.device, dtype=latents.dtype).view(shape)
+        return latents * std_tensor / config.scaling_factor + mean_tensor
+
+
+def check_kernels(device: torch.device) -> None:
+    """InputError where FASTORY_KERNELS names what does not exist or cannot run on `device`."""
+    try:
+        choice.choose(device)
+    except (ValueError, RuntimeError) as error:
+        raise InputError(
+            f"{error}; unset {choice.VARIABLE}, or run `fastory doctor` to see what can run"
+        ) from error
+
+
+def fit_square(image: Image.Image, fit: str) -> Image.Image:
+    """`image` made ready for CLIP's square: pad with CLIP's mean colour, squash to 256 x 256, or leave it to CLIP's crop."""
+    if fit == "squash":
+        return image.convert("RGB").resize((SQUASH, SQUASH), Image.Resampling.BICUBIC)
+    if fit == "crop" or image.width == image.height:
+        return image.convert("RGB")
+    side = max(image.size)
+    mean = tuple(int(v) for v in np.round(np.array([0.48145466, 0.4578275, 0.40821073]) * 255))
+    square = Image.new("RGB", (side, side), mean)  # type: ignore[arg-type]
+    square.paste(image.convert("RGB"), ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
+def open_picture(path: Path) -> Image.Image:
+    """An 8-bit RGB picture from disk. Raises FastoryError where the file is damaged."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError) as error:
+        raise FastoryError(f"{path} is not a readable picture: {error}") from error

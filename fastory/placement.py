@@ -1,0 +1,111 @@
+"""Where and how a run computes: device, type, threads, and how many frames at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import psutil
+import torch
+from diffusers import UNet2DConditionModel
+
+from fastory.errors import InputError
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+# Beyond these a larger micro-batch was slower (CPU: 2 cores, built-in model) or brings little more (CUDA).
+MOST_FRAMES = {"cpu": 4, "cuda": 16}
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Device and type of a run, resolved once and stored in the manifest. threads: torch's, on the CPU."""
+
+    device: torch.device
+    dtype: torch.dtype
+    threads: int
+
+    @property
+    def dtype_name(self) -> str:
+        """float32, float16 or bfloat16."""
+        return str(self.dtype).removeprefix("torch.")
+
+    def as_dict(self) -> dict[str, str | int]:
+        """As the manifest holds it."""
+        return {"device": str(self.device), "dtype": self.dtype_name, "threads": self.threads}
+
+
+def place(device: str = "auto", dtype: str = "auto") -> Placement:
+    """Resolve `auto`: CUDA with float16 where there is one, else the CPU with float32."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not (device == "cpu" or device.split(":")[0] == "cuda"):
+        raise InputError(f"--device: wanted auto, cpu, cuda or cuda:N, got {device!r}")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"--device: wanted auto, cpu, cuda or cuda:N, got {device!r}") from error
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(
+            "--device cuda: PyTorch sees no CUDA device here; run `fastory doctor`, or use --device cpu"
+        )
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device {device}: this machine has {torch.cuda.device_count()} CUDA device(s)")
+    if dtype == "auto":
+        dtype = "float16" if resolved.type == "cuda" else "float32"
+    if dtype not in DTYPES:
+        raise InputError(f"--dtype: wanted auto, {', '.join(DTYPES)}, got {dtype!r}")
+    return Placement(resolved, DTYPES[dtype], torch.get_num_threads())
+
+
+def choose_batch(
+    unet: UNet2DConditionModel, placement: Placement, width: int, height: int, guided: bool, frames: int
+) -> tuple[int, str]:
+    """Frames per micro-batch and the line that says why. width, height: of the latents."""
+    needed = frame_bytes(unet, placement.dtype, width, height, guided)
+    free = free_bytes(placement.device)
+    most = min(frames, MOST_FRAMES[placement.device.type])
+    size = max(1, min(most, int(0.7 * free / needed)))
+    reason = (
+        f"{size} of {frames} frames at once: about {_gib(needed)} a frame, {_gib(free)} free on {placement.device}, "
+        f"at most {MOST_FRAMES[placement.device.type]} there"
+    )
+    return size, reason
+
+
+def frame_bytes(unet: UNet2DConditionModel, dtype: torch.dtype, width: int, height: int, guided: bool) -> int:
+    """A cautious estimate of what one more frame takes while it is denoised.
+
+    The widest moment is the last up block: the skips still held (about 6 tensors of the first level's size in SD1.5),
+    the concatenated input, the convolution's result and its workspace, and GEGLU's 8-fold width: 32 in all.
+    """
+    rows = 2 if guided else 1
+    return 32 * unet.config.block_out_channels[0] * width * height * rows * dtype.itemsize
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free on `device`, in bytes; what PyTorch has reserved and not used counts as free."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return psutil.virtual_memory().available
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True for CUDA's OutOfMemoryError, the CPU allocator's RuntimeError, and what they turn into on the way."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and any(
+        sign in text
+        for sign in (
+            "can't allocate memory",
+            "not enough memory",
+            "bad allocation",
+            "std::bad_alloc",
+            "out of memory",
+        )
+    )
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size < 2**30 else f"{size / 2**30:.1f} GiB"

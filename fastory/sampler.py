@@ -1,0 +1,214 @@
+"""Denoise one micro-batch of frames against contexts that were projected beforehand."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from fastory.attention import Context
+from fastory.errors import InputError
+from fastory.model import Caption, StoryModel
+from fastory.settings import Settings
+
+SCHEDULER_CLASSES = {
+    "ddim": "DDIMScheduler",
+    "lcm": "LCMScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler-ancestral": "EulerAncestralDiscreteScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+    "unipc": "UniPCMultistepScheduler",
+    "pndm": "PNDMScheduler",
+}
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What all frames of a round attend to: unconditional text K/V (1, Lt, W), reference K/V (1, Lr, W) of G groups.
+
+    scale: (G,) weights l_g; offsets: (G + 1,) int32 group bounds in tokens.
+    """
+
+    negative: Caption
+    negative_kv: Tensor
+    ref_kv: Tensor
+    scale: Tensor
+    offsets: Tensor
+
+
+@dataclass(frozen=True)
+class Row:
+    """One frame to denoise. latents (1, c, h, w): its initial noise; text_kv (1, Lt, W).
+
+    visible and null_visible: (Lr / T,) bool on the CPU: what the conditional and the unconditional row see.
+    """
+
+    frame: int
+    latents: Tensor
+    generator: torch.Generator
+    caption: Caption
+    text_kv: Tensor
+    visible: Tensor
+    null_visible: Tensor
+
+
+class Sampler:
+    """Owns the static input buffers of one micro-batch shape; nothing is allocated per step but what the UNet needs.
+
+    No tensor is read on the host inside the step loop, so a CUDA graph can be put around a step.
+    """
+
+    def __init__(
+        self, model: StoryModel, settings: Settings, batch_size: int, width: int, height: int
+    ) -> None:
+        """width, height: of the picture, in pixels. batch_size: frames per micro-batch."""
+        self.model, self.settings, self.batch_size = model, settings, batch_size
+        unet = model.unet
+        self.distilled = unet.config.time_cond_proj_dim is not None
+        self.guided = settings.guidance_scale > 1 and not self.distilled
+        self.rows = batch_size * (2 if self.guided else 1)
+        self.scheduler = make_scheduler(model, settings.scheduler)
+        self.scheduler.set_timesteps(settings.steps, device="cpu")
+        self.timesteps = self.scheduler.timesteps.to(model.device)
+        # DDIM and PNDM index their tables by a Python int; the others keep a step index and take the tensor.
+        by_index = hasattr(self.scheduler, "set_begin_index")
+        self.host_timesteps: list[Any] = (
+            list(self.scheduler.timesteps) if by_index else self.scheduler.timesteps.tolist()
+        )
+        self.takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
+        factor = model.vae_factor
+        self.latent_shape = (int(unet.config.in_channels), height // factor, width // factor)
+        options: dict[str, Any] = {"device": model.device, "dtype": model.dtype}
+        self.latents = torch.zeros(batch_size, *self.latent_shape, **options)
+        self.timestep = torch.zeros((), device=model.device, dtype=self.timesteps.dtype)
+        self.timestep_cond = self._guidance_embedding() if self.distilled else None
+        self.conditions = self._added_conditions(width, height)
+        self.context: Context | None = None
+
+    def _guidance_embedding(self) -> Tensor:
+        """The guidance scale as an input, for UNets distilled with it (LCM)."""
+        weights = torch.full((self.rows,), self.settings.guidance_scale - 1)
+        dim = int(self.model.unet.config.time_cond_proj_dim)
+        embedding = self.model.pipeline.get_guidance_scale_embedding(weights, embedding_dim=dim)
+        return embedding.to(self.model.device, self.model.dtype)
+
+    def _added_conditions(self, width: int, height: int) -> dict[str, Tensor] | None:
+        if self.model.family != "sdxl":
+            return None
+        pooled = torch.zeros(1, self.model.pipeline.text_encoder_2.config.projection_dim)
+        row = self.model.added_conditions(pooled.to(self.model.device, self.model.dtype), width, height)
+        return {name: value.repeat(self.rows, 1) for name, value in row.items()}
+
+    def set_round(self, shared: Shared) -> None:
+        """Make `shared` what the next micro-batches attend to. The reference K/V is used as it is, without a copy."""
+        self.shared = shared
+        text = shared.negative_kv.new_zeros(self.rows, *shared.negative_kv.shape[1:])
+        if self.guided:
+            text[: self.batch_size] = shared.negative_kv
+            if self.conditions and shared.negative.pooled is not None:
+                self.conditions["text_embeds"][: self.batch_size] = shared.negative.pooled
+        blocks = shared.ref_kv.shape[1] // self.model.tokens_per_ref
+        self.context = Context(
+            text_kv=text,
+            ref_kv=shared.ref_kv,
+            scale=shared.scale,
+            ref_visible=torch.zeros(self.rows, blocks, dtype=torch.bool, device=self.model.device),
+            ref_offsets=shared.offsets,
+            tokens_per_ref=self.model.tokens_per_ref,
+        )
+
+    def _load(self, rows: Sequence[Row]) -> list[torch.Generator]:
+        """Copy the rows into the static buffers; a short micro-batch is padded with its last frame."""
+        assert self.context is not None
+        padded = [*rows, *[rows[-1]] * (self.batch_size - len(rows))]
+        first = self.rows - self.batch_size
+        for place, row in enumerate(padded):
+            self.latents[place : place + 1] = row.latents
+            self.context.text_kv[first + place : first + place + 1] = row.text_kv
+            if self.conditions is not None:
+                assert row.caption.pooled is not None
+                self.conditions["text_embeds"][first + place : first + place + 1] = row.caption.pooled
+        visible = [row.visible for row in padded]
+        if self.guided:
+            visible = [row.null_visible for row in padded] + visible
+        self.context.ref_visible.copy_(torch.stack(visible))
+        generators = [row.generator for row in rows]
+        return generators + [_copy(rows[-1].generator) for _ in range(self.batch_size - len(rows))]
+
+    @torch.inference_mode()
+    def denoise(self, rows: Sequence[Row]) -> Iterator[int]:
+        """Denoise up to batch_size rows from their initial noise; yields the number of each finished step.
+
+        Afterwards `latents[n : n + 1]` is row n. Raises what PyTorch raises when memory runs out.
+        """
+        generators = self._load(rows)
+        self.scheduler.set_timesteps(
+            self.settings.steps, device="cpu"
+        )  # clears what multi-step schedulers remember
+        if hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(0)
+        options = {"generator": generators} if self.takes_generator else {}
+        for number, timestep in enumerate(self.host_timesteps):
+            self.timestep.copy_(self.timesteps[number])
+            scaled = self.scheduler.scale_model_input(self.latents, timestep)
+            noise = self._guide(self._predict(torch.cat([scaled, scaled]) if self.guided else scaled))
+            # UniPC and PNDM keep the sample they are given, so it must not be the buffer that is written next.
+            latents = self.scheduler.step(
+                noise, timestep, self.latents.clone(), **options, return_dict=False
+            )[0]
+            self.latents.copy_(latents)
+            yield number + 1
+
+    def _predict(self, model_input: Tensor) -> Tensor:
+        """One UNet call over the static buffers: (rows, c, h, w) -> (rows, c, h, w)."""
+        return self.model.unet(
+            model_input,
+            self.timestep,
+            encoder_hidden_states=None,
+            timestep_cond=self.timestep_cond,
+            added_cond_kwargs=self.conditions,
+            cross_attention_kwargs={"context": self.context},
+            return_dict=False,
+        )[0]
+
+    def _guide(self, prediction: Tensor) -> Tensor:
+        """Classifier-free guidance: rows are [unconditional; conditional]."""
+        if not self.guided:
+            return prediction
+        unconditional, conditional = prediction.chunk(2)
+        return unconditional + self.settings.guidance_scale * (conditional - unconditional)
+
+    def initial_noise(self, generator: torch.Generator) -> Tensor:
+        """What diffusers draws for one picture from `generator`: (1, c, h, w), scaled for the scheduler."""
+        shape = (1, *self.latent_shape)
+        noise = randn_tensor(shape, generator=generator, device=self.model.device, dtype=self.model.dtype)
+        return noise * self.scheduler.init_noise_sigma
+
+
+def make_scheduler(model: StoryModel, name: str) -> Any:
+    """The named scheduler with the checkpoint's own noise schedule.
+
+    Raises InputError for LCM on a UNet that was not distilled for it (no time_cond_proj_dim).
+    """
+    if name == "lcm" and model.unet.config.time_cond_proj_dim is None:
+        raise InputError(
+            f"scheduler lcm wants a UNet distilled for it (time_cond_proj_dim); {model.name} has none. "
+            "Give an LCM UNet with --model, or another --scheduler."
+        )
+    kind, config = getattr(diffusers, SCHEDULER_CLASSES[name]), dict(model.pipeline.scheduler.config)
+    if "clip_sample" in inspect.signature(kind).parameters:
+        # DDIM clips by default, which is for pixels. A checkpoint that came with another scheduler does not say so.
+        config.setdefault("clip_sample", False)
+    return kind.from_config(config)
+
+
+def _copy(generator: torch.Generator) -> torch.Generator:
+    twin = torch.Generator()
+    twin.set_state(generator.get_state())
+    return twin

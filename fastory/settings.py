@@ -1,0 +1,167 @@
+"""What decides a story's pictures beside the story itself: frozen settings, presets, and the order of their sources."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, get_args, get_type_hints
+
+from fastory.errors import InputError
+
+SCHEDULERS = ("ddim", "lcm", "euler", "euler-ancestral", "dpm++", "unipc", "pndm")
+REFERENCES = ("all", "others", "cast")
+REFERENCE_FITS = ("pad", "squash", "crop")
+NOISES = ("shared", "per-frame")
+MODES = ("iterative", "causal")
+SEED_LIMIT = 2**63
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every value that changes a picture. The defaults are the paper's (Story-Adapter, arXiv 2410.06244).
+
+    width, height: pixels; None is the model's own size. reference_scale: l_1 and l_K of the linear weighting.
+    reference_start: the first round in which pictures given for a character are references.
+    """
+
+    mode: str = "iterative"
+    iterations: int = 10
+    reference_scale: tuple[float, float] = (0.3, 0.5)
+    references: str = "all"
+    reference_fit: str = "pad"
+    reference_start: int = 1
+    scheduler: str = "ddim"
+    steps: int = 50
+    guidance_scale: float = 7.5
+    noise: str = "shared"
+    seed: int = 0
+    style: str | None = None
+    negative_prompt: str = ""
+    width: int | None = None
+    height: int | None = None
+
+    def reference_scale_of(self, round: int) -> float:
+        """l_k of round k >= 1: linear from l_1 to l_K; K = 1 uses l_1 (Story-Adapter, section 3.3)."""
+        first, last = self.reference_scale
+        if self.iterations <= 1:
+            return first
+        return first + (round - 1) / (self.iterations - 1) * (last - first)
+
+
+_STORY_ADAPTER: Mapping[str, Any] = {
+    "mode": "iterative",
+    "iterations": 10,
+    "reference_scale": (0.3, 0.5),
+    "references": "all",
+    "reference_fit": "pad",
+    "scheduler": "ddim",
+    "steps": 50,
+    "guidance_scale": 7.5,
+    "noise": "shared",
+}
+
+# A preset names every value it stands for, so that it also overrules the model folder's defaults.
+# The sizes of story-iter are SDXL's own, 1024 x 1024: an SDXL folder has them without being told.
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "paper": _STORY_ADAPTER,
+    "story-iter": {**_STORY_ADAPTER, "guidance_scale": 5.0, "reference_fit": "squash"},
+    "story-iter-fast": {
+        **_STORY_ADAPTER,
+        "scheduler": "lcm",
+        "steps": 4,
+        "guidance_scale": 5.0,
+        "reference_fit": "squash",
+    },
+    "ar-ldm": {"mode": "causal", "scheduler": "ddim", "steps": 250, "guidance_scale": 6.0},
+}
+
+_CHOICES = {
+    "mode": MODES,
+    "references": REFERENCES,
+    "reference_fit": REFERENCE_FITS,
+    "scheduler": SCHEDULERS,
+    "noise": NOISES,
+}
+_LEAST = {"iterations": 0, "steps": 1, "reference_start": 0, "seed": 0, "width": 8, "height": 8}
+_MOST = {
+    "iterations": 1000,
+    "steps": 1000,
+    "reference_start": 1000,
+    "seed": SEED_LIMIT - 1,
+    "width": 8192,
+    "height": 8192,
+}
+
+
+def resolve(
+    flags: Mapping[str, Any],
+    story: Mapping[str, Any],
+    preset: str | None,
+    folder_defaults: Mapping[str, Any],
+) -> tuple[Settings, dict[str, str]]:
+    """The settings and where each came from: flag > story file > preset > the model folder's defaults > paper.
+
+    A value of None in `flags` or `story` means "not given". Raises InputError for an unknown preset, name or value.
+    """
+    if preset is not None and preset not in PRESETS:
+        raise InputError(f"unknown preset {preset!r}; wanted one of {', '.join(PRESETS)}")
+    origins: list[tuple[str, Mapping[str, Any]]] = [
+        ("model", folder_defaults),
+        (f"preset {preset}", PRESETS[preset] if preset else {}),
+        ("story", story),
+        ("flag", flags),
+    ]
+    values: dict[str, Any] = {}
+    sources = {field.name: "paper" for field in fields(Settings)}
+    for origin, given in origins:
+        for name, value in given.items():
+            if value is not None:
+                values[name] = check(name, value, origin)
+                sources[name] = origin
+    settings = replace(Settings(), **values)
+    if settings.mode == "causal":
+        raise InputError(
+            "causal mode needs a trained causal checkpoint, which this version does not draw; use --mode iterative"
+        )
+    return settings, sources
+
+
+def check(name: str, value: Any, origin: str) -> Any:
+    """`value` in the type of the setting `name`; InputError with name, wanted and got where it does not fit."""
+    hints = get_type_hints(Settings)
+    if name not in hints:
+        near = difflib.get_close_matches(name, hints, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(hints)}"
+        raise InputError(f"unknown setting {name!r} ({origin}){hint}")
+    if name == "reference_scale":
+        return _scale(value, origin)
+    kinds = tuple(kind for kind in (get_args(hints[name]) or (hints[name],)) if kind is not type(None))
+    if kinds == (float,) and type(value) is int:
+        value = float(value)
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        raise InputError(f"{name} ({origin}): wanted {kinds[0].__name__}, got {value!r}")
+    if name in _CHOICES and value not in _CHOICES[name]:
+        raise InputError(f"{name} ({origin}): wanted one of {', '.join(_CHOICES[name])}, got {value!r}")
+    if name in _LEAST and not _LEAST[name] <= value <= _MOST[name]:
+        raise InputError(f"{name} ({origin}): wanted {_LEAST[name]} to {_MOST[name]}, got {value}")
+    if name == "guidance_scale" and not 0 <= value <= 100:
+        raise InputError(f"guidance_scale ({origin}): wanted 0 to 100, got {value}")
+    return value
+
+
+def _scale(value: Any, origin: str) -> tuple[float, float]:
+    """l_1 and l_K from 0.3:0.5, from one number, or from a pair."""
+    parts = (
+        value.split(":") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
+    )
+    try:
+        numbers = [float(part) for part in parts]
+    except (TypeError, ValueError):
+        numbers = []
+    if len(numbers) not in (1, 2) or not all(math.isfinite(number) for number in numbers):
+        raise InputError(
+            f"reference_scale ({origin}): wanted FIRST:LAST such as 0.3:0.5, or one number, got {value!r}"
+        )
+    return numbers[0], numbers[-1]
