@@ -1,0 +1,100 @@
+"""Stories of the drawn world: which scenes there are, which ones are held out, and how stories are sampled."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from fastory.builtin.world import (
+    ACTIONS,
+    COLOURS,
+    HATS,
+    PLACES,
+    SCARVES,
+    SPECIES,
+    Character,
+    Role,
+    Scene,
+    Tale,
+)
+
+HELD_OUT_FILE = Path(__file__).with_name("held_out.json")
+
+Triple = tuple[str, str, str]
+
+
+def choose_held_out(seed: int = 2024) -> list[Triple]:
+    """48 of the 216 (species, place, action), eight per species, every place and every action at least once each.
+
+    A place per species at least once makes two-character scenes possible in which both characters are held out.
+    """
+    rng = np.random.default_rng(seed)
+    chosen: list[Triple] = []
+    for species in SPECIES:
+        actions = [*rng.permutation(ACTIONS), *rng.choice(ACTIONS, 2, replace=False)]
+        first = actions[:6]
+        extra_places = rng.permutation([i for i in range(6) if first[i] not in actions[6:]])[:2]
+        places = [*PLACES, *(PLACES[i] for i in extra_places)]
+        chosen += [(species, place, str(action)) for place, action in zip(places, actions, strict=True)]
+    return sorted(chosen)
+
+
+def held_out() -> frozenset[Triple]:
+    """The committed (species, place, action) that no training picture shows. held_out.json, written before training."""
+    return frozenset(
+        (a, b, c) for a, b, c in json.loads(HELD_OUT_FILE.read_text(encoding="utf-8"))["triples"]
+    )
+
+
+HELD_OUT = held_out() if HELD_OUT_FILE.exists() else frozenset()
+
+
+def triples(cast: tuple[Character, ...], scene: Scene) -> list[Triple]:
+    """The (species, place, action) of every character in a scene."""
+    return [(cast[role.member].species, scene.place, role.action) for role in scene.roles]
+
+
+def sample_character(rng: np.random.Generator, species: str) -> Character:
+    """A character with free attributes drawn uniformly."""
+    colour, hat, scarf = (options[rng.integers(len(options))] for options in (COLOURS, HATS, SCARVES))
+    return Character(species, colour, hat, scarf)
+
+
+def _sample_scene(
+    rng: np.random.Generator, cast: tuple[Character, ...], members: list[int], held: bool
+) -> Scene:
+    """A scene whose triples are all held out, or none of them."""
+    while True:
+        place = PLACES[rng.integers(len(PLACES))]
+        scene = Scene(place, tuple(Role(m, ACTIONS[rng.integers(len(ACTIONS))]) for m in members))
+        among = [triple in HELD_OUT for triple in triples(cast, scene)]
+        if all(among) if held else not any(among):
+            return scene
+
+
+def sample_tale(rng: np.random.Generator, frames: int, cast_size: int, held: bool = False) -> Tale:
+    """A story of 4-40 frames with recurring characters. held: only held-out scenes, else none of them.
+
+    With two characters, half the frames show both, in either order, and a quarter each one alone. A scene is not
+    drawn twice while other scenes of that cast are left.
+    """
+    if not 4 <= frames <= 40:
+        raise ValueError(f"a story has 4 to 40 frames, not {frames}")
+    species = rng.permutation(SPECIES)[:cast_size]
+    cast = tuple(sample_character(rng, str(name)) for name in species)
+    groups = [[0]] if cast_size == 1 else [[0], [1], [0, 1], [1, 0]]
+    scenes: list[Scene] = []
+    for _ in range(frames):
+        members = groups[rng.integers(len(groups))]
+        scene = _sample_scene(rng, cast, members, held)
+        for _ in range(60):
+            if scene not in scenes:
+                break
+            scene = _sample_scene(rng, cast, members, held)
+        scenes.append(scene)
+    return Tale(cast, tuple(scenes))
+
+
+def sample_training_tale(rng: np.random.Generator, frames: int = 8) -> Tale:
+    """A story as training sees it: half of them with two characters, no held-out scene."""
+    return sample_tale(rng, frames, 1 + int(rng.random() < 0.5))

@@ -1,0 +1,219 @@
+"""The clip stage: what captions and reference pictures become before the UNet reads them.
+
+Both encoders learn by naming what is there. The text encoder's last state must tell who stands where, doing what; the
+image encoder's embedding must tell the free attributes of every species in the picture. A contrastive loss was not
+used: nothing compares the two, and it left two-character pictures unlearned in the prototype.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from transformers import CLIPImageProcessorPil, CLIPTokenizer
+
+from fastory.builtin.autoencoder import to_pictures, to_tensor
+from fastory.builtin.captions import TOKEN_LIMIT, caption, sample_names
+from fastory.builtin.corpus import sample_training_tale
+from fastory.builtin.networks import REFERENCE_SIZE, WIDTH, build_image_encoder, build_text_encoder
+from fastory.builtin.tokenizer import build_tokenizer
+from fastory.builtin.training import Batch
+from fastory.builtin.world import ACTIONS, COLOURS, HATS, PLACES, SCARVES, SPECIES, Scene, Tale, draw
+
+MEAN, STD = (0.481, 0.458, 0.408), (0.269, 0.261, 0.276)
+ABSENT = -100  # what cross_entropy ignores
+FREE = {"colour": COLOURS, "hat": HATS, "scarf": SCARVES}
+
+
+def build_feature_extractor() -> CLIPImageProcessorPil:
+    """The image processor of the folder: bicubic to 96 x 96, CLIP's normalisation."""
+    return CLIPImageProcessorPil(
+        size={"shortest_edge": REFERENCE_SIZE},
+        crop_size={"height": REFERENCE_SIZE, "width": REFERENCE_SIZE},
+        image_mean=list(MEAN),
+        image_std=list(STD),
+    )
+
+
+def pixel_values(pictures: np.ndarray) -> Tensor:
+    """uint8 (B, H, W, 3) as the feature extractor would give them, (B, 3, 96, 96)."""
+    size = (REFERENCE_SIZE, REFERENCE_SIZE)
+    resized = [np.asarray(Image.fromarray(p).resize(size, Image.Resampling.BICUBIC)) for p in pictures]
+    pixels = torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).float() / 255
+    return (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What a frame shows, as indices. The columns of a slot are species, action, colour, hat, scarf."""
+
+    place: int
+    slots: np.ndarray  # (2, 5), left and right; ABSENT in the second row of a frame with one character
+    free: np.ndarray  # (6 species, 3), colour, hat, scarf; ABSENT where the species is not in the frame
+
+
+def label(tale: Tale, scene: Scene) -> Labels:
+    """The labels of a scene."""
+    slots, free = np.full((2, 5), ABSENT), np.full((len(SPECIES), 3), ABSENT)
+    for slot, role in enumerate(scene.roles):
+        who = tale.cast[role.member]
+        attributes = [options.index(getattr(who, key)) for key, options in FREE.items()]
+        slots[slot] = [SPECIES.index(who.species), ACTIONS.index(role.action), *attributes]
+        free[SPECIES.index(who.species)] = attributes
+    return Labels(PLACES.index(scene.place), slots, free)
+
+
+class _SpeciesHeads(nn.Module):
+    """Presence and free attributes of each species, linear in the embedding: averages of embeddings stay readable."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes = [1, *(len(options) for options in FREE.values())]
+        self.linear = nn.Linear(WIDTH, len(SPECIES) * sum(self.sizes))
+
+    def forward(self, embeddings: Tensor) -> list[Tensor]:
+        return list(self.linear(embeddings).view(len(embeddings), len(SPECIES), -1).split(self.sizes, -1))
+
+    def loss(self, embeddings: Tensor, free: Tensor) -> Tensor:
+        present, *attributes = self(embeddings)
+        target = (free[..., 0] != ABSENT).float()
+        loss = 3 * F.binary_cross_entropy_with_logits(present.squeeze(-1).float(), target)
+        for logits, wanted in zip(attributes, free.unbind(-1), strict=True):
+            loss = loss + F.cross_entropy(logits.float().flatten(0, 1), wanted.flatten(), ignore_index=ABSENT)
+        return loss
+
+
+class _SlotHeads(nn.Module):
+    """Attributes of the character in one half of the picture or of the caption."""
+
+    def __init__(self, sizes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.sizes = sizes
+        self.linear = nn.Linear(WIDTH, sum(sizes))
+
+    def loss(self, states: Tensor, wanted: Tensor) -> Tensor:
+        parts = self.linear(states).float().split(self.sizes, -1)
+        pairs = zip(parts, wanted.unbind(-1), strict=True)
+        return torch.stack(
+            [F.cross_entropy(p.flatten(0, -2), w.flatten(), ignore_index=ABSENT) for p, w in pairs]
+        ).sum()
+
+
+class ClipObjective(nn.Module):
+    """Text and image encoder, each with linear heads that are thrown away."""
+
+    name = "clip"
+    learning_rate = 1e-3
+    ema_decay = 0.998
+
+    def __init__(self, vae: nn.Module | None = None, pictures: int = 40) -> None:
+        super().__init__()
+        self.tokenizer: CLIPTokenizer = build_tokenizer()
+        self.text_encoder = build_text_encoder(len(self.tokenizer), TOKEN_LIMIT)
+        self.image_encoder = build_image_encoder()
+        self.species_heads = _SpeciesHeads()
+        self.half_heads = _SlotHeads((len(SPECIES), len(ACTIONS), len(COLOURS), len(HATS), len(SCARVES)))
+        self.left_heads = _SlotHeads((len(SPECIES), len(ACTIONS), len(PLACES)))
+        self.right_heads = _SlotHeads((len(SPECIES) + 1, len(ACTIONS)))
+        self.pictures = pictures
+        # A list hides the frozen autoencoder from parameters(): it only spoils pictures as drawing would.
+        self._vae = [] if vae is None else [vae.eval().requires_grad_(False)]
+
+    def batch(self, rng: np.random.Generator, progress: float) -> Batch:
+        """Pictures with their labels, and twice as many captions."""
+        pictures, texts, labels = [], [], []
+        while len(texts) < 2 * self.pictures:
+            tale = sample_training_tale(rng, 4)
+            names = sample_names(rng, len(tale.cast))
+            for scene in tale.scenes:
+                texts.append(caption(rng, tale.cast, scene, names))
+                labels.append(label(tale, scene))
+                if len(pictures) < self.pictures:
+                    pictures.append(np.asarray(draw(tale.cast, scene, rng)))
+        return {
+            "pixels": pixel_values(self._as_generated(np.stack(pictures))),
+            "ids": self._ids(texts),
+            "place": torch.tensor([one.place for one in labels]),
+            "slots": torch.from_numpy(np.stack([one.slots for one in labels])),
+            "free": torch.from_numpy(np.stack([one.free for one in labels[: self.pictures]])),
+        }
+
+    def _ids(self, texts: list[str]) -> Tensor:
+        return self.tokenizer(
+            texts, padding="max_length", truncation=True, max_length=TOKEN_LIMIT, return_tensors="pt"
+        )["input_ids"]
+
+    def _as_generated(self, pictures: np.ndarray) -> np.ndarray:
+        """A quarter of the pictures through the autoencoder, as every picture will be that is a reference."""
+        if not self._vae:
+            return pictures
+        count = len(pictures) // 4
+        with torch.no_grad():
+            restored = to_pictures(self._vae[0].cpu()(to_tensor(pictures[:count])).sample)
+        return np.concatenate([restored, pictures[count:]])
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self._image_loss(batch) + self._text_loss(batch)
+
+    def _image_loss(self, batch: Batch) -> Tensor:
+        pixels = batch["pixels"]
+        pixels = pixels * (0.9 + 0.2 * torch.rand(len(pixels), 3, 1, 1, device=pixels.device))
+        pixels = pixels + 0.15 * torch.rand(len(pixels), 1, 1, 1, device=pixels.device) * torch.randn_like(
+            pixels
+        )
+        out = self.image_encoder(pixels, output_hidden_states=True)
+        loss = self.species_heads.loss(out.image_embeds, batch["free"])
+        # After two layers each half of the picture must know its character: without it, binding takes ten times
+        # longer to appear. One character stands in both halves.
+        side = REFERENCE_SIZE // self.image_encoder.config.patch_size
+        patches = out.hidden_states[2][:, 1:].unflatten(1, (side, side))
+        halves = torch.stack(
+            [patches[:, :, : side // 2].mean((1, 2)), patches[:, :, side // 2 :].mean((1, 2))], 1
+        )
+        slots = batch["slots"][: len(pixels)]
+        right = torch.where(slots[:, 1:] == ABSENT, slots[:, :1], slots[:, 1:])
+        return loss + 0.5 * self.half_heads.loss(halves, torch.cat([slots[:, :1], right], 1))
+
+    def _text_loss(self, batch: Batch) -> Tensor:
+        states = self.text_encoder(batch["ids"]).last_hidden_state[:, -1]  # padding repeats the end token
+        left, right = batch["slots"][:, 0, :2], batch["slots"][:, 1, :2].clone()
+        right[:, 0] = torch.where(right[:, 0] == ABSENT, len(SPECIES), right[:, 0])
+        loss = self.left_heads.loss(states, torch.cat([left, batch["place"][:, None]], 1))
+        return loss + self.right_heads.loss(states, right)
+
+    @torch.no_grad()
+    def accuracies(self, rng: np.random.Generator) -> dict[str, float]:
+        """Shares of free attributes read from embeddings (one, two characters) and of captions fully understood."""
+        batch = {k: v.to(next(self.parameters()).device) for k, v in self.batch(rng, 1.0).items()}
+        _, *attributes = self.species_heads(self.image_encoder(batch["pixels"]).image_embeds)
+        two = ((batch["free"][..., 0] != ABSENT).sum(1) == 2)[:, None].expand(-1, len(SPECIES))
+        found: dict[str, float] = {}
+        for key, logits, wanted in zip(FREE, attributes, batch["free"].unbind(-1), strict=True):
+            right = logits.argmax(-1) == wanted
+            for count, rows in ((1, ~two), (2, two)):
+                found[f"{key} {count}"] = right[rows & (wanted != ABSENT)].float().mean().item()
+        states = self.text_encoder(batch["ids"]).last_hidden_state[:, -1]
+        found["captions"] = self._understood(states, batch).float().mean().item()
+        return {key: round(value, 3) for key, value in found.items()}
+
+    def _understood(self, states: Tensor, batch: Batch) -> Tensor:
+        left = [p.argmax(-1) for p in self.left_heads.linear(states).split(self.left_heads.sizes, -1)]
+        right = [p.argmax(-1) for p in self.right_heads.linear(states).split(self.right_heads.sizes, -1)]
+        slots, alone = batch["slots"], batch["slots"][:, 1, 0] == ABSENT
+        good = (left[0] == slots[:, 0, 0]) & (left[1] == slots[:, 0, 1]) & (left[2] == batch["place"])
+        beside = (right[0] == slots[:, 1, 0]) & (right[1] == slots[:, 1, 1])
+        return good & torch.where(alone, right[0] == len(SPECIES), beside)
+
+    def sample(self, folder: Path) -> None:
+        """No pictures in this stage: prints accuracies."""
+        print(f"clip: {self.accuracies(np.random.default_rng(5))}", flush=True)
+
+    def finish(self, folder: Path) -> None:
+        """Write tokenizer, text encoder, image encoder and feature extractor."""
+        self.tokenizer.save_pretrained(folder / "tokenizer")
+        self.text_encoder.save_pretrained(folder / "text_encoder")
+        self.image_encoder.save_pretrained(folder / "image_encoder")
+        build_feature_extractor().save_pretrained(folder / "feature_extractor")

@@ -1,0 +1,87 @@
+"""The folder that ships: diffusers layout, fp16 files, the IP-Adapter file and fastory_defaults.json."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+
+from fastory.builtin.networks import REFERENCE_TOKENS
+from fastory.builtin.world import SIZE
+
+PARTS = (
+    "feature_extractor",
+    "image_encoder",
+    "ip_adapter",
+    "scheduler",
+    "text_encoder",
+    "tokenizer",
+    "unet",
+    "vae",
+)
+INDEX = {
+    "_class_name": "StableDiffusionPipeline",
+    "_diffusers_version": "0.42.1",
+    "feature_extractor": ["transformers", "CLIPImageProcessorPil"],
+    "image_encoder": ["transformers", "CLIPVisionModelWithProjection"],
+    "requires_safety_checker": False,
+    "safety_checker": [None, None],
+    "scheduler": ["diffusers", "DDIMScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+DEFAULTS = {
+    "schema": 1,
+    "width": SIZE,
+    "height": SIZE,
+    "guidance_scale": 3.0,
+    "noise": "per-frame",
+    "references": "others",
+    "reference_scale": [0.3, 0.5],
+    "ip_adapter": "ip_adapter/ip_adapter.safetensors",
+}
+
+
+def pack(model: Path, folder: Path) -> None:
+    """Write `folder` anew from the training's model folder.
+
+    Files are fp16; the CLIP configs say float32, because transformers takes the type from there and diffusers loads
+    float32.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    for part in PARTS:
+        shutil.copytree(model / part, folder / part)
+    for file in folder.rglob("*.safetensors"):
+        tensors = {k: v.half() if v.is_floating_point() else v for k, v in load_file(file).items()}
+        save_file(tensors, file, metadata={"format": "pt"})
+    for file in folder.rglob("config.json"):
+        config = json.loads(file.read_text(encoding="utf-8"))
+        config.pop("_name_or_path", None)  # a path of the machine that trained
+        if "dtype" in config:
+            config["dtype"] = "float32"
+        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    for name, content in (("model_index", INDEX), ("fastory_defaults", DEFAULTS)):
+        (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def load_adapter(unet: UNet2DConditionModel, file: Path) -> None:
+    """Put a trained IP-Adapter file into a UNet that carries one, undoing the factor that its file folds in."""
+    from fastory.builtin.denoiser import TRAINED_SCALE, adapter_processors
+
+    tensors = load_file(file)
+    layer = unet.encoder_hid_proj.image_projection_layers[0]
+    with torch.no_grad():
+        layer.image_embeds.weight.copy_(tensors["image_proj.proj.weight"])
+        layer.image_embeds.bias.copy_(tensors["image_proj.proj.bias"])
+        layer.norm.weight.copy_(tensors["image_proj.norm.weight"])
+        layer.norm.bias.copy_(tensors["image_proj.norm.bias"])
+        for number, processor in enumerate(adapter_processors(unet)):
+            processor.to_k_ip[0].weight.copy_(tensors[f"ip_adapter.{2 * number + 1}.to_k_ip.weight"])
+            processor.to_v_ip[0].weight.copy_(
+                tensors[f"ip_adapter.{2 * number + 1}.to_v_ip.weight"] * TRAINED_SCALE
+            )
+    assert layer.num_image_text_embeds == REFERENCE_TOKENS
