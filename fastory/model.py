@@ -121,8 +121,12 @@ class StoryModel:
 
     @property
     def hashes(self) -> dict[str, str]:
-        """sha256 of every weight file that was opened, by name."""
-        return model_hashes(self.checkpoint.sources)
+        """sha256 of every weight file that was opened, by name, and the weight of each LoRA."""
+        loras = (self.options or {}).get("loras", ())
+        weights = {
+            f"lora {n}: {Path(path).name}": f"weight {weight:g}" for n, (path, weight) in enumerate(loras)
+        }
+        return {**model_hashes(self.checkpoint.sources), **weights}
 
     @property
     def asked_dtype(self) -> str | None:

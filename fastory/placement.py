@@ -66,7 +66,7 @@ def choose_batch(
     most = min(frames, MOST_FRAMES[placement.device.type])
     size = max(1, min(most, int(0.7 * free / needed)))
     reason = (
-        f"{size} of {frames} frames at once: about {_gib(needed)} a frame, {_gib(free)} free on {placement.device}, "
+        f"{size} of {frames} frames at once: about {_size(needed)} a frame, {_size(free)} free on {placement.device}, "
         f"at most {MOST_FRAMES[placement.device.type]} there"
     )
     return size, reason
@@ -107,5 +107,5 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB" if size < 2**30 else f"{size / 2**30:.1f} GiB"
+def _size(size: int) -> str:
+    return f"{size / 2**20:.0f} MiB" if size < 2**30 else f"{size / 2**30:.1f} GiB"

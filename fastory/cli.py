@@ -1,0 +1,369 @@
+"""The command line: parse, call, print."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fastory.errors import FastoryError, InputError
+
+if TYPE_CHECKING:
+    from fastory.events import Event
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Captions in, a consistent sequence of pictures out.",
+)
+stderr = Console(stderr=True, highlight=False)
+
+STORY, MODEL, METHOD, SAMPLING, PICTURE, RUN, OUTPUT = (
+    "Story",
+    "Model",
+    "Method",
+    "Sampling",
+    "Picture",
+    "Running",
+    "Output",
+)
+
+
+def option(panel: str, *names: str, **extra: Any) -> Any:
+    """A Typer option in a help panel."""
+    return typer.Option(*names, rich_help_panel=panel, show_default=False, **extra)
+
+
+@contextmanager
+def reported(resumable: bool = False) -> Iterator[None]:
+    """Print what a user did wrong, or what ran out, as one message; exit code 2, 1, or 130 for Ctrl-C."""
+    try:
+        yield
+    except FastoryError as error:
+        stderr.print(f"[bold red]error:[/] {_plain(error)}", soft_wrap=True)
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        hint = " Finished pictures are kept; the same command goes on from them." if resumable else ""
+        stderr.print(f"[bold]stopped.[/]{hint}", soft_wrap=True)
+        raise typer.Exit(130) from None
+    except BrokenPipeError:
+        # Whoever read our lines is gone; keep Python from failing once more while it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(1) from None
+
+
+@app.command()
+def generate(
+    stories: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Story files (.txt, .yaml, .json), or names of bundled examples. None: the first example.",
+            show_default=False,
+        ),
+    ] = None,
+    mode: Annotated[str, option(METHOD, help="iterative or causal.")] = "iterative",
+    preset: Annotated[
+        str | None, option(METHOD, help="paper, story-iter, story-iter-fast or ar-ldm.")
+    ] = None,
+    iterations: Annotated[int | None, option(METHOD, help="Rounds after round 0.")] = None,
+    reference_scale: Annotated[
+        str | None,
+        option(METHOD, metavar="FIRST:LAST", help="Weight of the references, first to last round."),
+    ] = None,
+    references: Annotated[
+        str | None, option(METHOD, help="Frames of the last round that a frame sees: all, others or cast.")
+    ] = None,
+    reference_fit: Annotated[
+        str | None, option(METHOD, help="How a reference that is not square is fitted: pad, squash or crop.")
+    ] = None,
+    reference_start: Annotated[
+        int | None, option(METHOD, help="First round that sees the pictures of characters (default 1).")
+    ] = None,
+    model: Annotated[
+        str,
+        option(MODEL, help="builtin, a diffusers folder, a .safetensors file (with --config), or a hub id."),
+    ] = "builtin",
+    config: Annotated[
+        Path | None, option(MODEL, help="Folder with the configuration of a single .safetensors file.")
+    ] = None,
+    ip_adapter: Annotated[str | None, option(MODEL, help="IP-Adapter weights (.safetensors).")] = None,
+    image_encoder: Annotated[str | None, option(MODEL, help="Folder of the CLIP image encoder.")] = None,
+    lora: Annotated[
+        list[str] | None, option(MODEL, metavar="PATH[:WEIGHT]", help="LoRA file; repeatable.")
+    ] = None,
+    offline: Annotated[bool, option(MODEL, help="Never ask a hub.")] = False,
+    steps: Annotated[int | None, option(SAMPLING, help="Denoising steps.")] = None,
+    guidance_scale: Annotated[float | None, option(SAMPLING, help="Classifier-free guidance.")] = None,
+    scheduler: Annotated[
+        str | None, option(SAMPLING, help="ddim, lcm, euler, euler-ancestral, dpm++, unipc or pndm.")
+    ] = None,
+    seed: Annotated[int | None, option(SAMPLING, help="Seed of the initial noise.")] = None,
+    noise: Annotated[str | None, option(SAMPLING, help="shared by all frames, or per-frame.")] = None,
+    style: Annotated[
+        str | None, option(PICTURE, help="comic, film, realistic, none, or any text with {prompt}.")
+    ] = None,
+    negative_prompt: Annotated[str | None, option(PICTURE, help="What the pictures should not show.")] = None,
+    width: Annotated[int | None, option(PICTURE, help="Pixels.")] = None,
+    height: Annotated[int | None, option(PICTURE, help="Pixels.")] = None,
+    dtype: Annotated[str, option(RUN, help="auto, float32, float16 or bfloat16.")] = "auto",
+    device: Annotated[str, option(RUN, help="auto, cpu, cuda or cuda:N.")] = "auto",
+    batch_size: Annotated[
+        int | None, option(RUN, help="Frames at once (default: chosen from free memory).")
+    ] = None,
+    output: Annotated[
+        Path | None, option(OUTPUT, "--output", "-o", help="Run folder (default: under ./stories).")
+    ] = None,
+    overwrite: Annotated[bool, option(OUTPUT, help="Draw anew what the run folder holds.")] = False,
+    frames: Annotated[
+        str | None,
+        option(OUTPUT, metavar="3,7-9", help="Redraw only these frames of a finished run; counted from 0."),
+    ] = None,
+    redraw_seed: Annotated[
+        int | None, option(OUTPUT, help="Another seed for the frames of --frames.")
+    ] = None,
+    quiet: Annotated[bool, option(OUTPUT, help="Print the run folder and nothing else.")] = False,
+    json_lines: Annotated[bool, option(OUTPUT, "--json", help="Print events as JSON lines.")] = False,
+) -> None:
+    """Draw stories: every picture of every round, a contact sheet and a storybook page, in a run folder.
+
+    The same command goes on where a run was interrupted.
+    """
+    settings = {
+        "mode": mode,
+        "iterations": iterations,
+        "reference_scale": reference_scale,
+        "references": references,
+        "reference_fit": reference_fit,
+        "reference_start": reference_start,
+        "steps": steps,
+        "guidance_scale": guidance_scale,
+        "scheduler": scheduler,
+        "seed": seed,
+        "noise": noise,
+        "style": style,
+        "negative_prompt": negative_prompt,
+        "width": width,
+        "height": height,
+    }
+    with reported(resumable=True):
+        if redraw_seed is not None and frames is None:
+            raise InputError("--redraw-seed wants --frames: which frames are to be redrawn?")
+        chosen = parse_frames(frames)
+        read = read_stories(stories or [])
+        opened = open_model(model, config, ip_adapter, image_encoder, lora or [], device, dtype, offline)
+        from fastory.pipeline import generate as draw
+
+        events = draw(
+            read,
+            model=opened,
+            preset=preset,
+            output=output,
+            under=Path("stories"),
+            overwrite=overwrite,
+            frames=chosen,
+            redraw_seed=redraw_seed,
+            batch_size=batch_size,
+            **settings,
+        )
+        show(events, quiet=quiet, json_lines=json_lines)
+
+
+@app.command()
+def doctor() -> None:
+    """Print versions, devices, and which kernels would run and why not others, to paste in a bug report."""
+    with reported():
+        _quiet_libraries()
+        from fastory.doctor import report
+
+        typer.echo("\n".join(report()))
+
+
+@app.command()
+def convert(
+    path: Annotated[Path, typer.Argument(help="A .bin, .pt or .ckpt file.", show_default=False)],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The .safetensors file to write.")
+    ] = None,
+) -> None:
+    """Turn a pickled IP-Adapter into safetensors; nothing in the file is executed (weights_only)."""
+    with reported():
+        _quiet_libraries()
+        from fastory.checkpoints import convert_pickle
+
+        typer.echo(str(convert_pickle(path, output)))
+
+
+def parse_frames(text: str | None) -> list[int] | None:
+    """Frame numbers of 3,7-9. Raises InputError."""
+    if text is None:
+        return None
+    chosen: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
+            raise InputError(f"--frames: wanted numbers and ranges such as 3,7-9, got {text!r}")
+        chosen.update(range(int(first), int(last or first) + 1))
+    return sorted(chosen)
+
+
+def read_stories(names: list[str]) -> list[Any]:
+    """Story files, and bundled examples by name."""
+    from fastory.builtin import DEFAULT_EXAMPLE, EXAMPLES
+    from fastory.story import Story
+
+    names = names or [DEFAULT_EXAMPLE]
+    return [
+        Story.read(EXAMPLES[name] if name in EXAMPLES and not Path(name).exists() else Path(name))
+        for name in names
+    ]
+
+
+def open_model(
+    model: str,
+    config: Path | None,
+    ip_adapter: str | None,
+    image_encoder: str | None,
+    loras: list[str],
+    device: str,
+    dtype: str,
+    offline: bool,
+) -> Any:
+    """The StoryModel that the options name."""
+    if offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    _quiet_libraries()
+    from fastory.model import StoryModel
+
+    return StoryModel.open(
+        model,
+        config=config,
+        ip_adapter=ip_adapter,
+        image_encoder=image_encoder,
+        loras=[parse_lora(text) for text in loras],
+        device=device,
+        dtype=dtype,
+        offline=offline,
+    )
+
+
+def parse_lora(text: str) -> tuple[str, float]:
+    """PATH[:WEIGHT]; a colon that no number follows belongs to the path."""
+    path, colon, weight = text.rpartition(":")
+    try:
+        return (path, float(weight)) if colon and path else (text, 1.0)
+    except ValueError:
+        return text, 1.0
+
+
+def show(events: Iterator[Event], *, quiet: bool, json_lines: bool) -> None:
+    """Print events as JSON lines, as progress, or only the run folder."""
+    from fastory.events import as_json
+
+    if json_lines:
+        for event in events:
+            typer.echo(as_json(event))
+        return
+    with Screen(quiet) as screen:
+        for event in events:
+            screen.show(event)
+
+
+class Screen:
+    """Progress for people: notes on stderr, a bar over the story's denoising steps, the run folder on stdout."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.quiet = quiet
+        self.progress = Progress(
+            TextColumn("  {task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("steps,"),
+            TimeRemainingColumn(),  # from the measured step times
+            TextColumn("left"),
+            console=stderr,
+            disable=quiet,
+            speed_estimate_period=120,
+        )
+        self.task = self.progress.add_task("", visible=False)
+        self.done_in_round = 0
+
+    def __enter__(self) -> Screen:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def note(self, text: str) -> None:
+        """One line above the bar."""
+        if not self.quiet:
+            self.progress.console.print(f"  {text}", soft_wrap=True)
+
+    def show(self, event: Event) -> None:
+        """One event."""
+        from fastory import events
+
+        match event:
+            case events.StoryStarted():
+                state = f"; {event.finished} of {event.total} pictures are finished" if event.finished else ""
+                self.note(
+                    f"[bold]{_plain(event.story)}[/]: {event.frames} frames, {event.rounds - 1} rounds{state}"
+                )
+                total = (event.total - event.finished) * event.steps
+                self.progress.reset(self.task, total=total, visible=total > 0)
+            case events.BatchChosen():
+                self.note(_plain(event.reason))
+            case events.Notice():
+                self.note(f"[yellow]note:[/] {_plain(event.message)}")
+            case events.RoundStarted():
+                self.round, self.done_in_round = f"round {event.round} of {event.rounds}", 0
+            case events.StepDone():
+                first, last = event.frames[0], event.frames[-1]
+                which = f"frame {first}" if first == last else f"frames {first}-{last}"
+                described = f"{self.round}, {which}, step {event.step} of {event.steps}"
+                self.done_in_round += len(event.frames)
+                self.progress.update(self.task, advance=len(event.frames), description=described)
+            case events.FrameDrawn() if event.left_out:
+                which = f"frame {event.frame} of round {event.round}"
+                self.note(f"[yellow]note:[/] {which} {event.left_out}; it is left out as a reference")
+            case events.BatchHalved():
+                self.progress.update(self.task, advance=-self.done_in_round)
+                again = f"round {event.round} again, {event.size} at once"
+                self.note(f"[yellow]out of memory[/] ({_plain(event.needed)}); {again}")
+            case events.RoundFinished():
+                self.note(f"round {event.round} of {event.rounds}: {event.seconds:.1f} s")
+            case events.StoryFinished():
+                self.note(f"sheet      {_plain(event.sheet)}")
+                self.note(f"storybook  {_plain(event.storybook)}")
+                self.progress.update(self.task, visible=False)
+                self.progress.refresh()
+                typer.echo(str(event.folder))
+
+
+def _plain(value: object) -> str:
+    """Text that rich prints as it is."""
+    from rich.markup import escape
+
+    return escape(str(value))
+
+
+def _quiet_libraries() -> None:
+    """Keep import-time remarks of transformers and diffusers off the user's screen; their errors still show."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+
+
+def main() -> None:
+    """Entry point of the `fastory` command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""`fastory doctor`: what a bug report should hold."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+
+import psutil
+import torch
+
+from fastory import __version__
+from fastory.kernels import choice
+
+PACKAGES = (
+    "torch",
+    "triton",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "peft",
+    "safetensors",
+    "pillow",
+    "xformers",
+    "onnx",
+    "tensorrt",
+)
+
+
+def report() -> Iterator[str]:
+    """Lines of text: versions, devices, and which kernels would run and why not others. No path, no host name."""
+    yield f"fastory {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"
+    yield ""
+    yield "packages"
+    for package in PACKAGES:
+        yield f"  {package:<13} {_version(package)}"
+    yield ""
+    yield "devices"
+    memory = psutil.virtual_memory()
+    free, total = memory.available / 2**30, memory.total / 2**30
+    threads = torch.get_num_threads()
+    yield f"  cpu           {psutil.cpu_count()} cores, {threads} threads, {free:.1f} of {total:.1f} GiB free"
+    yield from _cuda_lines()
+    yield ""
+    yield "kernels"
+    for chosen in choice.describe():
+        yield f"  {chosen.device:<13} {chosen.implementation} ({chosen.reason})"
+        for name, why in chosen.others.items():
+            yield f"  {'':<13} not {name}: {why}"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _cuda_lines() -> Iterator[str]:
+    if not torch.cuda.is_available():
+        build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a build without CUDA"
+        yield f"  cuda          none: PyTorch is {build}{'' if sys.platform == 'linux' else ', and Triton needs Linux'}"
+        return
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        free, total = torch.cuda.mem_get_info(index)
+        yield (
+            f"  cuda:{index}        {properties.name}, sm_{properties.major}{properties.minor}, "
+            f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free, CUDA {torch.version.cuda}"
+        )
