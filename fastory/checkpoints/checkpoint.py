@@ -73,7 +73,7 @@ def open_checkpoint(
         tensor_shapes(file)
     given = encoder_path(image_encoder, offline=offline) if image_encoder is not None else None
     if header:
-        # Before the encoder is looked for: of an adapter of the other family that would be the lesser complaint.
+        # Before the encoder is looked for: an adapter of the other family wants another encoder too.
         check_text_width(header, _text_width(path if path.is_dir() else config))
     encoder_folder = find_image_encoder(given, path if path.is_dir() else None, header)
 

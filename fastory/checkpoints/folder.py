@@ -70,13 +70,9 @@ def open_folder(folder: Path, dtype: torch.dtype) -> tuple[Pipeline, Family, tup
     for name, model_class in classes.items():
         parts[name], read = load_part(model_class, folder / name, dtype)
         files += read
+    parts |= optional_parts(folder, family, parts.get("safety_checker"))
     with loading(f"{folder} cannot be opened as {family.title}"):
-        pipeline = family.pipeline.from_pretrained(
-            folder,
-            local_files_only=True,
-            **parts,
-            **optional_parts(folder, family, parts.get("safety_checker")),
-        )
+        pipeline = family.pipeline.from_pretrained(folder, local_files_only=True, **parts)
     return pipeline, family, tuple(files)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,18 +34,24 @@ def open_single_file(
     folder = config or config_folder(model_type, offline=offline)
     family = check_folder(folder)
     _check_same_family(path, folder, family)
-    with loading(f"{path} cannot be opened as {family.title} with the configs of {folder}"):
-        # With a local folder as config the hub is never asked.
-        pipeline = family.pipeline.from_single_file(
-            str(path),
-            config=str(folder),
-            dtype=dtype,
-            local_files_only=True,
-            **optional_parts(folder, family, None),
-        )
+    pipeline = _load(path, folder, family, dtype)
     for part in family.parts:
         _check_complete(path, part, getattr(pipeline, part))
     return pipeline, family, folder
+
+
+def _load(path: Path, folder: Path, family: Family, dtype: torch.dtype) -> Pipeline:
+    parts = optional_parts(folder, family, None)
+    with loading(f"{path} cannot be opened as {family.title} with the configs of {folder}"):
+        # With a local folder as config the hub is never asked.
+        open_file = partial(
+            family.pipeline.from_single_file, str(path), config=str(folder), local_files_only=True, **parts
+        )
+        try:
+            return open_file(dtype=dtype)
+        except NotImplementedError:
+            # The cast stumbles over weights that the file lacks; without it they can be named.
+            return open_file()
 
 
 def _model_type(path: Path) -> str:
@@ -71,11 +78,11 @@ def _check_same_family(path: Path, folder: Path, family: Family) -> None:
 
 
 def _check_complete(path: Path, name: str, part: torch.nn.Module) -> None:
-    """What the file lacks the loader leaves without memory, which would fail only while drawing."""
+    """What the file lacks the loader leaves without memory, which would fail while drawing."""
     missing = [key for key, value in part.state_dict().items() if value.is_meta]
     if missing:
         raise InputError(
-            f"{path} lacks {len(missing)} weights of the {name}, the first is {missing[0]}; the configs are of "
-            "another architecture or the file is incomplete."
+            f"{path} lacks {len(missing)} weights of the {name}, the first is {missing[0]}; the configs are "
+            "of another architecture or the file is incomplete."
         )
     part.eval().requires_grad_(False)
