@@ -1,0 +1,39 @@
+"""Tile sizes per architecture, read from the JSON files beside a kernel."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+LAUNCH = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
+
+
+@functools.cache
+def _rules(folder: Path, capability: int) -> tuple[dict[str, Any], ...]:
+    named = folder / f"sm_{capability}.json"
+    files = [named] if named.exists() else []
+    return tuple(
+        rule for path in [*files, folder / "default.json"] for rule in json.loads(path.read_text())["rules"]
+    )
+
+
+@functools.cache
+def lookup(
+    folder: Path, capability: int, path: str, bits: int, width: int, queries: int
+) -> dict[str, int] | None:
+    """The launch settings of the first rule that fits, the architecture's file before default.json; None where none does.
+
+    capability: 80, 89, 90, ...; path: the kernel's own word for one of its ways; bits: of the element type;
+    width: the head's; queries: L. A rule may say path, bits, up_to_width and from_queries; what it leaves out fits all.
+    """
+    for rule in _rules(folder, capability):
+        if (
+            rule.get("path", path) == path
+            and rule.get("bits", bits) == bits
+            and width <= rule.get("up_to_width", width)
+            and queries >= rule.get("from_queries", queries)
+        ):
+            return {name: rule[name] for name in LAUNCH} | {"enable_fp_fusion": True}
+    return None

@@ -1,0 +1,130 @@
+"""What the two attention kernels share: tiles of a head, split where its width is no power of two, online softmax.
+
+A head of width D is read as two parts, D0 = the largest power of two in D and D1 = the rest rounded up (0 for none):
+40 = 32 + 16 with 8 columns masked, 80 = 64 + 16, 160 = 128 + 32. Padding to 64, 128, 256 would cost 1.6 times the
+matrix work. Scores stay unscaled until the exponent, where scale * s - scale * max is one fused multiply-add.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+def split(width: int) -> tuple[int, int]:
+    """(D0, D1) for a head of `width`; a product of tiles needs at least 16 columns."""
+    first = max(16, 1 << (width.bit_length() - 1))
+    rest = max(0, width - first)
+    return first, max(16, 1 << (rest - 1).bit_length()) if rest else 0
+
+
+def pieces(*strides: int) -> int:
+    """8 where every stride is a multiple of 8 elements, else 1.
+
+    Triton learns from an integer argument only whether 16 divides it, and 40 * 8 heads needs 8: strides are passed
+    divided by this and multiplied in the kernel, where the compiler sees the factor and loads 16 bytes at a time.
+    """
+    return 8 if all(stride % 8 == 0 for stride in strides) else 1
+
+
+@triton.jit
+def load_part(base, rows, stride, keep, FIRST: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr):
+    """Columns FIRST .. FIRST + WIDTH of the given rows of a (n, D) matrix at `base`; zero outside."""
+    column = FIRST + tl.arange(0, WIDTH)
+    kept = keep[:, None]
+    if FIRST + WIDTH > D:
+        kept = kept & (column < D)[None, :]
+    return tl.load(base + rows[:, None] * stride + column[None, :], mask=kept, other=0.0)
+
+
+@triton.jit
+def load_rows(base, rows, stride, keep, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+    """The two parts of the given rows; the second is the first again, and unused, where D1 is 0."""
+    x0 = load_part(base, rows, stride, keep, 0, D, D0)
+    x1 = x0
+    if D1 > 0:
+        x1 = load_part(base, rows, stride, keep, D0, D, D1)
+    return x0, x1
+
+
+@triton.jit
+def multiply(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """acc + a b in float32. UPCAST is for the interpreter, which multiplies bfloat16 as bit patterns."""
+    if UPCAST:
+        acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    else:
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def score(q0, q1, k0, k1, D1: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """q k', unscaled, (BLOCK_M, BLOCK_N) float32."""
+    s = tl.zeros((q0.shape[0], k0.shape[0]), tl.float32)
+    s = multiply(q0, tl.trans(k0), s, PRECISION, UPCAST)
+    if D1 > 0:
+        s = multiply(q1, tl.trans(k1), s, PRECISION, UPCAST)
+    return s
+
+
+@triton.jit
+def weigh(p, v0, v1, acc0, acc1, D1: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """The two parts of acc + p v, p in the type of v."""
+    p = p.to(v0.dtype)
+    acc0 = multiply(p, v0, acc0, PRECISION, UPCAST)
+    if D1 > 0:
+        acc1 = multiply(p, v1, acc1, PRECISION, UPCAST)
+    return acc0, acc1
+
+
+@triton.jit
+def empty_softmax(BLOCK_M: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+    """(running maximum, running sum, first part, second part) of an online softmax that has seen no key."""
+    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc0 = tl.zeros((BLOCK_M, D0), tl.float32)
+    acc1 = tl.zeros((BLOCK_M, D1 if D1 > 0 else 16), tl.float32)
+    return top, total, acc0, acc1
+
+
+@triton.jit
+def rescale(s, top, total, acc0, acc1, SCALE: tl.constexpr, GUARD: tl.constexpr, D1: tl.constexpr):
+    """One step of the online softmax up to the product with v: (p, top, total, acc0, acc1).
+
+    `s` holds -inf where a query does not see a key. GUARD is for rows that may have seen no key yet.
+    """
+    new = tl.maximum(top, tl.max(s, 1))
+    shift = new * SCALE
+    if GUARD:
+        shift = tl.where(new == float("-inf"), 0.0, shift)
+    p = tl.exp2(s * SCALE - shift[:, None])
+    fade = tl.exp2(top * SCALE - shift)
+    acc0 = acc0 * fade[:, None]
+    if D1 > 0:
+        acc1 = acc1 * fade[:, None]
+    return p, new, total * fade + tl.sum(p, 1), acc0, acc1
+
+
+@triton.jit
+def seen_range(flags, first, last, SEEN: tl.constexpr, BLOCK: tl.constexpr):
+    """[from, to) of the entries of flags[first:last] that equal SEEN, empty (last, last) where none does."""
+    lowest = last
+    highest = first
+    for start in range(first, last, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        seen = tl.load(flags + index, mask=index < last, other=1 - SEEN).to(tl.int32) == SEEN
+        lowest = tl.minimum(lowest, tl.min(tl.where(seen, index, last), 0))
+        highest = tl.maximum(highest, tl.max(tl.where(seen, index + 1, first), 0))
+    return lowest, tl.maximum(highest, lowest)
+
+
+@triton.jit
+def store_rows(base, rows, stride, keep, x0, x1, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+    """Writes the two parts of the given rows in the type of `base`."""
+    column = tl.arange(0, D0)
+    where = base + rows[:, None] * stride + column[None, :]
+    tl.store(where, x0.to(base.dtype.element_ty), mask=keep[:, None] & (column < D)[None, :])
+    if D1 > 0:
+        column = D0 + tl.arange(0, D1)
+        where = base + rows[:, None] * stride + column[None, :]
+        tl.store(where, x1.to(base.dtype.element_ty), mask=keep[:, None] & (column < D)[None, :])
