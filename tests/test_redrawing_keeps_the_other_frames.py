@@ -1,0 +1,136 @@
+"""Redrawing single frames: the others keep their bytes, the old pictures are kept, a kill in between is made good."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from test_run_folder_keeps_what_it_has import CAPTIONS, FEW, contents, draw, drawn
+
+from fastory import InputError, Story, StoryModel, generate
+from fastory.events import FrameDrawn, Notice
+
+EDITED = [CAPTIONS[0], "a fox is reading a book in the house", CAPTIONS[2]]
+
+
+@pytest.fixture(scope="module")
+def model() -> StoryModel:
+    return StoryModel.open("builtin")
+
+
+@pytest.fixture
+def run(model: StoryModel, tmp_path: Path) -> Iterator[Path]:
+    draw(Story.from_captions(CAPTIONS, title="Fox"), model, tmp_path / "run")
+    yield tmp_path / "run"
+
+
+def pictures(folder: Path) -> dict[str, str]:
+    return {name: digest for name, digest in contents(folder).items() if name.startswith("iteration-")}
+
+
+def test_edited_frame_is_redrawn_in_every_round(run: Path, model: StoryModel) -> None:
+    before = pictures(run)
+    old = contents(run)
+    assert drawn(draw(Story.from_captions(EDITED, title="Fox"), model, run, frames=[1])) == {
+        (0, 1),
+        (1, 1),
+        (2, 1),
+    }
+    after = pictures(run)
+    assert {name for name in before if before[name] != after[name]} == {
+        f"iteration-0{k}/frame-001.png" for k in range(3)
+    }
+    assert contents(run)["history/001/iteration-02/frame-001.png"] == before["iteration-02/frame-001.png"]
+    assert contents(run)["frames/frame-001.png"] == after["iteration-02/frame-001.png"]
+    assert contents(run)["storybook.html"] != old["storybook.html"]
+    assert Story.read(run / "story.yaml").frames[1].caption == EDITED[1]
+    assert not (run / "redraw").exists()
+    # the folder now belongs to the edited story
+    assert not drawn(draw(Story.from_captions(EDITED, title="Fox"), model, run))
+
+
+def test_another_seed_for_single_frames(run: Path, model: StoryModel) -> None:
+    before, story = pictures(run), Story.from_captions(CAPTIONS, title="Fox")
+    draw(story, model, run, frames=[0, 2], redraw_seed=8)
+    after = pictures(run)
+    assert {name[-7:-4] for name in before if before[name] != after[name]} == {"000", "002"}
+    events = draw(story, model, run, frames=[0, 2], redraw_seed=8)
+    assert not drawn(events) and pictures(run) == after
+    assert any("nothing to redraw" in event.message for event in events if isinstance(event, Notice))
+
+
+def test_nothing_changed_is_nothing_to_redraw(run: Path, model: StoryModel) -> None:
+    before = contents(run)
+    events = draw(Story.from_captions(CAPTIONS, title="Fox"), model, run, frames=[1])
+    assert not drawn(events) and contents(run) == before
+
+
+def test_only_listed_frames_may_differ(run: Path, model: StoryModel) -> None:
+    before = contents(run)
+    with pytest.raises(InputError, match="frames 1"):
+        draw(Story.from_captions(EDITED, title="Fox"), model, run, frames=[0])
+    with pytest.raises(InputError, match="0 to 2, got 7"):
+        draw(Story.from_captions(EDITED, title="Fox"), model, run, frames=[1, 7])
+    with pytest.raises(InputError, match="steps"):
+        draw(Story.from_captions(EDITED, title="Fox"), model, run, frames=[1], steps=3)
+    assert contents(run) == before
+
+
+def test_unfinished_run_cannot_be_redrawn(model: StoryModel, tmp_path: Path) -> None:
+    story = Story.from_captions(CAPTIONS, title="Fox")
+    events = generate(story, model=model, output=tmp_path, batch_size=2, **FEW)  # type: ignore[arg-type]
+    for event in events:
+        if isinstance(event, FrameDrawn):
+            break
+    events.close()  # type: ignore[attr-defined]
+    with pytest.raises(InputError, match="not finished"):
+        draw(Story.from_captions(EDITED, title="Fox"), model, tmp_path, frames=[1])
+    with pytest.raises(InputError, match="no run to redraw"):
+        draw(story, model, tmp_path / "nowhere", frames=[1])
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_interrupted_redraw_is_taken_up_again(
+    stop: int, run: Path, model: StoryModel, tmp_path: Path
+) -> None:
+    """Stopped after `stop` pictures, the folder still shows the old ones; the same command finishes it."""
+    story, before = Story.from_captions(EDITED, title="Fox"), pictures(run)
+    events = generate(story, model=model, output=run, batch_size=2, frames=[1], **FEW)  # type: ignore[arg-type]
+    for n, event in enumerate(event for event in events if isinstance(event, FrameDrawn)):
+        if n + 1 == stop:
+            break
+    events.close()  # type: ignore[attr-defined]
+    assert pictures(run) == before
+    with pytest.raises(InputError, match="unfinished redraw of frames 1"):
+        draw(story, model, run)
+    assert len(drawn(draw(story, model, run, frames=[1]))) == 3 - stop
+    draw(Story.from_captions(CAPTIONS, title="Fox"), model, tmp_path / "other")
+    draw(story, model, tmp_path / "other", frames=[1])
+    assert pictures(run) == pictures(tmp_path / "other")
+
+
+@pytest.mark.parametrize("moved", [0, 1, 2, 3])
+def test_killed_while_new_pictures_move_in(moved: int, run: Path, model: StoryModel, tmp_path: Path) -> None:
+    """The manifest decides the move; any number of files may have moved when the process died."""
+    story = Story.from_captions(EDITED, title="Fox")
+    draw(Story.from_captions(CAPTIONS, title="Fox"), model, tmp_path / "whole")
+    draw(story, model, tmp_path / "whole", frames=[1])
+    events = generate(story, model=model, output=run, batch_size=2, frames=[1], **FEW)  # type: ignore[arg-type]
+    for n, event in enumerate(event for event in events if isinstance(event, FrameDrawn)):
+        if n == 2:
+            break
+    events.close()  # type: ignore[attr-defined]
+    manifest = json.loads((run / "manifest.json").read_text())
+    manifest["redraw"]["moving"] = {"history": "history/001", "story": story.to_yaml(run)}
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    for k in range(moved):
+        name = f"iteration-{k:02d}/frame-001.png"
+        kept = run / "history/001" / name
+        kept.parent.mkdir(parents=True)
+        (run / name).rename(kept)
+        if k < moved - 1:  # of the last, only the old picture went away
+            (run / "redraw" / name).rename(run / name)
+    assert not drawn(draw(story, model, run, frames=[1]))
+    assert contents(run) == contents(tmp_path / "whole")
