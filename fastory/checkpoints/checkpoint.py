@@ -72,10 +72,11 @@ def open_checkpoint(
     for file, _ in lora_files:
         tensor_shapes(file)
     given = encoder_path(image_encoder, offline=offline) if image_encoder is not None else None
+    configs = path if path.is_dir() else config
     if header:
         # Before the encoder is looked for: an adapter of the other family wants another encoder too.
-        check_text_width(header, _text_width(path if path.is_dir() else config))
-    encoder_folder = find_image_encoder(given, path if path.is_dir() else None, header)
+        check_text_width(header, _text_width(configs))
+    encoder_folder = find_image_encoder(given, configs, header)
 
     pipeline, family, sources = _open_model(path, config, dtype, offline)
     fuse_loras(pipeline, family, lora_files)
@@ -155,5 +156,5 @@ def _open_model(
             )
         return open_folder(path, dtype)
     refuse_pickle(path)
-    pipeline, family, _ = open_single_file(path, config, dtype, offline=offline)
+    pipeline, family = open_single_file(path, config, dtype, offline=offline)
     return pipeline, family, (path,)

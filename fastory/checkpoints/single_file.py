@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,8 +18,8 @@ TEXT_TO_IMAGE = {"v1", "v2", "xl_base"}
 
 def open_single_file(
     path: Path, config: Path | None, dtype: torch.dtype, *, offline: bool
-) -> tuple[Pipeline, Family, Path]:
-    """The stock pipeline of a single file on the CPU, its family, and the folder its configs came from.
+) -> tuple[Pipeline, Family]:
+    """The stock pipeline of a single file on the CPU, and its family.
 
     Without `config` the configs of the published model are asked of the hub. Raises InputError offline, for
     files that hold no text-to-image model, and for configs of the other family.
@@ -36,22 +35,24 @@ def open_single_file(
     _check_same_family(path, folder, family)
     pipeline = _load(path, folder, family, dtype)
     for part in family.parts:
-        _check_complete(path, part, getattr(pipeline, part))
-    return pipeline, family, folder
+        module = getattr(pipeline, part)
+        if any(weight.is_meta for weight in module.state_dict().values()):
+            raise _incomplete(path, folder)
+        module.eval().requires_grad_(False)
+    return pipeline, family
 
 
 def _load(path: Path, folder: Path, family: Family, dtype: torch.dtype) -> Pipeline:
     parts = optional_parts(folder, family, None)
     with loading(f"{path} cannot be opened as {family.title} with the configs of {folder}"):
-        # With a local folder as config the hub is never asked.
-        open_file = partial(
-            family.pipeline.from_single_file, str(path), config=str(folder), local_files_only=True, **parts
-        )
         try:
-            return open_file(dtype=dtype)
-        except NotImplementedError:
-            # The cast stumbles over weights that the file lacks; without it they can be named.
-            return open_file()
+            # With a local folder as config the hub is never asked.
+            return family.pipeline.from_single_file(
+                str(path), config=str(folder), dtype=dtype, local_files_only=True, **parts
+            )
+        except NotImplementedError as error:
+            # A weight that the file lacks is left without memory, and placing the model stumbles over it.
+            raise _incomplete(path, folder) from error
 
 
 def _model_type(path: Path) -> str:
@@ -77,12 +78,8 @@ def _check_same_family(path: Path, folder: Path, family: Family) -> None:
         raise InputError(f"{path} is {found.title}; the configs in {folder} are of {family.title}.")
 
 
-def _check_complete(path: Path, name: str, part: torch.nn.Module) -> None:
-    """What the file lacks the loader leaves without memory, which would fail while drawing."""
-    missing = [key for key, value in part.state_dict().items() if value.is_meta]
-    if missing:
-        raise InputError(
-            f"{path} lacks {len(missing)} weights of the {name}, the first is {missing[0]}; the configs are "
-            "of another architecture or the file is incomplete."
-        )
-    part.eval().requires_grad_(False)
+def _incomplete(path: Path, folder: Path) -> InputError:
+    return InputError(
+        f"{path} lacks weights that the configs in {folder} ask for: it is incomplete, or they are of another "
+        "architecture."
+    )
