@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 LAUNCH = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
 
 
@@ -37,3 +39,12 @@ def lookup(
         ):
             return {name: rule[name] for name in LAUNCH} | {"enable_fp_fusion": True}
     return None
+
+
+@functools.cache
+def capability(device: torch.device) -> int:
+    """80, 90, ... for a CUDA device; the oldest for any other, on which the interpreter runs."""
+    if device.type != "cuda":
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor

@@ -18,33 +18,42 @@ def split(width: int) -> tuple[int, int]:
     return first, max(16, 1 << (rest - 1).bit_length()) if rest else 0
 
 
-def pieces(*strides: int) -> int:
-    """8 where every stride is a multiple of 8 elements, else 1.
+def pieces(*extents: int) -> int:
+    """8 where every stride and every address, counted in elements, is a multiple of 8, else 1.
 
     Triton learns from an integer argument only whether 16 divides it, and 40 * 8 heads needs 8: strides are passed
     divided by this and multiplied in the kernel, where the compiler sees the factor and loads 16 bytes at a time.
     """
-    return 8 if all(stride % 8 == 0 for stride in strides) else 1
+    return 8 if all(extent % 8 == 0 for extent in extents) else 1
 
 
 @triton.jit
-def load_part(base, rows, stride, keep, FIRST: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr):
-    """Columns FIRST .. FIRST + WIDTH of the given rows of a (n, D) matrix at `base`; zero outside."""
+def load_part(rows, keep, FIRST: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr):
+    """Columns FIRST .. FIRST + WIDTH of the rows of width D that these pointers (n,) begin; zero outside."""
     column = FIRST + tl.arange(0, WIDTH)
     kept = keep[:, None]
     if FIRST + WIDTH > D:
         kept = kept & (column < D)[None, :]
-    return tl.load(base + rows[:, None] * stride + column[None, :], mask=kept, other=0.0)
+    return tl.load(rows[:, None] + column[None, :], mask=kept, other=0.0)
 
 
 @triton.jit
-def load_rows(base, rows, stride, keep, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
-    """The two parts of the given rows; the second is the first again, and unused, where D1 is 0."""
-    x0 = load_part(base, rows, stride, keep, 0, D, D0)
+def load_rows(rows, keep, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+    """The two parts of the rows at these pointers; the second is the first again, and unused, where D1 is 0."""
+    x0 = load_part(rows, keep, 0, D, D0)
     x1 = x0
     if D1 > 0:
-        x1 = load_part(base, rows, stride, keep, D0, D, D1)
+        x1 = load_part(rows, keep, D0, D, D1)
     return x0, x1
+
+
+@triton.jit
+def choose_rows(first, a, b, ALIGNED: tl.constexpr):
+    """Row pointers a where `first`, else b. The choice hides their alignment from the compiler, which is told again."""
+    rows = tl.where(first, a, b)
+    if ALIGNED:
+        rows = tl.multiple_of(rows, 16)
+    return rows
 
 
 @triton.jit
@@ -119,12 +128,16 @@ def seen_range(flags, first, last, SEEN: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def store_rows(base, rows, stride, keep, x0, x1, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
-    """Writes the two parts of the given rows in the type of `base`."""
-    column = tl.arange(0, D0)
-    where = base + rows[:, None] * stride + column[None, :]
-    tl.store(where, x0.to(base.dtype.element_ty), mask=keep[:, None] & (column < D)[None, :])
+def store_part(rows, keep, x, FIRST: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr):
+    """Writes columns FIRST .. FIRST + WIDTH, as far as they exist, of the rows at these pointers."""
+    column = FIRST + tl.arange(0, WIDTH)
+    kept = keep[:, None] & (column < D)[None, :]
+    tl.store(rows[:, None] + column[None, :], x.to(rows.dtype.element_ty), mask=kept)
+
+
+@triton.jit
+def store_rows(rows, keep, x0, x1, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+    """Writes the two parts of the rows at these pointers, in the pointers' type."""
+    store_part(rows, keep, x0, 0, D, D0)
     if D1 > 0:
-        column = D0 + tl.arange(0, D1)
-        where = base + rows[:, None] * stride + column[None, :]
-        tl.store(where, x1.to(base.dtype.element_ty), mask=keep[:, None] & (column < D)[None, :])
+        store_part(rows, keep, x1, D0, D, D1)

@@ -14,7 +14,6 @@ Story-Adapter (arXiv 2410.06244). A program computes BLOCK_M queries of one head
 from __future__ import annotations
 
 import contextlib
-import functools
 from pathlib import Path
 
 import torch
@@ -23,8 +22,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fastory.kernels import choice
-from fastory.kernels.configs import lookup
+from fastory.kernels.configs import capability, lookup
 from fastory.kernels.tiles import (
+    choose_rows,
     empty_softmax,
     load_rows,
     pieces,
@@ -82,17 +82,16 @@ def _one_tile(
     text_keys, ref_keys, groups, kt_token, vt_token, kr_token, vr_token, scale_group, mask_group, mask_query,
     TOKENS: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, SCALE: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Segmented softmax over one tile that holds the text keys and, right after them, the reference keys."""
     key = tl.arange(0, BLOCK_N)
     text = key < text_keys
     ref = key - text_keys
     seen = _sees(visible, ref, (ref >= 0) & (ref < ref_keys), TOKENS)
-    kt0, kt1 = load_rows(k_text, key, kt_token, text, D, D0, D1)
-    kr0, kr1 = load_rows(k_ref, ref, kr_token, seen, D, D0, D1)
-    s = score(
-        q0, q1, tl.where(text[:, None], kt0, kr0), tl.where(text[:, None], kt1, kr1), D1, PRECISION, UPCAST
-    )
+    k = choose_rows(text, k_text + key * kt_token, k_ref + ref * kr_token, ALIGNED)
+    k0, k1 = load_rows(k, text | seen, D, D0, D1)
+    s = score(q0, q1, k0, k1, D1, PRECISION, UPCAST)
     top = tl.max(tl.where(text[None, :], s, float("-inf")), 1)
     s = tl.where(text[None, :], s * SCALE - (top * SCALE)[:, None], s)
     for group in range(groups):
@@ -110,10 +109,9 @@ def _one_tile(
         gate = _gate(scale, mask, group, query, keep, scale_group, mask_group, mask_query)
         gate /= tl.where(total > 0.0, total, 1.0)
         weight = tl.where(inside[None, :], gate[:, None], weight)
-    vt0, vt1 = load_rows(v_text, key, vt_token, text, D, D0, D1)
-    vr0, vr1 = load_rows(v_ref, ref, vr_token, seen, D, D0, D1)
+    v = choose_rows(text, v_text + key * vt_token, v_ref + ref * vr_token, ALIGNED)
+    v0, v1 = load_rows(v, text | seen, D, D0, D1)
     _, _, out0, out1 = empty_softmax(BLOCK_M, D0, D1)
-    v0, v1 = tl.where(text[:, None], vt0, vr0), tl.where(text[:, None], vt1, vr1)
     return weigh(p * weight, v0, v1, out0, out1, D1, PRECISION, UPCAST)
 
 
@@ -131,11 +129,11 @@ def _online_segment(
     for start in range(first, last, BLOCK_N):
         keep = start + step < last
         seen = _sees(visible, start + step, keep, TOKENS)
-        k0, k1 = load_rows(k, step, k_token, keep, D, D0, D1)
+        k0, k1 = load_rows(k + step * k_token, keep, D, D0, D1)
         s = score(q0, q1, k0, k1, D1, PRECISION, UPCAST)
         s = tl.where(seen[None, :], s, float("-inf"))
         p, top, total, acc0, acc1 = rescale(s, top, total, acc0, acc1, SCALE, False, D1)
-        v0, v1 = load_rows(v, step, v_token, keep, D, D0, D1)
+        v0, v1 = load_rows(v + step * v_token, keep, D, D0, D1)
         acc0, acc1 = weigh(p, v0, v1, acc0, acc1, D1, PRECISION, UPCAST)
         k += BLOCK_N * k_token
         v += BLOCK_N * v_token
@@ -208,13 +206,13 @@ def grca_kernel(
         ref_visible += row * visible_row
     if mask is not None:
         mask += row * mask_row
-    q0, q1 = load_rows(q, step, q_token * PIECE, keep, D, D0, D1)
+    q0, q1 = load_rows(q + step * (q_token * PIECE), keep, D, D0, D1)
     if ONE_TILE:
         out0, out1 = _one_tile(
             q0, q1, query, keep, k_text, v_text, k_ref, v_ref, scale, ref_offsets, ref_visible, mask,
             text_keys, ref_keys, groups, kt_token * PIECE, vt_token * PIECE, kr_token * PIECE, vr_token * PIECE,
             scale_group, mask_group, mask_query,
-            TOKENS, D, D0, D1, SCALE, PRECISION, UPCAST, BLOCK_M, BLOCK_N,
+            TOKENS, D, D0, D1, SCALE, PRECISION, UPCAST, BLOCK_M, BLOCK_N, PIECE == 8,
         )  # fmt: skip
     else:
         out0, out1 = _online(
@@ -224,7 +222,7 @@ def grca_kernel(
             TOKENS, D, D0, D1, SCALE, PRECISION, UPCAST, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     out += (row * out_row + start * out_token) * PIECE + head * D
-    store_rows(out, step, out_token * PIECE, keep, out0, out1, D, D0, D1)
+    store_rows(out + step * (out_token * PIECE), keep, out0, out1, D, D0, D1)
 
 
 def settings(capability: int, bits: int, width: int, queries: int, keys: int) -> dict[str, int | bool]:
@@ -237,7 +235,7 @@ def settings(capability: int, bits: int, width: int, queries: int, keys: int) ->
     return {"ONE_TILE": False, **launch}
 
 
-def _arguments(
+def arguments(
     q: Tensor,
     k_text: Tensor,
     v_text: Tensor,
@@ -254,9 +252,13 @@ def _arguments(
     groups = 0 if k_ref.shape[1] == 0 else 1 if ref_offsets is None else ref_offsets.shape[0] - 1
     tensors = [q, k_text.expand(rows, -1, -1, -1), v_text.expand(rows, -1, -1, -1), k_ref, v_ref, out]
     strides = [stride for x in tensors for stride in x.stride()[:3]][:-1]
-    piece = pieces(*strides)
-    weights = scale.expand(rows, max(groups, 1))
-    visible_row = 0 if ref_visible is None else ref_visible.stride(0)
+    piece = pieces(*strides, *(x.data_ptr() // x.element_size() for x in tensors))
+    weights = scale.expand(rows, scale.shape[-1] if scale.dim() else 1)
+    if ref_visible is not None:
+        ref_visible = ref_visible.contiguous()
+    visible_row = 0 if ref_visible is None else ref_visible.shape[1]
+    if ref_offsets is not None:
+        ref_offsets = ref_offsets.contiguous()
     mask_strides = (0, 0, 0) if mask is None else mask.expand(rows, -1, -1).stride()
     pointers = [q, k_text, v_text, k_ref, v_ref, scale, ref_offsets, ref_visible, mask, out]
     sizes = [queries, k_text.shape[1], k_ref.shape[1], k_ref.shape[0], groups]
@@ -285,14 +287,6 @@ def constants(width: int, tokens_per_ref: int, dtype: torch.dtype, piece: int) -
     }
 
 
-@functools.cache
-def _capability(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 80
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
 def grca_triton(
     q: Tensor,
     k_text: Tensor,
@@ -314,10 +308,10 @@ def grca_triton(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if out.numel() == 0:
         return out
-    arguments, piece = _arguments(q, k_text, v_text, k_ref, v_ref, scale, ref_offsets, ref_visible, mask, out)
+    passed, piece = arguments(q, k_text, v_text, k_ref, v_ref, scale, ref_offsets, ref_visible, mask, out)
     keys = k_text.shape[1] + k_ref.shape[1]
-    launch = settings(_capability(q.device), 8 * q.element_size(), width, queries, keys)
+    launch = settings(capability(q.device), 8 * q.element_size(), width, queries, keys)
     grid = (heads, triton.cdiv(queries, launch["BLOCK_M"]), rows)
     with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
-        grca_kernel[grid](*arguments, **constants(width, tokens_per_ref, q.dtype, piece), **launch)
+        grca_kernel[grid](*passed, **constants(width, tokens_per_ref, q.dtype, piece), **launch)
     return out

@@ -1,0 +1,189 @@
+"""Local causal attention over groups of tokens in one pass, in Triton.
+
+    O = softmax(Q K' / sqrt d + M) V,  M[i, j] = 0 if group(i) - window < group(j) <= group(i), else -inf
+
+Causal-Story (ICASSP 2024), equation 3. A program computes BLOCK_M queries of one head of one row by online softmax over
+the keys that one of its queries may see: the prefix, then the band from the first query's oldest group to the last
+query's own. Both run in one loop, so that no tile is half empty between them; padding at either end of the band (the
+empty slots of a ring) is not read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from pathlib import Path
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastory.kernels import choice
+from fastory.kernels.configs import capability, lookup
+from fastory.kernels.tiles import (
+    empty_softmax,
+    load_rows,
+    pieces,
+    rescale,
+    score,
+    seen_range,
+    split,
+    store_rows,
+    weigh,
+)
+
+CONFIGS = Path(__file__).with_name("configs")
+LOG2_E = 1.4426950408889634
+RUNTIME = [
+    *("queries", "keys", "group_size", "window", "query_group", "query_group_size", "prefix"),
+    *("q_row", "q_token", "q_head", "k_row", "k_token", "k_head", "v_row", "v_token", "v_head"),
+    *("out_row", "out_token", "padding_row"),
+]
+
+
+@triton.jit
+def _band(padding, low, high, keys, group_size, window, prefix):
+    """History keys [from, to), counted from the prefix on, of groups low - window < g <= high, padding cut off."""
+    last = tl.minimum((high + 1) * group_size, keys - prefix)
+    oldest = tl.where(window > 0, tl.maximum(low - window + 1, 0), 0)
+    first = tl.minimum(oldest * group_size, last)
+    if padding is not None:
+        first, last = seen_range(padding + prefix, first, last, 0, 128)
+    return first, last
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def banded_kernel(
+    q, k, v, key_padding, out,
+    queries, keys, group_size, window, query_group, query_group_size, prefix,
+    q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head, out_row, out_token, padding_row,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, SCALE: tl.constexpr,
+    PIECE: tl.constexpr, ONE_GROUP: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Grid (H, ceil(Lq / BLOCK_M), B). ONE_GROUP: every query stands in query_group, so only padding needs a mask.
+
+    Strides of q, k, v and out come divided by PIECE; row, head and first-token offsets are int64.
+    """
+    head = tl.program_id(0).to(tl.int64)
+    start = tl.program_id(1).to(tl.int64) * BLOCK_M
+    row = tl.program_id(2).to(tl.int64)
+    step = tl.arange(0, BLOCK_M)
+    query = start.to(tl.int32) + step
+    keep = query < queries
+    group = query * 0 + query_group
+    if not ONE_GROUP:
+        group += query // query_group_size
+    if key_padding is not None:
+        key_padding += row * padding_row
+    first, last = _band(
+        key_padding, tl.min(group, 0), tl.max(tl.where(keep, group, query_group), 0),
+        keys, group_size, window, prefix,
+    )  # fmt: skip
+    q += (row * q_row + start * q_token + head * q_head) * PIECE
+    k += (row * k_row + head * k_head) * PIECE
+    v += (row * v_row + head * v_head) * PIECE
+    q0, q1 = load_rows(q + step * (q_token * PIECE), keep, D, D0, D1)
+    top, total, acc0, acc1 = empty_softmax(BLOCK_M, D0, D1)
+    for begin in range(0, prefix + last - first, BLOCK_N):
+        place = begin + tl.arange(0, BLOCK_N)
+        here = place < prefix + last - first
+        key = tl.where(place < prefix, place, place + first)
+        seen = here
+        if key_padding is not None:
+            seen = seen & (tl.load(key_padding + key, mask=here, other=1) == 0)
+        k0, k1 = load_rows(k + key.to(tl.int64) * (k_token * PIECE), here, D, D0, D1)
+        s = score(q0, q1, k0, k1, D1, PRECISION, UPCAST)
+        allowed = seen[None, :]
+        if not ONE_GROUP:
+            owner = ((key - prefix) // group_size)[None, :]
+            band = (owner <= group[:, None]) & ((window == 0) | (owner > group[:, None] - window))
+            allowed = allowed & (band | (place < prefix)[None, :])
+        s = tl.where(allowed, s, float("-inf"))
+        p, top, total, acc0, acc1 = rescale(s, top, total, acc0, acc1, SCALE, True, D1)
+        v0, v1 = load_rows(v + key.to(tl.int64) * (v_token * PIECE), here, D, D0, D1)
+        acc0, acc1 = weigh(p, v0, v1, acc0, acc1, D1, PRECISION, UPCAST)
+    total = tl.where(total > 0.0, total, 1.0)[:, None]
+    out += (row * out_row + start * out_token) * PIECE + head * D
+    store_rows(out + step * (out_token * PIECE), keep, acc0 / total, acc1 / total, D, D0, D1)
+
+
+def arguments(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    group_size: int,
+    window: int,
+    query_group: int,
+    query_group_size: int | None,
+    key_padding: Tensor | None,
+    prefix: int,
+    out: Tensor,
+) -> tuple[list, int]:
+    """The kernel's arguments up to its constants, in order, and PIECE."""
+    rows = q.shape[0]
+    tensors = [q, k.expand(rows, -1, -1, -1), v.expand(rows, -1, -1, -1), out]
+    strides = [stride for x in tensors for stride in x.stride()[:3]][:-1]
+    piece = pieces(*strides, *(x.data_ptr() // x.element_size() for x in tensors))
+    step = group_size if query_group_size is None else query_group_size
+    band = [group_size, window, query_group, step, prefix]
+    if key_padding is not None:
+        key_padding = key_padding.contiguous()
+    padding_row = 0 if key_padding is None else key_padding.shape[1]
+    sizes = [q.shape[1], k.shape[1], *band]
+    return [q, k, v, key_padding, out, *sizes, *(stride // piece for stride in strides), padding_row], piece
+
+
+def constants(width: int, one_group: bool, dtype: torch.dtype, piece: int) -> dict[str, object]:
+    """The kernel's compile-time arguments, its launch settings aside."""
+    first, second = split(width)
+    return {
+        "D": width,
+        "D0": first,
+        "D1": second,
+        "SCALE": LOG2_E / width**0.5,
+        "PIECE": piece,
+        "ONE_GROUP": one_group,
+        "PRECISION": "ieee",
+        "UPCAST": choice.interpreted() and dtype == torch.bfloat16,
+    }
+
+
+@functools.cache
+def settings(capability: int, bits: int, width: int, queries: int) -> dict[str, int]:
+    """Launch settings for compute capability 80, 90, ..., element bits, head width and Lq."""
+    launch = lookup(CONFIGS, capability, "online", bits, width, queries)
+    assert launch is not None, "default.json has a rule for everything"
+    return launch
+
+
+def banded_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    group_size: int,
+    window: int,
+    query_group: int = 0,
+    query_group_size: int | None = None,
+    key_padding: Tensor | None = None,
+    prefix: int = 0,
+) -> Tensor:
+    """Launches the kernel. Arguments, shapes and result as `banded_causal_attention`, which validates them.
+
+    d is a multiple of 8 up to 256; float16, bfloat16 or float32. On a CPU it runs in Triton's interpreter.
+    """
+    rows, queries, heads, width = q.shape
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if out.numel() == 0:
+        return out
+    passed, piece = arguments(
+        q, k, v, group_size, window, query_group, query_group_size, key_padding, prefix, out
+    )
+    launch = settings(capability(q.device), 8 * q.element_size(), width, queries)
+    grid = (heads, triton.cdiv(queries, launch["BLOCK_M"]), rows)
+    fixed = constants(width, query_group_size == 0, q.dtype, piece)
+    with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
+        banded_kernel[grid](*passed, **fixed, **launch)
+    return out
