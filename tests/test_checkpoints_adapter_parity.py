@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0
+from safetensors.torch import save_file
 
-from fastory.checkpoints import open_checkpoint
+from fastory.checkpoints import attn2_layers, open_checkpoint
+from fastory.checkpoints.ip_adapter import check_adapter_fits, read_adapter_header
 
 ADAPTERS = ["sd15_adapter_base", "sd15_adapter_plus", "sdxl_adapter_base", "sdxl_adapter_plus"]
 
@@ -63,6 +65,41 @@ def test_unet_stays_plain(name: str, request: pytest.FixtureRequest) -> None:
     ).pipeline.unet
     assert {type(processor) for processor in unet.attn_processors.values()} == {AttnProcessor2_0}
     assert unet.encoder_hid_proj is None and unet.config.encoder_hid_dim_type is None
+
+
+PUBLISHED = {
+    # stable-diffusion-v1-5 and stable-diffusion-xl-base-1.0 by their unet/config.json
+    "sd15": ({"cross_attention_dim": 768, "attention_head_dim": 8}, 31),
+    "sdxl": (
+        {
+            "cross_attention_dim": 2048,
+            "attention_head_dim": [5, 10, 20],
+            "block_out_channels": (320, 640, 1280),
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            "transformer_layers_per_block": [1, 2, 10],
+            "use_linear_projection": True,
+        },
+        139,
+    ),
+}
+
+
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_published_adapters_fit_published_unets(family: str, tmp_path: Path) -> None:
+    """The last layer in the published files is ip_adapter.31 for SD1.5 and ip_adapter.139 for SDXL."""
+    config, last = PUBLISHED[family]
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**config)
+    width = config["cross_attention_dim"]
+    weights = {"image_proj.proj.weight": torch.zeros(4 * width, 1024, dtype=torch.float8_e4m3fn)}
+    weights["image_proj.norm.weight"] = torch.zeros(width)
+    for number, layer in zip(range(1, last + 1, 2), attn2_layers(unet).values(), strict=True):
+        for part in ("to_k_ip", "to_v_ip"):
+            name = f"ip_adapter.{number}.{part}.weight"
+            weights[name] = torch.zeros(layer.to_k.out_features, width, dtype=torch.float8_e4m3fn)
+    save_file(weights, tmp_path / "adapter.safetensors")
+    check_adapter_fits(read_adapter_header(tmp_path / "adapter.safetensors"), unet)
 
 
 def test_opening_an_adapter_leaves_the_callers_random_numbers_alone(

@@ -94,6 +94,17 @@ def test_file_that_is_no_adapter(sd15_folder: Path) -> None:
     assert "is not an IP-Adapter" in message and "image_proj.*" in message
 
 
+def test_adapter_of_no_known_layout(sd15_folder: Path, sd15_adapter_base: Path, tmp_path: Path) -> None:
+    for change in ({"norm.weight": None}, {"proj.weight": torch.zeros(3)}):
+        named = {f"image_proj.{key}": weight for key, weight in change.items()}
+        message = refused(sd15_folder, changed(sd15_adapter_base, tmp_path / "a.safetensors", **named))
+        assert "not a base or Plus IP-Adapter" in message
+
+
+def test_folder_given_as_adapter(sd15_folder: Path) -> None:
+    assert "is a folder; wanted a .safetensors file" in refused(sd15_folder, sd15_folder / "unet")
+
+
 def test_pickled_adapter_is_refused_with_its_command(
     sd15_folder: Path, sd15_adapter_base: Path, tmp_path: Path
 ) -> None:

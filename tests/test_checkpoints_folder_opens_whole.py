@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -120,3 +122,27 @@ def test_pictures_are_prepared_at_the_size_of_the_encoder_that_reads_them(
     config |= {"crop_size": {"height": 64, "width": 64}, "size": {"shortest_edge": 64}}
     path.write_text(json.dumps(config), "utf-8")
     assert open_checkpoint(str(folder)).image_processor.crop_size["height"] == 32
+
+
+LITTLE_MEMORY = """
+import resource
+from fastory.checkpoints import open_checkpoint
+from fastory.errors import FastoryError, InputError
+open_checkpoint("builtin")  # what imports and first calls take is taken
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+for spare in (1, 4):
+    resource.setrlimit(resource.RLIMIT_AS, (used + spare * 2**20, resource.RLIM_INFINITY))
+    try:
+        open_checkpoint("builtin")
+    except FastoryError as error:
+        assert not isinstance(error, InputError), error
+        assert "not enough memory to load the model builtin" in str(error) and "--dtype" in str(error), error
+        print("said")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit on memory is Linux's")
+def test_too_little_memory_is_said_and_not_taken_for_a_damaged_file() -> None:
+    ended = subprocess.run([sys.executable, "-c", LITTLE_MEMORY], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.split() == ["said"] * 2

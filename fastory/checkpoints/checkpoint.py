@@ -21,9 +21,10 @@ from fastory.checkpoints.ip_adapter import (
     load_adapter,
     read_adapter_header,
 )
+from fastory.checkpoints.loading import enough_memory
 from fastory.checkpoints.lora import fuse_loras
 from fastory.checkpoints.single_file import open_single_file
-from fastory.checkpoints.weights import read_json, refuse_pickle, tensor_shapes
+from fastory.checkpoints.weights import read_json, tensor_shapes
 from fastory.errors import InputError
 
 DEFAULTS_FILE = "fastory_defaults.json"
@@ -65,23 +66,18 @@ def open_checkpoint(
     is used when none is given. Everything small is looked at before anything large is read. Raises
     InputError for whatever cannot be used.
     """
-    path = builtin_folder() if model == "builtin" else model_path(model, offline=offline)
-    defaults = read_defaults(path) if path.is_dir() else {}
-    header = _adapter_header(path, defaults, ip_adapter, offline)
-    lora_files = [(weight_path(name, what="LoRA", offline=offline), weight) for name, weight in loras]
-    for file, _ in lora_files:
-        tensor_shapes(file)
-    given = encoder_path(image_encoder, offline=offline) if image_encoder is not None else None
-    configs = path if path.is_dir() else config
-    if header:
-        # Before the encoder is looked for: an adapter of the other family wants another encoder too.
-        check_text_width(header, _text_width(configs))
-    encoder_folder = find_image_encoder(given, configs, header)
+    with enough_memory(f"the model {model}"):
+        path = builtin_folder() if model == "builtin" else model_path(model, offline=offline)
+        configs = path if path.is_dir() else config
+        defaults = read_defaults(path) if path.is_dir() else {}
+        header = _adapter_header(path, defaults, ip_adapter, offline)
+        lora_files = _lora_files(loras, offline)
+        encoder_folder = _encoder_folder(image_encoder, configs, header, offline)
 
-    pipeline, family, sources = _open_model(path, config, dtype, offline)
-    fuse_loras(pipeline, family, lora_files)
-    adapter = load_adapter(header, pipeline.unet, dtype) if header else None
-    encoder, encoder_sources = load_image_encoder(encoder_folder, dtype) if encoder_folder else (None, ())
+        pipeline, family, sources = _open_model(path, config, dtype, offline)
+        fuse_loras(pipeline, family, lora_files)
+        adapter = load_adapter(header, pipeline.unet, dtype) if header else None
+        encoder, encoder_sources = load_image_encoder(encoder_folder, dtype) if encoder_folder else (None, ())
     return Checkpoint(
         pipeline=pipeline,
         family=family.name,
@@ -140,6 +136,23 @@ def _adapter_header(
     return read_adapter_header(model / named)
 
 
+def _lora_files(loras: Sequence[tuple[str, float]], offline: bool) -> list[tuple[Path, float]]:
+    located = [(weight_path(name, what="LoRA", offline=offline), weight) for name, weight in loras]
+    for file, _ in located:
+        tensor_shapes(file)
+    return located
+
+
+def _encoder_folder(
+    given: str | None, configs: Path | None, header: AdapterHeader | None, offline: bool
+) -> Path | None:
+    if header:
+        # Before the encoder is looked for: an adapter of the other family wants another encoder too.
+        check_text_width(header, _text_width(configs))
+    folder = encoder_path(given, offline=offline) if given is not None else None
+    return find_image_encoder(folder, configs, header)
+
+
 def _text_width(folder: Path | None) -> object:
     """The UNet's cross_attention_dim by the folder's configs; None where they are not at hand yet."""
     config = folder / "unet" / "config.json" if folder else None
@@ -155,6 +168,5 @@ def _open_model(
                 f"--config is for single .safetensors files; {path} is a folder with its own configs."
             )
         return open_folder(path, dtype)
-    refuse_pickle(path)
     pipeline, family = open_single_file(path, config, dtype, offline=offline)
     return pipeline, family, (path,)

@@ -140,7 +140,7 @@ def load_part(model_class: Any, folder: Path, dtype: torch.dtype) -> tuple[torch
             f"{folder} does not fit its config.json: {len(missing)} weights are missing or of another shape, "
             f"the first is {missing[0]}. The files are of another model or incomplete."
         )
-    return part.eval().requires_grad_(False), files
+    return part.requires_grad_(False), files
 
 
 def optional_parts(folder: Path, family: Family, safety_checker: torch.nn.Module | None) -> dict[str, Any]:

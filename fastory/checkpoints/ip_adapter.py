@@ -86,7 +86,9 @@ def read_adapter_header(path: Path) -> AdapterHeader:
         rows, image_width = shapes["image_proj.proj.weight"]
         (text_width,) = shapes["image_proj.norm.weight"]
     except (KeyError, IndexError, ValueError) as error:
-        raise InputError(f"{path} is not a base or Plus IP-Adapter: {error} among image_proj.*.") from error
+        raise InputError(
+            f"{path} is not a base or Plus IP-Adapter: its image_proj.* fit neither ({error})."
+        ) from error
     if rows != BASE_TOKENS * text_width:
         raise InputError(
             f"{path}: a base IP-Adapter makes {BASE_TOKENS} tokens of a picture, this one "

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from types import ModuleType
 
-import torch
 from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
-from fastory.errors import InputError
+from fastory.errors import FastoryError, InputError
+from fastory.placement import is_out_of_memory
 
 
 @contextmanager
@@ -21,7 +21,7 @@ def loading(what: str) -> Iterator[None]:
     """Turns what a library raises over a user's files into an InputError that begins with `what`.
 
     The libraries raise anything from KeyError to RuntimeError over a wrong config or a wrong tensor. Out of
-    memory on a device passes through: it has its own treatment.
+    memory is no fault of the files and passes through.
     """
     with ExitStack() as stack:
         stack.enter_context(_quiet(diffusers_logging))
@@ -29,7 +29,7 @@ def loading(what: str) -> Iterator[None]:
         stack.enter_context(warnings.catch_warnings(action="ignore"))
         try:
             yield
-        except (InputError, torch.OutOfMemoryError):
+        except InputError:
             raise
         except (
             OSError,
@@ -40,7 +40,28 @@ def loading(what: str) -> Iterator[None]:
             RuntimeError,
             SafetensorError,
         ) as error:
+            if _out_of_memory(error):
+                raise
             raise InputError(f"{what}: {type(error).__name__}: {_shortened(str(error))}") from error
+
+
+@contextmanager
+def enough_memory(what: str) -> Iterator[None]:
+    """Turns every way in which the libraries run out of memory into one FastoryError that says what helps."""
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not _out_of_memory(error):
+            raise
+        raise FastoryError(
+            f"There is not enough memory to load {what}: {_shortened(str(error))}. Close other programs, or "
+            "take half the size with --dtype bfloat16 (or float16 on a GPU)."
+        ) from error
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Beside what drawing runs into, loading meets the system's own words, through mmap."""
+    return is_out_of_memory(error) or "Cannot allocate memory" in str(error)
 
 
 @contextmanager

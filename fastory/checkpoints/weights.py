@@ -22,6 +22,8 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
     Raises InputError for a missing file, a pickle, a truncated file and anything that is not safetensors.
     """
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; wanted a .safetensors file.")
     if not path.is_file():
         raise InputError(f"Weight file {path} does not exist.")
     refuse_pickle(path)
