@@ -132,6 +132,8 @@ BAD = {
         "unet.none.lora_A.weight": torch.zeros(2, 32),
         "unet.none.lora_B.weight": torch.zeros(32, 2),
     },
+    "no-pair": {"unet.conv_in.lora_magnitude": torch.zeros(2)},
+    "no-tensor": {},
     "no-lora": {"conv_in.weight": torch.zeros(2, 2)},
 }
 

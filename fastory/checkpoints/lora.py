@@ -56,7 +56,7 @@ def _load(pipeline: Pipeline, family: Family, name: str, path: Path) -> None:
     if given == 0 or found < given:
         raise InputError(
             f"LoRA {path} does not fit this {family.title} model: {found} of its {given} layers are "
-            f"layers of the model. It was made for another model; its first tensor is {min(weights)}."
+            f"layers of the model. It was made for another model; its first tensor is {min(weights, default='none')}."
         )
 
 
