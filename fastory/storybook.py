@@ -10,6 +10,8 @@ import functools
 import hashlib
 import io
 import math
+import re
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +58,7 @@ def write_sheet(pages: Sequence[Page], path: Path, *, title: str) -> None:
 
     Above, the final pictures with their captions (an even selection where not all fit); below, for up to twelve
     frames and six rounds, a row for each round. Captions of more than four lines end in an ellipsis, and one stands
-    for what Pillow's own font cannot draw: the storybook has them in full.
+    for letters that Pillow's own font lacks: the storybook has them in full.
     """
     sheet = _plan(pages)
     canvas = Image.new("RGB", (sheet.width, sheet.height), _PAPER)
@@ -122,11 +124,15 @@ def _plan(pages: Sequence[Page]) -> _Sheet:
     while True:
         columns = _columns(shown)
         for side in _CELLS:
-            if side > max(240, 4 * max(size)):  # small pictures turn to fog
+            rows_height = math.ceil(shown / columns) * (_fit(size, side)[1] + _GAP)
+            wide = _content_width(columns, _fit(size, side)[0]) > min(
+                max(1984, 240 * columns), MAX_SIDE - 2 * _MARGIN
+            )
+            # small pictures enlarged further turn to fog; the rest saves wrapping captions in vain
+            if side > max(240, 4 * max(size)) or wide or rows_height > MAX_SIDE:
                 continue
             sheet = _plan_with(pages, _spread(len(pages), shown), columns, side, size)
-            wanted = max(1984, 240 * columns) + 2 * _MARGIN
-            if sheet.width <= min(wanted, MAX_SIDE) and sheet.height <= MAX_SIDE:
+            if sheet.height <= MAX_SIDE:
                 return sheet
         shown = shown * 3 // 4
 
@@ -148,8 +154,8 @@ def _plan_with(
 def _columns(count: int) -> int:
     """A sheet somewhat wider than high, with the fullest last row."""
     ideal = math.sqrt(1.6 * count)
-    choices = range(max(1, math.ceil(0.8 * ideal)), math.floor(1.2 * ideal) + 2)
-    return min((c for c in choices if c <= count), key=lambda c: (-count % c, abs(c - ideal)))
+    choices = range(max(1, min(count, int(0.8 * ideal))), min(count, math.ceil(1.2 * ideal)) + 1)
+    return min(choices, key=lambda c: (-count % c, abs(c - ideal)))
 
 
 def _fit(size: tuple[int, int], side: int) -> tuple[int, int]:
@@ -221,16 +227,21 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 
 
 @functools.cache
-def _has_glyph(character: str) -> bool:
-    missing = _font(16).getmask("\uffff")
-    return bytes(_font(16).getmask(character)) != bytes(missing)
+def _drawable(character: str) -> str:
+    """The character, or its nearest letters, or an ellipsis: Pillow's font knows little more than ASCII."""
+    missing = bytes(_font(16).getmask("\uffff"))
+    if unicodedata.category(character) == "Pd":
+        return "-"
+    for form in (character, unicodedata.normalize("NFKD", character), character.casefold()):
+        drawable = [c for c in form if bytes(_font(16).getmask(c)) != missing]
+        if drawable:
+            return "".join(drawable)
+    return "" if unicodedata.category(character) in ("Mn", "Cf") else "…"
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int, limit: int) -> list[str]:
     """Lines of at most `width` px; where the text needs more than `limit`, the last one ends in an ellipsis."""
-    drawable = "".join(character if _has_glyph(character) else "…" for character in text)
-    while "……" in drawable:
-        drawable = drawable.replace("……", "…")
+    drawable = re.sub("…+", "…", "".join(map(_drawable, text)))
     lines = [""]
     for word in drawable.split(" "):
         for piece in _pieces(word, font, width):
@@ -258,25 +269,15 @@ def _pieces(word: str, font: ImageFont.FreeTypeFont, width: int) -> Iterator[str
     yield piece
 
 
-# The storybook. Every picture has its share of the page's bytes and is encoded at the best step that keeps to it, so
-# the page is written as the pictures are read and none is encoded more often than it must.
+# The storybook. Every picture has a share of the page's bytes and keeps to it by itself, so the page is written as the
+# pictures are read.
 
 MAX_BYTES = 40_000_000
 _THUMBNAIL, _FINAL = 384, 1024  # px, the longer side
 _FINAL_SHARE = (_FINAL / _THUMBNAIL) ** 2  # a final picture's bytes for one of a thumbnail's
 _LEAST_SHARE = 800  # bytes of a thumbnail; below it rounds are left out instead
-_STEPS = (  # part of the longer side, WebP quality
-    (1, 82),
-    (1, 65),
-    (1, 50),
-    (5 / 6, 45),
-    (2 / 3, 40),
-    (1 / 2, 40),
-    (1 / 3, 35),
-    (1 / 4, 30),
-    (1 / 8, 20),
-    (1 / 16, 5),
-)
+_QUALITIES = (82, 50)  # of WebP, tried in turn; then the picture shrinks
+_SMALLEST = 16  # px
 _LOSSLESS = 128  # px; WebP's halved colour resolution would show on pictures this small
 
 
@@ -332,18 +333,19 @@ def _bare_frames(pages: Sequence[Page]) -> Iterator[dict[str, object]]:
 
 
 def _encode(path: Path, side: int, share: int) -> _Picture:
-    """A picture as WebP of at most `share` bytes (more only where the lowest step needs them)."""
+    """A picture as WebP of at most `share` bytes, unless even the smallest has more."""
     with Image.open(path) as opened:
         image = opened.convert("RGB")
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
     data = _webp(image, lossless=True) if max(image.size) <= _LOSSLESS else b""
-    for part, quality in _STEPS:
-        if data and len(data) <= share:
-            break
-        if part < 1:
-            limit = max(1, round(part * side))
-            image.thumbnail((limit, limit), Image.Resampling.LANCZOS)
-        data = _webp(image, quality=quality)
+    for quality in _QUALITIES:
+        if not data or len(data) > share:
+            data = _webp(image, quality=quality)
+    while len(data) > share and max(image.size) > _SMALLEST:
+        # bytes follow the number of pixels, so that one or two attempts are enough
+        smaller = max(_SMALLEST, int(max(image.size) * min(0.9, math.sqrt(share / len(data)))))
+        image.thumbnail((smaller, smaller), Image.Resampling.LANCZOS)
+        data = _webp(image, quality=_QUALITIES[-1])
     uri = "data:image/webp;base64," + base64.b64encode(data).decode("ascii")
     return _Picture(uri, *image.size)
 
