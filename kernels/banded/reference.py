@@ -49,6 +49,8 @@ def banded_causal_attention_reference(
     inputs' own type; float64 tensors make it the oracle. Nothing is validated.
     """
     rows, queries, _, head_dim = q.shape
+    if k.shape[1] == 0:
+        return torch.zeros_like(q)
     k, v = k.expand(rows, -1, -1, -1), v.expand(rows, -1, -1, -1)
     visible = band(
         queries, k.shape[1], group_size, window, query_group, query_group_size, prefix, q.device

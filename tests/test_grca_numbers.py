@@ -1,0 +1,94 @@
+"""grca computes its definition: every implementation against float64, with an allowed error that is derived."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator
+
+import pytest
+import torch
+from test_kernels_cases import (
+    GRCA,
+    GRCA_CASES,
+    Case,
+    Interpreter,
+    assert_within,
+    grca_inputs,
+    grca_oracle,
+    name_of,
+    start_interpreter,
+)
+
+from fastory.kernels import attend
+from fastory.kernels.grca import grca, grca_reference
+from fastory.kernels.grca.composed import grca_composed
+
+
+@pytest.fixture(scope="module")
+def interpret() -> Iterator[Interpreter]:
+    yield from start_interpreter()
+
+
+def large_matrix(count: int) -> list[Case]:
+    """Every head width with every number of reference keys, queries and groups, the rest drawn."""
+    draw = random.Random(0)
+    chosen = [
+        {name: draw.choice(values) for name, values in GRCA.items()}
+        | dict(zip(("d", "refs"), pair, strict=True))
+        for pair in itertools.product(GRCA["d"], GRCA["refs"])
+        for _ in range(count)
+    ]
+    return [case | {"L": 100 if case["L"] == 1024 else case["L"]} for case in chosen]
+
+
+@pytest.mark.parametrize("case", GRCA_CASES, ids=name_of)
+def test_kernel_equals_its_definition(case: Case, interpret: Interpreter) -> None:
+    tensors, options = grca_inputs(case)
+    assert_within(interpret("grca", tensors, options), *grca_oracle(tensors, options))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", large_matrix(5), ids=name_of)
+def test_kernel_equals_its_definition_on_the_large_matrix(case: Case, interpret: Interpreter) -> None:
+    tensors, options = grca_inputs(case)
+    assert_within(interpret("grca", tensors, options), *grca_oracle(tensors, options))
+
+
+@pytest.mark.parametrize("case", GRCA_CASES, ids=name_of)
+def test_composition_equals_the_definition(case: Case) -> None:
+    tensors, options = grca_inputs(case)
+    out = grca_composed(*tensors, **options, attend=attend.sdpa)
+    assert_within(out, *grca_oracle(tensors, options))
+    assert out.is_contiguous()
+
+
+def test_reference_is_two_softmaxes_and_not_one() -> None:
+    """The oracle itself, against the formula written out for one query, one head and one group."""
+    q, kt, vt, kr, vr = (torch.randn(1, n, 1, 8, dtype=torch.float64) for n in (1, 5, 5, 4, 4))
+
+    def attention(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        scores = [float(q[0, 0, 0] @ key) / 8**0.5 for key in k[0, :, 0]]
+        exps = torch.tensor(scores, dtype=torch.float64).exp()
+        return (exps[:, None] * v[0, :, 0]).sum(0) / exps.sum()
+
+    out = grca_reference(q, kt, vt, kr, vr, torch.tensor(0.4, dtype=torch.float64))
+    torch.testing.assert_close(
+        out[0, 0, 0], attention(kt, vt) + 0.4 * attention(kr, vr), rtol=1e-13, atol=1e-13
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no CUDA device: the kernel runs in the interpreter here"
+)
+@pytest.mark.parametrize("case", [*GRCA_CASES, *large_matrix(2)], ids=name_of)
+def test_kernel_on_the_gpu_is_as_exact_as_its_best_peer(case: Case) -> None:
+    """Within the derived error, and within twice the error of the composition in the same type plus a rounding."""
+    tensors, options = grca_inputs(case, "cuda")
+    oracle, allowed = grca_oracle(tensors, options)
+    out = grca(*tensors, **options)
+    assert_within(out, oracle, allowed)
+    peer = (grca_composed(*tensors, **options, attend=attend.sdpa).double() - oracle).abs().max()
+    rounding = torch.finfo(out.dtype).eps * oracle.abs().max()
+    assert (out.double() - oracle).abs().max() <= 2 * peer + rounding
