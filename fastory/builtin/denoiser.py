@@ -37,22 +37,25 @@ TRAINED_SCALE = 0.5  # the weight of references at which the adapter was trained
 class Corpus:
     """Latents and reference embeddings of drawn stories, encoded once, in memory-mapped files.
 
-    latents (stories, 8, 8, 16, 16) float16, scaled; drawn and restored (stories, 8, 128) float16: embeddings of the
-    pictures as drawn and as they come back from the autoencoder. Stories and captions are drawn again from the seed.
+    latents (stories, 8, 8, 16, 16) float16, scaled; embeddings (stories, 8, 128) float16, of the pictures as drawn or,
+    for every third story, as they come back from the autoencoder. Stories are drawn again from the seed.
     """
 
     def __init__(self, folder: Path, seed: int, stories: int) -> None:
         self.folder, self.seed, self.stories = folder, seed, stories
-        shapes = {"latents": (stories, FRAMES, LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE)}
-        shapes |= dict.fromkeys(("drawn", "restored"), (stories, FRAMES, WIDTH))
+        latents = (LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE)
         folder.mkdir(parents=True, exist_ok=True)
-        self.arrays: dict[str, np.memmap] = {}
-        for name, shape in shapes.items():
-            path = folder / f"{name}-{stories}.npy"
-            if not path.exists():
-                np.lib.format.open_memmap(path, "w+", np.float16, shape).flush()
-            self.arrays[name] = np.load(path, mmap_mode="r+")
+        self.latents = self._open("latents", latents)
+        self.embeddings = self._open("embeddings", (WIDTH,))
         self.tales = [self._tale(index) for index in range(stories)]
+
+    def _open(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        path = self.folder / f"{name}-{self.stories}.npy"
+        if not path.exists():
+            empty = path.with_suffix(".new")
+            np.lib.format.open_memmap(empty, "w+", np.float16, (self.stories, FRAMES, *shape)).flush()
+            empty.rename(path)
+        return np.load(path, mmap_mode="r+")
 
     def _tale(self, index: int) -> Tale:
         return sample_training_tale(stream("tale", self.seed, 0, index), FRAMES)
@@ -63,26 +66,34 @@ class Corpus:
         return np.stack([np.asarray(draw(tale.cast, scene, rng)) for scene in tale.scenes])
 
     @torch.no_grad()
-    def encode(
+    def encode_latents(self, vae: AutoencoderKL, part: int, parts: int, device: str) -> None:
+        """Encode every parts-th story from `part` on that has no latents yet."""
+        vae.to(device)
+        for index in self._missing(self.latents, part, parts):
+            latents = vae.encode(to_tensor(self.pictures(index)).to(device)).latent_dist.mean
+            self.latents[index] = (latents * vae.config.scaling_factor).cpu().numpy()
+
+    @torch.no_grad()
+    def encode_references(
         self, vae: AutoencoderKL, image_encoder: nn.Module, part: int, parts: int, device: str
     ) -> None:
-        """Encode every parts-th story from `part` on that is not encoded yet."""
+        """Embed every parts-th story from `part` on that has no embeddings yet; needs the latents."""
         vae.to(device), image_encoder.to(device)
-        for index in range(part, self.stories, parts):
-            if np.any(self.arrays["restored"][index]):
-                continue
+        for index in self._missing(self.embeddings, part, parts):
             pictures = self.pictures(index)
-            latents = vae.encode(to_tensor(pictures).to(device)).latent_dist.mean
-            restored = to_pictures(vae.decode(latents).sample)
-            pixels = pixel_values(np.concatenate([pictures, restored])).to(device)
-            embeddings = image_encoder(pixels).image_embeds.cpu().numpy()
-            self.arrays["latents"][index] = (latents * vae.config.scaling_factor).cpu().numpy()
-            self.arrays["drawn"][index], self.arrays["restored"][index] = (
-                embeddings[:FRAMES],
-                embeddings[FRAMES:],
+            if index % 3 == 0:
+                latents = torch.from_numpy(self.latents[index]).float().to(device)
+                pictures = to_pictures(vae.decode(latents / vae.config.scaling_factor).sample)
+            self.embeddings[index] = (
+                image_encoder(pixel_values(pictures).to(device)).image_embeds.cpu().numpy()
             )
-            if index // parts % 100 == 0 and part == 0:
+
+    def _missing(self, table: np.ndarray, part: int, parts: int) -> Iterator[int]:
+        for index in range(part, self.stories, parts):
+            if part == 0 and index // parts % 200 == 0:
                 print(f"corpus: story {index} of {self.stories}", flush=True)
+            if not np.any(table[index]):
+                yield index
 
 
 class UnetObjective(nn.Module):
@@ -118,9 +129,7 @@ class UnetObjective(nn.Module):
             tale = self.corpus.tales[story]
             text = caption(rng, tale.cast, tale.scenes[frame], sample_names(rng, len(tale.cast)))
             texts.append("" if drop < 0.1 else text)
-        latents = np.stack(
-            [self.corpus.arrays["latents"][s, f] for s, f in zip(stories, frames, strict=True)]
-        )
+        latents = np.stack([self.corpus.latents[s, f] for s, f in zip(stories, frames, strict=True)])
         return {
             "latents": torch.from_numpy(latents).float(),
             "ids": self._ids(texts),
@@ -260,8 +269,9 @@ class AdapterObjective(UnetObjective):
         if count >= 3 and rng.random() < 0.5:
             for position in range(1 if count == 3 else int(rng.integers(1, 3))):
                 places[position] = self._stranger(rng, *places[position])
-        table = self.corpus.arrays["restored" if rng.random() < 0.6 else "drawn"]
-        return np.tile(np.stack([table[place] for place in places]), (REFERENCES // count, 1))
+        return np.tile(
+            np.stack([self.corpus.embeddings[place] for place in places]), (REFERENCES // count, 1)
+        )
 
     def _stranger(self, rng: np.random.Generator, story: int, frame: int) -> tuple[int, int]:
         """A frame of another story with the same species, and only them."""

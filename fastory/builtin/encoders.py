@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from transformers import CLIPImageProcessorPil, CLIPTokenizer
+from transformers import CLIPImageProcessorPil, CLIPTextModel, CLIPTokenizer
 
 from fastory.builtin.autoencoder import to_pictures, to_tensor
 from fastory.builtin.captions import TOKEN_LIMIT, caption, sample_names
@@ -109,36 +109,42 @@ class ClipObjective(nn.Module):
     learning_rate = 1e-3
     ema_decay = 0.998
 
-    def __init__(self, vae: nn.Module | None = None, pictures: int = 40) -> None:
+    def __init__(
+        self, vae: nn.Module | None = None, pictures: int = 40, text_encoder: CLIPTextModel | None = None
+    ) -> None:
+        """text_encoder: kept as it is, because a UNet has learned to read it."""
         super().__init__()
         self.tokenizer: CLIPTokenizer = build_tokenizer()
-        self.text_encoder = build_text_encoder(len(self.tokenizer), TOKEN_LIMIT)
+        self.text_encoder = text_encoder or build_text_encoder(len(self.tokenizer), TOKEN_LIMIT)
+        self.text_is_kept = text_encoder is not None
+        self.text_encoder.requires_grad_(not self.text_is_kept)
         self.image_encoder = build_image_encoder()
         self.species_heads = _SpeciesHeads()
         self.half_heads = _SlotHeads((len(SPECIES), len(ACTIONS), len(COLOURS), len(HATS), len(SCARVES)))
         self.left_heads = _SlotHeads((len(SPECIES), len(ACTIONS), len(PLACES)))
         self.right_heads = _SlotHeads((len(SPECIES) + 1, len(ACTIONS)))
+        for head in (self.left_heads, self.right_heads):
+            head.requires_grad_(not self.text_is_kept)
         self.pictures = pictures
         # A list hides the frozen autoencoder from parameters(): it only spoils pictures as drawing would.
         self._vae = [] if vae is None else [vae.eval().requires_grad_(False)]
 
     def batch(self, rng: np.random.Generator, progress: float) -> Batch:
-        """Pictures with their labels, and twice as many captions."""
+        """Pictures, their captions and labels."""
         pictures, texts, labels = [], [], []
-        while len(texts) < 2 * self.pictures:
+        while len(texts) < self.pictures:
             tale = sample_training_tale(rng, 4)
             names = sample_names(rng, len(tale.cast))
             for scene in tale.scenes:
                 texts.append(caption(rng, tale.cast, scene, names))
                 labels.append(label(tale, scene))
-                if len(pictures) < self.pictures:
-                    pictures.append(np.asarray(draw(tale.cast, scene, rng)))
+                pictures.append(np.asarray(draw(tale.cast, scene, rng)))
         return {
             "pixels": pixel_values(self._as_generated(np.stack(pictures))),
             "ids": self._ids(texts),
             "place": torch.tensor([one.place for one in labels]),
             "slots": torch.from_numpy(np.stack([one.slots for one in labels])),
-            "free": torch.from_numpy(np.stack([one.free for one in labels[: self.pictures]])),
+            "free": torch.from_numpy(np.stack([one.free for one in labels])),
         }
 
     def _ids(self, texts: list[str]) -> Tensor:
@@ -156,7 +162,7 @@ class ClipObjective(nn.Module):
         return np.concatenate([restored, pictures[count:]])
 
     def forward(self, batch: Batch) -> Tensor:
-        return self._image_loss(batch) + self._text_loss(batch)
+        return self._image_loss(batch) + (0 if self.text_is_kept else self._text_loss(batch))
 
     def _image_loss(self, batch: Batch) -> Tensor:
         pixels = batch["pixels"]
@@ -173,7 +179,7 @@ class ClipObjective(nn.Module):
         halves = torch.stack(
             [patches[:, :, : side // 2].mean((1, 2)), patches[:, :, side // 2 :].mean((1, 2))], 1
         )
-        slots = batch["slots"][: len(pixels)]
+        slots = batch["slots"]
         right = torch.where(slots[:, 1:] == ABSENT, slots[:, :1], slots[:, 1:])
         return loss + 0.5 * self.half_heads.loss(halves, torch.cat([slots[:, :1], right], 1))
 

@@ -29,7 +29,7 @@ MINUTES = {  # by device; the shares are those of the issue's plan of 20 minutes
     "cpu": {"vae": 45.0, "clip": 25.0, "unet": 120.0, "adapter": 60.0},
     "cuda": {"vae": 4.0, "clip": 3.0, "unet": 7.0, "adapter": 6.0},
 }
-STORIES = {"cpu": 3000, "cuda": 30_000}
+STORIES = {"cpu": 2000, "cuda": 30_000}
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -57,42 +57,39 @@ def minutes_of(stage: str, options: argparse.Namespace) -> float:
     return options.minutes * usual[stage] / sum(usual.values()) if options.stage == "all" else options.minutes
 
 
-def _frozen(folder: Path) -> dict[str, nn.Module]:
-    """The trained networks in a folder, those that are there."""
-    classes = {
-        "vae": AutoencoderKL,
-        "text_encoder": CLIPTextModel,
-        "image_encoder": CLIPVisionModelWithProjection,
-    }
-    return {
-        n: kind.from_pretrained(folder / n).float() for n, kind in classes.items() if (folder / n).exists()
-    }
-
-
 def build_objective(stage: str, options: argparse.Namespace, part: int, parts: int) -> nn.Module:
     """The networks and the loss of a stage; encodes the corpus first where the stage needs it."""
     torch.manual_seed(options.seed)
     model, sizes = options.workdir / "model", LARGE if options.large else SMALL
     batch = [options.batch] if options.batch else []
-    frozen = _frozen(model)
     if stage == "vae":
         return VaeObjective(sizes, *batch)
+    vae = AutoencoderKL.from_pretrained(model / "vae") if (model / "vae").exists() else None
     if stage == "clip":
-        return ClipObjective(frozen.get("vae"), *batch)
+        # Beside a trained UNet only the image encoder goes on: the UNet reads the text encoder as it is.
+        kept = (
+            CLIPTextModel.from_pretrained(model / "text_encoder").float()
+            if (model / "unet").exists()
+            else None
+        )
+        return ClipObjective(vae, *batch, text_encoder=kept)
     stories = options.stories or STORIES["cuda" if options.device.startswith("cuda") else "cpu"]
+    place = (options.workdir / "corpus", options.seed, stories)
     if part == 0:
-        Corpus(options.workdir / "corpus", options.seed, stories)
+        Corpus(*place)  # writes the empty files that every process then opens
     _meet()
-    corpus = Corpus(options.workdir / "corpus", options.seed, stories)
-    corpus.encode(frozen["vae"], frozen["image_encoder"], part, parts, options.device)
+    corpus = Corpus(*place)
+    corpus.encode_latents(vae, part, parts, options.device)
     _meet()
     tokenizer = CLIPTokenizer.from_pretrained(model / "tokenizer")
-    shared = (corpus, tokenizer, frozen["text_encoder"], frozen["vae"], sizes, *batch)
+    text_encoder = CLIPTextModel.from_pretrained(model / "text_encoder").float()
+    shared = (corpus, tokenizer, text_encoder, vae, sizes, *batch)
     if stage == "unet":
         return UnetObjective(*shared)
-    return AdapterObjective(
-        UNet2DConditionModel.from_pretrained(model / "unet"), frozen["image_encoder"], *shared
-    )
+    image_encoder = CLIPVisionModelWithProjection.from_pretrained(model / "image_encoder").float()
+    corpus.encode_references(vae, image_encoder, part, parts, options.device)
+    _meet()
+    return AdapterObjective(UNet2DConditionModel.from_pretrained(model / "unet"), image_encoder, *shared)
 
 
 def _meet() -> None:

@@ -36,7 +36,11 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class Plan:
-    """How long, where and from which seed a stage trains. Either minutes or steps bounds it."""
+    """How long, where and from which seed a stage trains. Either minutes or steps bounds it.
+
+    Minutes are processor time of one process on a CPU, so that other work on the machine does not eat the schedule,
+    and wall time on a GPU.
+    """
 
     workdir: Path
     minutes: float | None = None
@@ -45,6 +49,10 @@ class Plan:
     device: str = "cpu"
     save_every: float = 120.0
     log_every: int = 100
+
+    def clock(self) -> float:
+        """Seconds from an arbitrary start, of the kind that `minutes` counts."""
+        return time.monotonic() if self.device.startswith("cuda") else time.process_time()
 
     def progress(self, step: int, seconds: float) -> float:
         """The share of the stage that is done, 0..1."""
@@ -143,11 +151,11 @@ def _shared(value: float) -> float:
 
 def _progresses(state: TrainingState, plan: Plan) -> Iterator[float]:
     """The progress at every step until the end; the clock is read, and shared, at every tenth step."""
-    started = time.monotonic() - state.seconds
+    started = plan.clock() - state.seconds
     progress = _shared(plan.progress(state.step, state.seconds))
     while progress < 1:
         yield progress
-        state.seconds = time.monotonic() - started
+        state.seconds = plan.clock() - started
         if plan.steps is not None or state.step % 10 == 0:
             progress = _shared(plan.progress(state.step, state.seconds))
 

@@ -1,0 +1,380 @@
+"""Measure the built-in model on held-out stories: python -m fastory.builtin.evaluate --stories 100
+
+Draws stories of 8 frames through the fastory runtime, with the settings that the model's folder ships, from captions
+of scenes that no training picture shows. An independent classifier (classifier.py) names what the pictures show.
+Half of the stories have two characters. Intervals are 95 % bootstrap intervals over stories.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from fastory import Settings, Story, StoryModel, generate
+from fastory.builtin.captions import caption
+from fastory.builtin.classifier import FILE, Classifier, accuracies, drawn_and_labelled, load_classifier
+from fastory.builtin.corpus import sample_tale
+from fastory.builtin.training import stream
+from fastory.builtin.world import ACTIONS, COLOURS, HATS, PLACES, SCARVES, SPECIES, Scene, Tale, draw
+from fastory.events import FrameDrawn
+from fastory.modes.iterative import iterative
+from fastory.settings import resolve
+
+FRAMES = 8
+FREE = {"colour": COLOURS, "hat": HATS, "scarf": SCARVES}
+Rounds = np.ndarray  # uint8 (rounds, frames, height, width, 3)
+
+
+@dataclass(frozen=True)
+class HeldOutStory:
+    """A story to draw: its scenes, captions and noise seed. The cast's free attributes are never used."""
+
+    tale: Tale
+    captions: tuple[str, ...]
+    seed: int
+
+
+def held_out_stories(count: int, seed: int) -> list[HeldOutStory]:
+    """Stories of held-out scenes, one and two characters in turn."""
+    stories = []
+    for index in range(count):
+        rng = stream("held-out story", seed, 0, index)
+        tale = sample_tale(rng, FRAMES, 1 + index % 2, held=True)
+        stories.append(
+            HeldOutStory(tale, tuple(caption(rng, tale.cast, s) for s in tale.scenes), 1000 * seed + index)
+        )
+    return stories
+
+
+def draw_rounds(model: StoryModel, captions: Sequence[str], seed: int, **settings: object) -> Rounds:
+    """Every round of a story, drawn by the runtime without writing anything."""
+    pictures: dict[int, dict[int, np.ndarray]] = {}
+    for event in generate(Story.from_captions(captions), model=model, seed=seed, **settings):
+        if isinstance(event, FrameDrawn):
+            pictures.setdefault(event.round, {})[event.frame] = np.asarray(event.image)
+    return np.stack([np.stack([frames[i] for i in sorted(frames)]) for _, frames in sorted(pictures.items())])
+
+
+@dataclass(frozen=True)
+class _Given:
+    """Round 0 as given: what the control with another story's frames starts from."""
+
+    pictures: np.ndarray
+
+    def has(self, round: int, frame: int) -> bool:
+        return round == 0
+
+    def load(self, round: int, frame: int) -> tuple[Image.Image, str | None]:
+        return Image.fromarray(self.pictures[frame]), None
+
+
+def draw_with_foreign_references(model: StoryModel, story: HeldOutStory, pictures: np.ndarray) -> np.ndarray:
+    """One round at the last round's scale with another story's pictures (8, H, W, 3) as the only references."""
+    settings, _ = resolve(
+        {"seed": story.seed, "references": "all", "iterations": 1}, {}, None, model.defaults
+    )
+    last = settings.reference_scale[1]
+    settings = replace(settings, reference_scale=(last, last))
+    events = iterative(
+        model, Story.from_captions(story.captions), settings, batch_sizes=[4], finished=_Given(pictures)
+    )
+    drawn = {event.frame: np.asarray(event.image) for event in events if isinstance(event, FrameDrawn)}
+    return np.stack([drawn[i] for i in sorted(drawn)])
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One story's pictures of one round, judged. species, action and free[name] are (frames, 2), left and right."""
+
+    story: HeldOutStory
+    two: np.ndarray
+    place: np.ndarray
+    species: np.ndarray
+    action: np.ndarray
+    free: dict[str, np.ndarray]
+
+    def appearances(self) -> Iterator[list[tuple[int, int]]]:
+        """For each character, its (frame, slot) in the order of the frames, by the captions."""
+        for member in range(len(self.story.tale.cast)):
+            yield [
+                (frame, slot)
+                for frame, scene in enumerate(self.story.tale.scenes)
+                for slot, role in enumerate(scene.roles)
+                if role.member == member
+            ]
+
+    def shown(self, name: str) -> list[np.ndarray]:
+        """For each character, the value of a free attribute in its appearances."""
+        return [np.array([self.free[name][place] for place in places]) for places in self.appearances()]
+
+
+def judge(classifier: Classifier, story: HeldOutStory, pictures: np.ndarray) -> Judged:
+    """Classify the pictures (frames, 128, 128, 3) of one round."""
+    seen = classifier.see(pictures)
+    free = {name: seen.slots[name] for name in FREE}
+    return Judged(story, seen.two, seen.place, seen.slots["species"], seen.slots["action"], free)
+
+
+def modal_share(values: np.ndarray) -> float:
+    """The share of the most frequent value."""
+    return float(np.bincount(values).max() / len(values))
+
+
+def pairwise_share(values: np.ndarray) -> float:
+    """The share of pairs that are equal; chance is one over the number of values when they are equally likely."""
+    pairs = [(a, b) for i, a in enumerate(values) for b in values[:i]]
+    return float(np.mean([a == b for a, b in pairs])) if pairs else 1.0
+
+
+def chance_of_modal_share(counts: Sequence[int], options: int) -> float:
+    """The expected modal share of frames drawn independently and uniformly, mean over characters with these counts."""
+    rng = np.random.default_rng(0)
+    return float(np.mean([modal_share(rng.integers(0, options, n)) for n in counts for _ in range(400)]))
+
+
+def _frame_scores(judged: Judged) -> dict[str, list[float]]:
+    scores: dict[str, list[float]] = {
+        "species": [],
+        "place": [],
+        "action": [],
+        "both right": [],
+        "own colours": [],
+    }
+    modal = [np.bincount(values).argmax() for values in judged.shown("colour")]
+    for frame, scene in enumerate(judged.story.tale.scenes):
+        scores["place"].append(judged.place[frame] == PLACES.index(scene.place))
+        right = _roles_right(judged, frame, scene)
+        if len(scene.roles) == 1:
+            scores["species"].append(right[0][0] and not judged.two[frame])
+            scores["action"].append(right[0][1])
+        else:
+            scores["both right"].append(bool(judged.two[frame]) and all(a and b for a, b in right))
+            if modal[0] != modal[1]:
+                shown = judged.free["colour"][frame]
+                swapped = [shown[slot] == modal[1 - role.member] for slot, role in enumerate(scene.roles)]
+                scores["own colours"].append(not any(swapped))
+    return scores
+
+
+def _roles_right(judged: Judged, frame: int, scene: Scene) -> list[tuple[bool, bool]]:
+    """Species and action as captioned, for each role."""
+    return [
+        (
+            judged.species[frame, slot] == SPECIES.index(judged.story.tale.cast[role.member].species),
+            judged.action[frame, slot] == ACTIONS.index(role.action),
+        )
+        for slot, role in enumerate(scene.roles)
+    ]
+
+
+def scores(judged: Judged) -> dict[str, float]:
+    """One story's and round's scores; a key is missing where the story has no such frame.
+
+    species and action: frames with one character; place: all; both right: frames with two, each with its species and
+    action on its side; own colours: neither of the two shows the colour that is the other one's most frequent.
+    """
+    found = {name: float(np.mean(values)) for name, values in _frame_scores(judged).items() if values}
+    for name in FREE:
+        shown = [values for values in judged.shown(name) if len(values) > 1]
+        if shown:
+            found[name] = float(np.mean([modal_share(values) for values in shown]))
+            found[f"{name}, pairs"] = float(np.mean([pairwise_share(values) for values in shown]))
+    return found
+
+
+def interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean and 95 % bootstrap interval over stories."""
+    rng, given = np.random.default_rng(0), np.asarray(values)
+    means = given[rng.integers(0, len(given), (2000, len(given)))].mean(1)
+    return float(given.mean()), float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
+
+
+def summary(rows: Sequence[dict[str, float]]) -> dict[str, tuple[float, float, float]]:
+    """The interval of every score over the stories that have it."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: interval([row[name] for row in rows if name in row]) for name in names}
+
+
+def pixel_diversity(pictures: np.ndarray) -> float:
+    """Standard deviation over pictures (n, H, W, 3), mean over pixels, in 0..255: 0 if all are one picture."""
+    return float(pictures.astype(np.float32).std(0).mean())
+
+
+def print_rounds(title: str, by_round: Sequence[dict[str, tuple[float, float, float]]]) -> None:
+    """One line a score, one column a round, with the interval of the last one."""
+    print(f"\n{title}")
+    for name in by_round[0]:
+        curve = " ".join(f"{row[name][0]:.3f}" for row in by_round)
+        print(f"  {name:15s} {curve}   [{by_round[-1][name][1]:.3f}, {by_round[-1][name][2]:.3f}]")
+
+
+def measure(
+    model: StoryModel, classifier: Classifier, stories: Sequence[HeldOutStory], title: str, **settings: object
+) -> tuple[list[Rounds], list[dict[str, tuple[float, float, float]]]]:
+    """Draw the stories and print their scores round by round."""
+    drawn = []
+    for number, story in enumerate(stories):
+        drawn.append(draw_rounds(model, story.captions, story.seed, **settings))
+        print(f"{title}: story {number + 1} of {len(stories)}", flush=True)
+    rounds = range(len(drawn[0]))
+    pairs = list(zip(stories, drawn, strict=True))
+    by_round = [summary([scores(judge(classifier, s, pictures[k])) for s, pictures in pairs]) for k in rounds]
+    print_rounds(f"{title}, {len(stories)} stories, rounds 0..{len(drawn[0]) - 1}", by_round)
+    return drawn, by_round
+
+
+def own_picture_alone(model: StoryModel, story: HeldOutStory, **settings: object) -> Rounds:
+    """The control in which a frame's only reference is its own last picture: each frame is a story of its own."""
+    frames = [
+        draw_rounds(model, [text], story.seed + 7919 * (i + 1), references="all", **settings)[:, 0]
+        for i, text in enumerate(story.captions)
+    ]
+    return np.stack(frames, 1)
+
+
+def controls(
+    model: StoryModel,
+    classifier: Classifier,
+    stories: Sequence[HeldOutStory],
+    drawn: Sequence[Rounds],
+    **settings: object,
+) -> dict[str, object]:
+    """Own last picture alone; another story's last pictures; one noise for all frames."""
+    found: dict[str, object] = {}
+    alone = [own_picture_alone(model, story, **settings) for story in stories]
+    pairs = list(zip(stories, alone, strict=True))
+    found["own picture alone"] = [
+        summary([scores(judge(classifier, s, pictures[k])) for s, pictures in pairs]) for k in (0, -1)
+    ]
+    print_rounds("control: own last picture alone, first and last round", found["own picture alone"])
+    found["another story"] = foreign_agreement(model, classifier, stories, drawn)
+    print(f"\ncontrol: another story's frames as references: {found['another story']}")
+    found["shared noise"] = measure(
+        model, classifier, stories, "control: shared noise", noise="shared", **settings
+    )[1]
+    return found
+
+
+def foreign_agreement(
+    model: StoryModel, classifier: Classifier, stories: Sequence[HeldOutStory], drawn: Sequence[Rounds]
+) -> dict[str, float]:
+    """How often frames show the other story's most frequent value, without references and with its last frames.
+
+    Stories with one character are paired with the next one of the same kind, and judged if the species differ or not.
+    """
+    alone = [i for i, story in enumerate(stories) if len(story.tale.cast) == 1]
+    found: dict[str, list[bool]] = {}
+    for this, other in zip(alone, alone[1:] + alone[:1], strict=True):
+        after = draw_with_foreign_references(model, stories[this], drawn[other][-1])
+        target = judge(classifier, stories[other], drawn[other][-1])
+        for when, pictures in (("round 0", drawn[this][0]), ("with them", after)):
+            judged = judge(classifier, stories[this], pictures)
+            for name in FREE:
+                wanted = np.bincount(target.shown(name)[0]).argmax()
+                found.setdefault(f"{name}, {when}", []).extend(judged.shown(name)[0] == wanted)
+    return {name: round(float(np.mean(values)), 3) for name, values in found.items()}
+
+
+def judge_accuracies(
+    classifier: Classifier, model: StoryModel, count: int = 1000
+) -> dict[str, dict[str, float]]:
+    """The judge on drawn pictures that it was not trained on, and on the same ones through the autoencoder."""
+    import torch
+
+    from fastory.builtin.autoencoder import to_pictures, to_tensor
+
+    pictures, answers = drawn_and_labelled(np.random.default_rng(123_456), count)
+    with torch.no_grad():
+        parts = [
+            to_pictures(model.vae(part.to(model.device)).sample) for part in to_tensor(pictures).split(16)
+        ]
+    restored = np.concatenate(parts)
+    error = np.mean((restored.astype(np.float64) - pictures) ** 2)
+    return {
+        "drawn": accuracies(classifier, pictures, answers),
+        "restored": accuracies(classifier, restored, answers),
+        "autoencoder": {"psnr": round(float(10 * np.log10(255**2 / error)), 2)},
+    }
+
+
+def drawn_diversity(stories: Sequence[HeldOutStory]) -> float:
+    """Pixel diversity of the drawn world on the same scenes: what the model's is to be held against."""
+    rng = np.random.default_rng(5)
+    return pixel_diversity(
+        np.stack([np.asarray(draw(s.tale.cast, sc, rng)) for s in stories for sc in s.tale.scenes])
+    )
+
+
+def save_sheet(drawn: Sequence[Rounds], file: Path) -> None:
+    """First, second and last round of up to twelve stories, one row each."""
+    rows = [
+        np.concatenate(list(pictures[k]), 1)
+        for pictures in drawn[:12]
+        for k in sorted({0, 1, len(pictures) - 1})
+    ]
+    Image.fromarray(np.concatenate(rows)).save(file)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m fastory.builtin.evaluate", description=__doc__)
+    parser.add_argument("--stories", type=int, default=100)
+    parser.add_argument("--control-stories", type=int, default=10)
+    parser.add_argument("--model", default="builtin")
+    parser.add_argument("--classifier", type=Path, default=FILE)
+    parser.add_argument(
+        "--references", nargs="+", choices=("all", "others", "cast"), default=["others", "all"]
+    )
+    parser.add_argument("--iterations", type=int, help="as shipped unless given")
+    parser.add_argument("--steps", type=int, help="as shipped unless given")
+    parser.add_argument("--guidance-scale", type=float, help="as shipped unless given")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--output", type=Path, help="a folder for evaluation.json and sheets of pictures")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print the table; with --output also write it."""
+    options = parse(arguments)
+    given = {name: getattr(options, name) for name in ("iterations", "steps", "guidance_scale")}
+    settings = {name: value for name, value in given.items() if value is not None}
+    model, classifier = StoryModel.open(options.model), load_classifier(options.classifier)
+    shipped: Settings = resolve(settings, {}, None, model.defaults)[0]
+    print(shipped)
+    report: dict[str, object] = {"judge": judge_accuracies(classifier, model), "stories": options.stories}
+    print(json.dumps(report["judge"], indent=1))
+    stories = held_out_stories(options.stories, options.seed)
+    counts = [
+        len([1 for s in t.tale.scenes for r in s.roles if r.member == m])
+        for t in stories
+        for m in range(len(t.tale.cast))
+    ]
+    report["chance"] = {
+        name: chance_of_modal_share([c for c in counts if c > 1], len(v)) for name, v in FREE.items()
+    }
+    print(
+        f"chance of agreement: {report['chance']}; pairs: { {n: round(1 / len(v), 3) for n, v in FREE.items()} }"
+    )
+    for references in options.references:
+        drawn, by_round = measure(
+            model, classifier, stories, f"references {references}", references=references, **settings
+        )
+        ends = [round(pixel_diversity(np.concatenate([p[k] for p in drawn])), 1) for k in (0, -1)]
+        print(f"pixel diversity, first and last round: {ends}; drawn world: {drawn_diversity(stories):.1f}")
+        report[references] = {"rounds": by_round, "diversity": ends}
+        if options.output:
+            options.output.mkdir(parents=True, exist_ok=True)
+            save_sheet(drawn, options.output / f"{references}.png")
+    if options.control_stories:
+        few = options.control_stories
+        report["controls"] = controls(model, classifier, stories[:few], drawn[:few], **settings)
+    if options.output:
+        (options.output / "evaluation.json").write_text(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()

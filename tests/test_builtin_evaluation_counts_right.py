@@ -1,0 +1,93 @@
+"""A table of figures is only as good as its counting: scores of pictures whose content is known."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from fastory.builtin.encoders import label
+from fastory.builtin.evaluate import (
+    HeldOutStory,
+    Judged,
+    chance_of_modal_share,
+    held_out_stories,
+    interval,
+    modal_share,
+    pairwise_share,
+    pixel_diversity,
+    scores,
+)
+
+FREE = ("colour", "hat", "scarf")
+
+
+def perfectly_seen(story: HeldOutStory) -> Judged:
+    labels = [label(story.tale, scene) for scene in story.tale.scenes]
+    slots = np.maximum(np.stack([one.slots for one in labels]), 0)
+    return Judged(
+        story,
+        np.array([len(scene.roles) == 2 for scene in story.tale.scenes]),
+        np.array([one.place for one in labels]),
+        slots[:, :, 0],
+        slots[:, :, 1],
+        {name: slots[:, :, 2 + column] for column, name in enumerate(FREE)},
+    )
+
+
+def two_character_story() -> Judged:
+    for story in held_out_stories(40, seed=3):
+        if len(story.tale.cast) == 2 and story.tale.cast[0].colour != story.tale.cast[1].colour:
+            judged = perfectly_seen(story)
+            if judged.two.sum() >= 3 and min(len(values) for values in judged.shown("colour")) >= 5:
+                return judged
+    raise AssertionError("no story with two differently coloured characters")
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_perfect_pictures_score_one(index: int) -> None:
+    found = scores(perfectly_seen(held_out_stories(4, seed=1)[index]))
+    assert set(found.values()) == {1.0}
+
+
+def test_a_swapped_pair_is_seen() -> None:
+    judged = two_character_story()
+    colour = judged.free["colour"].copy()
+    frame = int(np.flatnonzero(judged.two)[0])
+    colour[frame] = colour[frame][::-1]
+    found = scores(replace(judged, free={**judged.free, "colour": colour}))
+    assert found["own colours"] == pytest.approx(1 - 1 / judged.two.sum())
+    assert found["both right"] == 1.0
+    assert found["colour"] < 1.0
+
+
+def test_exchanged_sides_are_not_both_right() -> None:
+    judged = two_character_story()
+    found = scores(replace(judged, species=judged.species[:, ::-1]))
+    assert found["both right"] == 0.0
+
+
+def test_a_second_character_where_one_is_due_is_an_error() -> None:
+    judged = perfectly_seen(held_out_stories(1, seed=1)[0])
+    assert scores(replace(judged, two=np.ones_like(judged.two)))["species"] == 0.0
+
+
+def test_shares_of_known_values() -> None:
+    values = np.array([1, 1, 1, 2])
+    assert modal_share(values) == 0.75
+    assert pairwise_share(values) == 0.5
+    assert chance_of_modal_share([2], 2) == pytest.approx(0.75, abs=0.03)
+    assert chance_of_modal_share([8], 6) == pytest.approx(0.39, abs=0.03)
+
+
+def test_interval_holds_the_mean_and_narrows_with_stories() -> None:
+    few, many = interval([0.0, 1.0] * 5), interval([0.0, 1.0] * 200)
+    assert few[1] < few[0] < few[2]
+    assert many[2] - many[1] < few[2] - few[1]
+
+
+def test_equal_pictures_have_no_diversity() -> None:
+    pictures = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
+    assert pixel_diversity(np.repeat(pictures[:1], 4, 0)) == 0.0
+    assert pixel_diversity(pictures) > 20
