@@ -33,7 +33,8 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-WORDS = ("a the red blue fox rabbit robinson swims sleeps picks fruit in sea forest and with").split()  # noqa: SIM905 - a list of words reads better as one
+TEXT = "a the red blue fox rabbit robinson swims sleeps picks fruit in sea forest and with"
+WORDS = TEXT.split()
 PLUS_TOKENS = 16
 PLUS_LAYERS = 4  # the depth diffusers builds for every Plus adapter
 # SD's schedule but for the prediction type: under v an untrained UNet keeps the latents near unit variance,

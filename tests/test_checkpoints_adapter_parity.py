@@ -1,4 +1,4 @@
-"""A wrong order or a wrong key of the adapter's weights draws plausible but other pictures: hold it against diffusers."""
+"""Adapter weights in a wrong order draw plausible but other pictures: hold them against diffusers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An adapter that does not belong to the model or the encoder draws noise or fails deep inside: refuse it by name."""
+"""An adapter of another model or encoder draws noise or fails deep inside: refuse it by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A folder must open to exactly the model its files hold: same pictures, right dtype, nothing left in training mode."""
+"""A folder must open to exactly the model its files hold: same pictures, right dtype, nothing trained."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The manifest compares model hashes on resume: a stale or machine-bound one refuses a good run or passes a bad one."""
+"""A stale or machine-bound model hash refuses a good resume or passes a bad one."""
 
 from __future__ import annotations
 

@@ -71,6 +71,19 @@ def test_two_weighted_loras_draw_what_diffusers_draws(
     assert list(checkpoint.sources[-2:]) == loras[family]
 
 
+def test_loras_of_different_parts_are_both_in_effect(
+    sd15_folder: Path, loras: dict[str, list[Path]], tmp_path: Path
+) -> None:
+    """Most LoRAs are for the UNet alone; the text encoder then knows only the other one."""
+    for part in ("unet", "text_encoder"):
+        weights = {name: w for name, w in load_file(loras["sd15"][0]).items() if name.startswith(f"{part}.")}
+        save_file(weights, tmp_path / f"{part}.safetensors")
+    given = [(str(tmp_path / f"{part}.safetensors"), 0.7) for part in ("unet", "text_encoder")]
+    apart = draw(open_checkpoint(str(sd15_folder), loras=given).pipeline)
+    whole = draw(open_checkpoint(str(sd15_folder), loras=[(str(loras["sd15"][0]), 0.7)]).pipeline)
+    torch.testing.assert_close(apart, whole, rtol=0, atol=1e-5)
+
+
 def test_weight_zero_changes_nothing(sd15_folder: Path, loras: dict[str, list[Path]]) -> None:
     checkpoint = open_checkpoint(str(sd15_folder), loras=[(str(loras["sd15"][0]), 0.0)])
     assert torch.equal(draw(checkpoint.pipeline), draw(StableDiffusionPipeline.from_pretrained(sd15_folder)))

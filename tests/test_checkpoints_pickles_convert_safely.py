@@ -1,4 +1,4 @@
-"""Converting a pickle must not run it, must not lose or invent tensors, and must not destroy a file that is there."""
+"""Converting a pickle must not run it, lose or invent tensors, or destroy a file that is there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model that cannot be used must end in one message that names the file and the way out, before anything is drawn."""
+"""A model that cannot be used must end in one message that names the file and the way out."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_defective_folder_is_refused_by_name(defect: str, sd15_folder: Path, tmp
 
 
 def test_convert_commands_of_a_pickled_folder_work_as_printed(sd15_folder: Path, tmp_path: Path) -> None:
-    """The message promises that the printed commands suffice; the files must land under the names that are looked for."""
+    """The printed commands must suffice: files land under the names that are looked for."""
     from fastory.checkpoints import convert_pickle
 
     folder = shutil.copytree(sd15_folder, tmp_path / "pickled model")

@@ -59,7 +59,7 @@ def _read() -> dict[str, str]:
     """What is remembered; a cache that is missing or spoilt only costs the time to hash again."""
     with suppress(OSError, ValueError, RuntimeError):
         remembered = json.loads(_cache_file().read_text(encoding="utf-8"))
-        if isinstance(remembered, dict) and all(isinstance(value, str) for value in remembered.values()):
+        if isinstance(remembered, dict):
             return remembered
     return {}
 

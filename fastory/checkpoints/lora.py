@@ -55,8 +55,8 @@ def _load(pipeline: Pipeline, family: Family, name: str, path: Path) -> None:
     found = sum(len(_lora_layers(getattr(pipeline, part), name)) for part in family.parts)
     if given == 0 or found < given:
         raise InputError(
-            f"LoRA {path} does not fit this {family.title} model: {found} of its {given} layers are "
-            f"layers of the model. It was made for another model; its first tensor is {min(weights, default='none')}."
+            f"LoRA {path} does not fit this {family.title} model: {found} of its {given} layers are layers of "
+            f"the model. It was made for another one; its first tensor is {min(weights, default='none')}."
         )
 
 

@@ -80,6 +80,6 @@ def _check_same_family(path: Path, folder: Path, family: Family) -> None:
 
 def _incomplete(path: Path, folder: Path) -> InputError:
     return InputError(
-        f"{path} lacks weights that the configs in {folder} ask for: it is incomplete, or they are of another "
-        "architecture."
+        f"{path} lacks weights that the configs in {folder} ask for: it is incomplete, or they are of "
+        "another architecture."
     )
