@@ -68,7 +68,7 @@ def generate(
             show_default=False,
         ),
     ] = None,
-    mode: Annotated[str, option(METHOD, help="iterative or causal.")] = "iterative",
+    mode: Annotated[str | None, option(METHOD, help="iterative (the default) or causal.")] = None,
     preset: Annotated[
         str | None, option(METHOD, help="paper, story-iter, story-iter-fast or ar-ldm.")
     ] = None,
@@ -197,7 +197,7 @@ def convert(
         _quiet_libraries()
         from fastory.checkpoints import convert_pickle
 
-        typer.echo(str(convert_pickle(path, output)))
+        typer.echo(str(convert_pickle(path, output, overwrite=overwrite)))
 
 
 def parse_frames(text: str | None) -> list[int] | None:

@@ -85,12 +85,10 @@ def generate(
         raise InputError("frames are redrawn in a finished run folder; say which with output")
     stack = ExitStack()
     try:
-        jobs = []
-        for story, path in zip(read, run_paths(read, output), strict=True):
-            job = prepare(opened, story, settings, preset, frames)
+        jobs = [prepare(opened, story, settings, preset, frames) for story in read]
+        for job, path in zip(jobs, run_paths(read, output), strict=True):
             if path or under:
                 open_folder(job, path, Path(under) if under else None, overwrite, redraw_seed, stack)
-            jobs.append(job)
     except BaseException:
         stack.close()
         raise

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import sys
 from dataclasses import dataclass
 
 import psutil
@@ -11,6 +14,8 @@ from diffusers import UNet2DConditionModel
 from fastory.errors import InputError
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 # Beyond these a larger micro-batch was slower (CPU: 2 cores, built-in model) or brings little more (CUDA).
 MOST_FRAMES = {"cpu": 4, "cuda": 16}
@@ -105,6 +110,20 @@ def is_out_of_memory(error: BaseException) -> bool:
             "out of memory",
         )
     )
+
+
+def release_memory(device: torch.device) -> None:
+    """Give back what a failed micro-batch leaves behind, so that a smaller one finds it."""
+    gc.collect()  # the frames of the failed call hold its tensors, in cycles
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim"):
+            # glibc keeps blocks of up to 32 MiB in its arenas, where freed ones of other sizes lie in between. From
+            # now on every block of a MiB goes back to the system at once: slower, but memory is what is short.
+            libc.mallopt(M_MMAP_THRESHOLD, 2**20)
+            libc.malloc_trim(0)
 
 
 def _size(size: int) -> str:

@@ -101,6 +101,7 @@ class RunFolder:
         self.path = path
         if path.exists() and not path.is_dir():
             raise InputError(f"{path} is a file; wanted a new or empty folder for --output")
+        self._made = [folder for folder in (path, *path.parents) if not folder.exists()]
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -122,8 +123,13 @@ class RunFolder:
         self._trusted: dict[tuple[int, int], bool] = {}
 
     def close(self) -> None:
-        """Release the lock."""
+        """Release the lock. A folder that was made for a run that never began is removed again."""
         self._lock.release()
+        if self._made and not (self.path / "manifest.json").exists():
+            (self.path / ".lock").unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # not empty: someone else uses it
+                for folder in self._made:
+                    folder.rmdir()
 
     # -- opening -------------------------------------------------------------------------------------------------
 

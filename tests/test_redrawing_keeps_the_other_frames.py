@@ -10,7 +10,7 @@ import pytest
 from test_run_folder_keeps_what_it_has import CAPTIONS, FEW, contents, draw, drawn
 
 from fastory import InputError, Story, StoryModel, generate
-from fastory.events import FrameDrawn, Notice
+from fastory.events import Event, FrameDrawn, Notice
 
 EDITED = [CAPTIONS[0], "a fox is reading a book in the house", CAPTIONS[2]]
 
@@ -28,6 +28,15 @@ def run(model: StoryModel, tmp_path: Path) -> Iterator[Path]:
 
 def pictures(folder: Path) -> dict[str, str]:
     return {name: digest for name, digest in contents(folder).items() if name.startswith("iteration-")}
+
+
+def pause_after(events: Iterator[Event], pictures: int) -> None:
+    """Draw that many pictures, then leave the run."""
+    for event in events:
+        pictures -= isinstance(event, FrameDrawn)
+        if not pictures:
+            break
+    events.close()  # type: ignore[attr-defined]
 
 
 def test_edited_frame_is_redrawn_in_every_round(run: Path, model: StoryModel) -> None:
@@ -98,10 +107,7 @@ def test_interrupted_redraw_is_taken_up_again(
     """Stopped after `stop` pictures, the folder still shows the old ones; the same command finishes it."""
     story, before = Story.from_captions(EDITED, title="Fox"), pictures(run)
     events = generate(story, model=model, output=run, batch_size=2, frames=[1], **FEW)  # type: ignore[arg-type]
-    for n, event in enumerate(event for event in events if isinstance(event, FrameDrawn)):
-        if n + 1 == stop:
-            break
-    events.close()  # type: ignore[attr-defined]
+    pause_after(events, stop)
     assert pictures(run) == before
     with pytest.raises(InputError, match="unfinished redraw of frames 1"):
         draw(story, model, run)
@@ -118,10 +124,7 @@ def test_killed_while_new_pictures_move_in(moved: int, run: Path, model: StoryMo
     draw(Story.from_captions(CAPTIONS, title="Fox"), model, tmp_path / "whole")
     draw(story, model, tmp_path / "whole", frames=[1])
     events = generate(story, model=model, output=run, batch_size=2, frames=[1], **FEW)  # type: ignore[arg-type]
-    for n, event in enumerate(event for event in events if isinstance(event, FrameDrawn)):
-        if n == 2:
-            break
-    events.close()  # type: ignore[attr-defined]
+    pause_after(events, 3)
     manifest = json.loads((run / "manifest.json").read_text())
     manifest["redraw"]["moving"] = {"history": "history/001", "story": story.to_yaml(run)}
     (run / "manifest.json").write_text(json.dumps(manifest))

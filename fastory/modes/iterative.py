@@ -21,7 +21,7 @@ from torch import Tensor
 from fastory.errors import FastoryError
 from fastory.events import BatchHalved, Event, FrameDrawn, Notice, RoundFinished, RoundStarted, StepDone
 from fastory.model import Caption, StoryModel, open_picture
-from fastory.placement import is_out_of_memory
+from fastory.placement import is_out_of_memory, release_memory
 from fastory.sampler import Row, Sampler, Shared
 from fastory.settings import Settings
 from fastory.story import Story
@@ -152,6 +152,7 @@ def until_it_fits(
                     "--height, --dtype float16 on a GPU, fewer programs beside this one, or a device with more memory. "
                     "The finished pictures are kept; the same command goes on from them."
                 ) from None
+        release_memory(run.model.device)
         run.halved = size // 2
         yield BatchHalved(k, run.halved, needed)
 

@@ -1,0 +1,95 @@
+"""A frame that is black or not finite never reaches the other frames; the user is told."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from test_bytes_do_not_depend_on_the_batch import CAPTIONS, draw, settings
+from transformers import CLIPConfig
+
+from fastory import Story, StoryModel, generate
+from fastory.events import FrameDrawn
+from fastory.modes.iterative import iterative
+
+
+class Kept:
+    """Round 0 as it was, with one frame left out."""
+
+    def __init__(self, pictures: dict[tuple[int, int], Image.Image], left_out: int) -> None:
+        self.pictures, self.left_out = pictures, left_out
+
+    def has(self, round: int, frame: int) -> bool:
+        return (round, frame) in self.pictures
+
+    def load(self, round: int, frame: int) -> tuple[Image.Image, str | None]:
+        return self.pictures[round, frame], "blacked out" if frame == self.left_out else None
+
+
+def test_left_out_picture_has_no_influence(sd15_folder: Path, sd15_adapter_plus: Path) -> None:
+    model = StoryModel.open(str(sd15_folder), ip_adapter=str(sd15_adapter_plus))
+    story = Story.from_captions(CAPTIONS)
+    round_0 = draw(model, CAPTIONS, settings(iterations=0), 2)
+    black = {**round_0, (0, 2): Image.new("RGB", round_0[0, 2].size)}
+    results = []
+    for pictures, left_out in [(round_0, 2), (black, 2), (round_0, -1)]:
+        events = iterative(
+            model, story, settings(iterations=1), batch_sizes=[2], finished=Kept(pictures, left_out)
+        )
+        results.append([event.image.tobytes() for event in events if isinstance(event, FrameDrawn)])
+    assert results[0] == results[1]
+    assert results[0] != results[2]  # as a reference it would have counted
+
+
+@pytest.fixture
+def broken_decoder(sd15_folder: Path, tmp_path: Path) -> Path:
+    """A checkpoint whose VAE decodes to NaN, as an overflow in fp16 does."""
+    folder = tmp_path / "broken"
+    shutil.copytree(sd15_folder, folder)
+    file = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights["decoder.conv_out.bias"] = torch.full_like(weights["decoder.conv_out.bias"], float("nan"))
+    save_file(weights, file, {"format": "pt"})
+    return folder
+
+
+def test_non_finite_frames_are_reported_and_the_story_goes_on(
+    broken_decoder: Path, sd15_adapter_base: Path, tmp_path: Path
+) -> None:
+    model = StoryModel.open(str(broken_decoder), ip_adapter=str(sd15_adapter_base))
+    story = Story.from_captions(CAPTIONS[:2])
+    events = list(generate(story, model=model, steps=2, iterations=1, output=tmp_path / "run"))
+    drawn = [event for event in events if isinstance(event, FrameDrawn)]
+    assert len(drawn) == 4
+    assert all(event.left_out == "holds non-finite values" for event in drawn)
+    assert all(event.image.getextrema() == ((0, 0),) * 3 for event in drawn)
+    assert (tmp_path / "run" / "storybook.html").exists()
+    # taken up again, they are still left out
+    again = list(generate(story, model=model, steps=2, iterations=1, output=tmp_path / "run"))
+    assert not [event for event in again if isinstance(event, FrameDrawn)]
+
+
+def test_what_a_safety_checker_blacks_out_is_left_out(sd15_folder: Path, sd15_adapter_base: Path) -> None:
+    model = StoryModel.open(str(sd15_folder), ip_adapter=str(sd15_adapter_base))
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    side = model.checkpoint.image_encoder.config.image_size  # type: ignore[union-attr]
+    vision = {**small, "image_size": side, "patch_size": side // 2}
+    torch.manual_seed(0)
+    checker = StableDiffusionSafetyChecker(
+        CLIPConfig(text_config=small, vision_config=vision, projection_dim=8)
+    ).eval()
+    checker.concept_embeds_weights.data.fill_(-2.0)  # a cosine is always above it: every picture is refused
+    model.pipeline.register_modules(
+        safety_checker=checker, feature_extractor=model.checkpoint.image_processor
+    )
+    story = Story.from_captions(CAPTIONS[:2])
+    refused = [e for e in generate(story, model=model, steps=1, iterations=1) if isinstance(e, FrameDrawn)]
+    assert {event.left_out for event in refused} == {"blacked out by the safety checker"}
+    checker.concept_embeds_weights.data.fill_(2.0)  # and never above this
+    passed = [e for e in generate(story, model=model, steps=1, iterations=1) if isinstance(e, FrameDrawn)]
+    assert {event.left_out for event in passed} == {None}
