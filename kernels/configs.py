@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-LAUNCH = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
+SIZES = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
 
 
 @functools.cache
@@ -24,7 +24,7 @@ def _rules(folder: Path, capability: int) -> tuple[dict[str, Any], ...]:
 @functools.cache
 def lookup(
     folder: Path, capability: int, path: str, bits: int, width: int, queries: int
-) -> dict[str, int] | None:
+) -> dict[str, Any] | None:
     """The launch settings of the first rule that fits, the architecture's file before default.json; None where none does.
 
     capability: 80, 89, 90, ...; path: the kernel's own word for one of its ways; bits: of the element type;
@@ -37,7 +37,9 @@ def lookup(
             and width <= rule.get("up_to_width", width)
             and queries >= rule.get("from_queries", queries)
         ):
-            return {name: rule[name] for name in LAUNCH} | {"enable_fp_fusion": True}
+            # Triton 3.10 turns the fusion of multiply and add off unless asked; the exponents count on it.
+            sizes = {name: rule[name] for name in SIZES}
+            return {**sizes, "PRECISION": rule.get("PRECISION", "ieee"), "enable_fp_fusion": True}
     return None
 
 

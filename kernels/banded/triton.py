@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -145,13 +146,12 @@ def constants(width: int, one_group: bool, dtype: torch.dtype, piece: int) -> di
         "SCALE": LOG2_E / width**0.5,
         "PIECE": piece,
         "ONE_GROUP": one_group,
-        "PRECISION": "ieee",
         "UPCAST": choice.interpreted() and dtype == torch.bfloat16,
     }
 
 
 @functools.cache
-def settings(capability: int, bits: int, width: int, queries: int) -> dict[str, int]:
+def settings(capability: int, bits: int, width: int, queries: int) -> dict[str, Any]:
     """Launch settings for compute capability 80, 90, ..., element bits, head width and Lq."""
     launch = lookup(CONFIGS, capability, "online", bits, width, queries)
     assert launch is not None, "default.json has a rule for everything"

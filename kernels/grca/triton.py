@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -225,7 +226,7 @@ def grca_kernel(
     store_rows(out + step * (out_token * PIECE), keep, out0, out1, D, D0, D1)
 
 
-def settings(capability: int, bits: int, width: int, queries: int, keys: int) -> dict[str, int | bool]:
+def settings(capability: int, bits: int, width: int, queries: int, keys: int) -> dict[str, Any]:
     """Launch settings for compute capability 80, 90, ..., element bits, head width, L and the sum of all keys."""
     launch = lookup(CONFIGS, capability, "one_tile", bits, width, queries)
     if launch is not None and keys <= launch["BLOCK_N"]:
@@ -282,7 +283,6 @@ def constants(width: int, tokens_per_ref: int, dtype: torch.dtype, piece: int) -
         "D1": second,
         "SCALE": LOG2_E / width**0.5,
         "PIECE": piece,
-        "PRECISION": "ieee",
         "UPCAST": choice.interpreted() and dtype == torch.bfloat16,
     }
 

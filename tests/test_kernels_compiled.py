@@ -1,0 +1,152 @@
+"""Every shipped launch setting compiles for sm_80, 89, 90 and 100: no spills, wide loads, matrix instructions."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from typing import Any
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from fastory.kernels.banded import triton as banded  # noqa: E402
+from fastory.kernels.grca import triton as grca  # noqa: E402
+from fastory.kernels.offline import ARCHITECTURES, SHARED_LIMIT, Compiled, compile_for  # noqa: E402
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1",
+    reason="TRITON_INTERPRET=1: nothing is compiled in this process",
+)
+WIDTHS = (8, 40, 64, 72, 80, 128, 160, 256)
+
+
+def _meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def compile_grca(
+    capability: int, dtype: torch.dtype, width: int, references: int, grouped: bool, queries: int = 1024
+) -> Compiled:
+    """As the UNet calls it: K and V as views of one wide tensor, visibility, and with `grouped` offsets and masks."""
+    heads = 8
+    q = _meta(2, queries, heads, width, dtype=dtype)
+    kt, vt, kr, vr = (
+        x.unflatten(-1, (heads, width))
+        for tokens in (77, references)
+        for x in _meta(2, tokens, 4 * heads * width, dtype=dtype).chunk(4, -1)[1:3]
+    )
+    offsets = _meta(3, dtype=torch.int64) if grouped else None
+    mask = _meta(1, 2, queries, dtype=torch.float32) if grouped else None
+    visible = _meta(2, references // 4, dtype=torch.bool)
+    scale = _meta(2 if grouped else 1, dtype=torch.float32)
+    arguments, piece = grca.arguments(q, kt, vt, kr, vr, scale, offsets, visible, mask, q)
+    launch = grca.settings(capability, 8 * dtype.itemsize, width, queries, 77 + references)
+    return compile_for(
+        capability, grca.grca_kernel, arguments, grca.constants(width, 4, dtype, piece) | launch
+    )
+
+
+def compile_banded(capability: int, dtype: torch.dtype, width: int, one_group: bool) -> Compiled:
+    """As the UNet calls it (one group, a caption before the history) or the history module."""
+    q = _meta(2, 1024, 8, width, dtype=dtype)
+    k, v = (x.unflatten(-1, (8, width)) for x in _meta(2, 455, 4 * 8 * width, dtype=dtype).chunk(4, -1)[1:3])
+    padding = _meta(2, 455, dtype=torch.bool)
+    arguments, piece = banded.arguments(q, k, v, 91, 4, 3, 0 if one_group else None, padding, 91, q)
+    launch = banded.settings(capability, 8 * dtype.itemsize, width, 1024)
+    fixed = banded.constants(width, one_group, dtype, piece)
+    return compile_for(capability, banded.banded_kernel, arguments, fixed | launch)
+
+
+def assert_fit(built: Compiled, dtype: torch.dtype) -> None:
+    assert built.spilled_bytes == 0
+    assert built.shared_bytes <= SHARED_LIMIT[built.capability]
+    assert built.blocks_per_multiprocessor >= 1
+    assert built.global_loads().get(16, 0) >= 3, "q, k and v are loaded 16 bytes at a time"
+    # What is narrower are flags, offsets and weights: one or four or eight bytes, never one element of q, k or v.
+    assert 2 not in built.global_loads()
+    if dtype != torch.float32:
+        assert built.matrix_instructions >= 2
+
+
+@pytest.mark.parametrize("capability", ARCHITECTURES, ids=lambda c: f"sm_{c}")
+@pytest.mark.parametrize(
+    ("width", "references", "grouped"), [(40, 4, False), (64, 80, True), (160, 400, False)], ids=str
+)
+def test_grca_compiles_for_the_unets_shapes(
+    capability: int, width: int, references: int, grouped: bool
+) -> None:
+    assert_fit(compile_grca(capability, torch.float16, width, references, grouped), torch.float16)
+
+
+@pytest.mark.parametrize("capability", ARCHITECTURES, ids=lambda c: f"sm_{c}")
+def test_banded_compiles_for_the_unets_shape(capability: int) -> None:
+    assert_fit(compile_banded(capability, torch.float16, 80, True), torch.float16)
+
+
+def _everything() -> list[tuple[int, torch.dtype, int]]:
+    types = (torch.float16, torch.bfloat16, torch.float32)
+    return [
+        (capability, dtype, width)
+        for capability, dtype, width in itertools.product((*ARCHITECTURES, 86), types, WIDTHS)
+        if dtype != torch.float32 or width <= 160
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("capability", "dtype", "width"), _everything(), ids=str)
+@pytest.mark.parametrize(("references", "grouped"), [(4, False), (400, False), (400, True)], ids=str)
+def test_grca_compiles_for_every_setting(
+    capability: int, dtype: torch.dtype, width: int, references: int, grouped: bool
+) -> None:
+    """sm_86 has no file of its own: the settings of default.json."""
+    assert_fit(compile_grca(capability, dtype, width, references, grouped), dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("capability", "dtype", "width"), _everything(), ids=str)
+@pytest.mark.parametrize("one_group", [True, False], ids=["unet", "history"])
+def test_banded_compiles_for_every_setting(
+    capability: int, dtype: torch.dtype, width: int, one_group: bool
+) -> None:
+    assert_fit(compile_banded(capability, dtype, width, one_group), dtype)
+
+
+def test_bfloat16_compiles_to_matrix_instructions() -> None:
+    """The interpreter's upcast must not reach the GPU."""
+    built = compile_grca(90, torch.bfloat16, 64, 4, False)
+    assert_fit(built, torch.bfloat16)
+    assert "bf16" in built.ptx
+
+
+def _runtime_integers(kernel: Any) -> set[str]:
+    """Arguments that are neither constants nor pointers: the sizes, the strides and the band."""
+    pointers = {
+        "q",
+        "k",
+        "v",
+        "k_text",
+        "v_text",
+        "k_ref",
+        "v_ref",
+        "scale",
+        "ref_offsets",
+        "ref_visible",
+        "mask",
+    }
+    names = {parameter.name for parameter in kernel.params if not parameter.is_constexpr}
+    return names - pointers - {"out", "key_padding"}
+
+
+@pytest.mark.parametrize("module", [grca, banded], ids=["grca", "banded"])
+def test_no_size_or_window_makes_a_new_binary(module: Any) -> None:
+    """Triton compiles anew for 1, for multiples of 16 and for constants: none of the sizes may be one of these."""
+    kernel = getattr(module, f"{module.__name__.split('.')[-2]}_kernel")
+    free = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
+    assert _runtime_integers(kernel) == free
+
+
+def test_number_of_references_chooses_between_two_settings_only() -> None:
+    chosen = {tuple(sorted(grca.settings(90, 16, 64, 4096, 77 + 4 * n).items())) for n in range(1, 200)}
+    assert len(chosen) == 2
