@@ -180,7 +180,11 @@ def test_the_policy_stops_foreign_scripts_and_loads(page):
     )
     assert blocked == "TypeError"
     assert page.execute_script("return window.hacked") is None
-    assert any("Content Security Policy" in entry["message"] for entry in page.get_log("browser"))
+    refused = [
+        entry["message"] for entry in page.get_log("browser") if "Content Security Policy" in entry["message"]
+    ]
+    for what in ("example.invalid", "/x", "inline script"):
+        assert any(what in message for message in refused), (what, refused)
 
 
 def test_nothing_else_is_requested_and_nothing_is_complained_of(page, book):
