@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastory.builtin.corpus import sample_training_tale
 from fastory.builtin.networks import SMALL, Sizes, build_vae
-from fastory.builtin.training import Batch
+from fastory.builtin.training import Batch, Objective
 from fastory.builtin.world import SIZE, draw
 
 CROP = 64
@@ -44,7 +44,7 @@ def psnr(vae: nn.Module, pictures: np.ndarray) -> float:
     return float(10 * np.log10(255**2 / np.mean(difference**2)))
 
 
-class VaeObjective(nn.Module):
+class VaeObjective(Objective):
     """Reconstruction of the picture and of its edges, with a little latent noise instead of a full posterior.
 
     A KL term with posterior noise from the first step on made small autoencoders collapse; a fixed noise of 0.05 and

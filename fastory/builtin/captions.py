@@ -234,8 +234,6 @@ def name_characters(text: str, prompts: Mapping[str, str]) -> str:
     `Bruno jumps` with {"Bruno": "a bear"} becomes `Bruno, a bear, jumps`. Names match as whole words, in any case.
     """
     for name, prompt in prompts.items():
-        pattern = rf"(?<!\w){re.escape(name)}(?!\w)"
-        text = re.sub(
-            pattern, lambda match, p=prompt: f"{match[0]}, {p},", text, count=1, flags=re.IGNORECASE
-        )
+        if found := re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text, re.IGNORECASE):
+            text = f"{text[: found.end()]}, {prompt},{text[found.end() :]}"
     return text

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastory.builtin.autoencoder import to_tensor
 from fastory.builtin.corpus import sample_tale
 from fastory.builtin.encoders import ABSENT, label
-from fastory.builtin.training import Batch, Plan, join, train
+from fastory.builtin.training import Batch, Objective, Plan, join, train
 from fastory.builtin.world import ACTIONS, COLOURS, HATS, PLACES, SCARVES, SPECIES, draw
 
 FILE = Path(__file__).with_name("classifier.safetensors")
@@ -92,7 +92,8 @@ def drawn_and_labelled(rng: np.random.Generator, count: int) -> tuple[np.ndarray
 
     The judge may see every scene: what is held out is held out from the model that is judged.
     """
-    pictures, answers = [], []
+    pictures: list[np.ndarray] = []
+    answers: list[list[int]] = []
     while len(pictures) < count:
         held = rng.random() < 0.25
         tale = sample_tale(rng, 4, 1 + int(rng.random() < 0.6), held)
@@ -103,7 +104,7 @@ def drawn_and_labelled(rng: np.random.Generator, count: int) -> tuple[np.ndarray
     return np.stack(pictures[:count]), np.array(answers[:count])
 
 
-class ClassifierObjective(nn.Module):
+class ClassifierObjective(Objective):
     """Cross-entropy of every question; noise, blur, brightness and tint as augmentation."""
 
     name = "classifier"
@@ -141,12 +142,12 @@ class ClassifierObjective(nn.Module):
         )
         self.classifier.train(training)
 
-    def finish(self, file: Path) -> None:
-        """Write fp16 weights."""
+    def finish(self, folder: Path) -> None:
+        """Write fp16 weights to folder/classifier.safetensors."""
         weights = {
             k: v.half() if v.is_floating_point() else v for k, v in self.classifier.state_dict().items()
         }
-        save_file(weights, file)
+        save_file(weights, folder / FILE.name)
 
 
 def accuracies(classifier: Classifier, pictures: np.ndarray, answers: np.ndarray) -> dict[str, float]:
@@ -163,11 +164,11 @@ def accuracies(classifier: Classifier, pictures: np.ndarray, answers: np.ndarray
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Train the judge and write it to --output."""
+    """Train the judge and write it into --output."""
     parser = argparse.ArgumentParser(prog="python -m fastory.builtin.classifier", description=__doc__)
     parser.add_argument("--minutes", type=float, default=20.0)
     parser.add_argument("--workdir", type=Path, default=Path("builtin-training"))
-    parser.add_argument("--output", type=Path, default=FILE)
+    parser.add_argument("--output", type=Path, default=FILE.parent, help="a folder")
     options = parser.parse_args(arguments)
     options.workdir.mkdir(parents=True, exist_ok=True)
     join(0, 1, options.workdir)

@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from PIL import Image
-from safetensors.torch import save_file
-from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from transformers import CLIPTokenizer
 
 from fastory.builtin.autoencoder import to_pictures, to_tensor
 from fastory.builtin.captions import TOKEN_LIMIT, caption, sample_names
@@ -22,11 +23,12 @@ from fastory.builtin.networks import (
     REFERENCE_TOKENS,
     SMALL,
     WIDTH,
+    Network,
     Sizes,
     build_scheduler,
     build_unet,
 )
-from fastory.builtin.training import Batch, stream
+from fastory.builtin.training import Batch, Objective, stream
 from fastory.builtin.world import Tale, draw
 
 FRAMES = 8  # of a training story
@@ -34,69 +36,72 @@ REFERENCES = 6  # slots; fewer references are repeated, which leaves a softmax o
 TRAINED_SCALE = 0.5  # the weight of references at which the adapter was trained, in the files
 
 
-class Corpus:
+class Corpus(Dataset):
     """Latents and reference embeddings of drawn stories, encoded once, in memory-mapped files.
 
     latents (stories, 8, 8, 16, 16) float16, scaled; embeddings (stories, 8, 128) float16, of the pictures as drawn or,
-    for every third story, as they come back from the autoencoder. Stories are drawn again from the seed.
+    for every third story, as they come back from the autoencoder. Stories are drawn again from the seed. Files carry
+    the marks of the networks that made them: a retrained autoencoder finds no stale latents.
     """
 
-    def __init__(self, folder: Path, seed: int, stories: int) -> None:
-        self.folder, self.seed, self.stories = folder, seed, stories
-        latents = (LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.latents = self._open("latents", latents)
-        self.embeddings = self._open("embeddings", (WIDTH,))
-        self.tales = [self._tale(index) for index in range(stories)]
+    def __init__(self, folder: Path, seed: int, stories: int, workers: int = 0) -> None:
+        self.folder, self.seed, self.stories, self.workers = folder, seed, stories, workers
+        self.tales = [sample_training_tale(stream("tale", seed, 0, i), FRAMES) for i in range(stories)]
 
-    def _open(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        path = self.folder / f"{name}-{self.stories}.npy"
+    def open(self, name: str, shape: tuple[int, ...], mark: str) -> np.ndarray:
+        """A table (stories, 8, *shape) of float16, zeros where it is new. One process makes it before others open it."""
+        path = self.folder / f"{name}-{self.seed}-{self.stories}-{mark}.npy"
         if not path.exists():
-            empty = path.with_suffix(".new")
-            np.lib.format.open_memmap(empty, "w+", np.float16, (self.stories, FRAMES, *shape)).flush()
-            empty.rename(path)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            np.lib.format.open_memmap(path, "w+", np.float16, (self.stories, FRAMES, *shape)).flush()
         return np.load(path, mmap_mode="r+")
 
-    def _tale(self, index: int) -> Tale:
-        return sample_training_tale(stream("tale", self.seed, 0, index), FRAMES)
+    def open_tables(self, latents_mark: str, embeddings_mark: str | None = None) -> None:
+        """Open or make the latents and, where there is an image encoder, the embeddings."""
+        self.latents = self.open("latents", (LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE), latents_mark)
+        if embeddings_mark is not None:
+            self.embeddings = self.open("embeddings", (WIDTH,), f"{latents_mark}-{embeddings_mark}")
 
-    def pictures(self, index: int) -> np.ndarray:
-        """The drawn frames of a story, uint8 (8, 128, 128, 3)."""
+    def __len__(self) -> int:
+        return self.stories
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor]:
+        """A story's number and its drawn frames, uint8 (8, 128, 128, 3)."""
         rng, tale = stream("draw", self.seed, 0, index), self.tales[index]
-        return np.stack([np.asarray(draw(tale.cast, scene, rng)) for scene in tale.scenes])
+        return index, torch.from_numpy(np.stack([np.asarray(draw(tale.cast, s, rng)) for s in tale.scenes]))
+
+    def _missing(self, table: np.ndarray, part: int, parts: int) -> Iterator[tuple[int, np.ndarray]]:
+        """The stories of this part without an entry, with their pictures."""
+        todo = [index for index in range(part, self.stories, parts) if not np.any(table[index])]
+        loader: DataLoader = DataLoader(self, None, sampler=todo, num_workers=self.workers)
+        for number, (index, pictures) in enumerate(loader):
+            if part == 0 and number % 200 == 0:
+                print(f"corpus: story {number} of {len(todo)}", flush=True)
+            yield index, pictures.numpy()
 
     @torch.no_grad()
-    def encode_latents(self, vae: AutoencoderKL, part: int, parts: int, device: str) -> None:
+    def encode_latents(self, vae: Network, part: int, parts: int, device: str) -> None:
         """Encode every parts-th story from `part` on that has no latents yet."""
         vae.to(device)
-        for index in self._missing(self.latents, part, parts):
-            latents = vae.encode(to_tensor(self.pictures(index)).to(device)).latent_dist.mean
+        for index, pictures in self._missing(self.latents, part, parts):
+            latents = vae.encode(to_tensor(pictures).to(device)).latent_dist.mean
             self.latents[index] = (latents * vae.config.scaling_factor).cpu().numpy()
 
     @torch.no_grad()
-    def encode_references(
-        self, vae: AutoencoderKL, image_encoder: nn.Module, part: int, parts: int, device: str
+    def embed_references(
+        self, vae: Network, image_encoder: Network, part: int, parts: int, device: str
     ) -> None:
         """Embed every parts-th story from `part` on that has no embeddings yet; needs the latents."""
         vae.to(device), image_encoder.to(device)
-        for index in self._missing(self.embeddings, part, parts):
-            pictures = self.pictures(index)
+        for index, pictures in self._missing(self.embeddings, part, parts):
             if index % 3 == 0:
                 latents = torch.from_numpy(self.latents[index]).float().to(device)
                 pictures = to_pictures(vae.decode(latents / vae.config.scaling_factor).sample)
-            self.embeddings[index] = (
-                image_encoder(pixel_values(pictures).to(device)).image_embeds.cpu().numpy()
-            )
-
-    def _missing(self, table: np.ndarray, part: int, parts: int) -> Iterator[int]:
-        for index in range(part, self.stories, parts):
-            if part == 0 and index // parts % 200 == 0:
-                print(f"corpus: story {index} of {self.stories}", flush=True)
-            if not np.any(table[index]):
-                yield index
+            embeddings = image_encoder(pixel_values(pictures).to(device)).image_embeds
+            self.embeddings[index] = embeddings.cpu().numpy()
 
 
-class UnetObjective(nn.Module):
+class UnetObjective(Objective):
     """v prediction from captions alone; a tenth of the captions is empty, for guidance."""
 
     name = "unet"
@@ -108,8 +113,8 @@ class UnetObjective(nn.Module):
         self,
         corpus: Corpus,
         tokenizer: CLIPTokenizer,
-        text_encoder: CLIPTextModel,
-        vae: AutoencoderKL,
+        text_encoder: Network,
+        vae: Network,
         sizes: Sizes = SMALL,
         frames: int = 32,
     ) -> None:
@@ -235,9 +240,7 @@ class AdapterObjective(UnetObjective):
     learning_rate = 8e-4
     high_noise = 0.5
 
-    def __init__(
-        self, unet: UNet2DConditionModel, image_encoder: CLIPVisionModelWithProjection, *args, **kwargs
-    ) -> None:
+    def __init__(self, unet: Network, image_encoder: Network, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.unet = unet.to(memory_format=torch.channels_last)
         self.unet._load_ip_adapter_weights([_fresh_adapter(unet)])
@@ -279,10 +282,10 @@ class AdapterObjective(UnetObjective):
         return pool[rng.integers(len(pool))]
 
     def _conditions(self, batch: Batch) -> dict[str, object]:
-        self._set_weight(batch["weight"])
+        self._set_weight(batch["weight"].item())
         return {"added_cond_kwargs": {"image_embeds": [batch["references"]]}}
 
-    def _set_weight(self, weight: Tensor) -> None:
+    def _set_weight(self, weight: float) -> None:
         """The weight of references in every cross-attention, in units of the trained one."""
         for processor in adapter_processors(self.unet):
             processor.scale = [weight]
@@ -292,13 +295,14 @@ class AdapterObjective(UnetObjective):
     ) -> dict:
         if references is None:
             references, scale = torch.zeros(rows, 1, WIDTH), 0.0
-        self._set_weight(torch.tensor(scale / TRAINED_SCALE, device=device))
+        self._set_weight(scale / TRAINED_SCALE)
         both = torch.cat([torch.zeros_like(references), references]).to(device)
         return {"added_cond_kwargs": {"image_embeds": [both]}}
 
     def sample(self, folder: Path) -> None:
         """Stories drawn in three rounds with the frames of the round before as references, adapter.png."""
-        rng, rows = np.random.default_rng(4), []
+        rng = np.random.default_rng(4)
+        rows: list[np.ndarray] = []
         for index in range(4):
             tale = sample_training_tale(stream("sample", 2, 0, index), FRAMES)
             texts = [caption(rng, tale.cast, scene) for scene in tale.scenes]
@@ -347,12 +351,12 @@ def _of_adapter(key: str) -> bool:
     return "encoder_hid_proj" in key or "_ip." in key
 
 
-def adapter_processors(unet: UNet2DConditionModel) -> Iterator[nn.Module]:
+def adapter_processors(unet: Network) -> Iterator[Network]:
     """The processors of the cross-attention layers, in the order of the adapter file's numbers."""
     return (processor for processor in unet.attn_processors.values() if hasattr(processor, "to_k_ip"))
 
 
-def _fresh_adapter(unet: UNet2DConditionModel) -> dict[str, dict[str, Tensor]]:
+def _fresh_adapter(unet: Network) -> dict[str, dict[str, Tensor]]:
     """The start: text's own K and V projections, V made small so that the references begin as a whisper."""
     weights = unet.state_dict()
     attention: dict[str, Tensor] = {}
@@ -380,3 +384,19 @@ def _frames_by_species(corpus: Corpus) -> dict[frozenset[str], list[tuple[int, i
         for frame in range(FRAMES):
             found.setdefault(_species_of(tale, frame), []).append((story, frame))
     return found
+
+
+def load_adapter(unet: Network, file: Path) -> None:
+    """Put a trained IP-Adapter file into a UNet that carries one, undoing the factor that its file folds in."""
+    tensors = load_file(file)
+    layer = unet.encoder_hid_proj.image_projection_layers[0]
+    with torch.no_grad():
+        layer.image_embeds.weight.copy_(tensors["image_proj.proj.weight"])
+        layer.image_embeds.bias.copy_(tensors["image_proj.proj.bias"])
+        layer.norm.weight.copy_(tensors["image_proj.norm.weight"])
+        layer.norm.bias.copy_(tensors["image_proj.norm.bias"])
+        for number, processor in enumerate(adapter_processors(unet)):
+            processor.to_k_ip[0].weight.copy_(tensors[f"ip_adapter.{2 * number + 1}.to_k_ip.weight"])
+            processor.to_v_ip[0].weight.copy_(
+                tensors[f"ip_adapter.{2 * number + 1}.to_v_ip.weight"] * TRAINED_SCALE
+            )

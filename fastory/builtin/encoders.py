@@ -13,14 +13,21 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from transformers import CLIPImageProcessorPil, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPImageProcessorPil, CLIPTokenizer
 
-from fastory.builtin.autoencoder import to_pictures, to_tensor
+from fastory.builtin.autoencoder import to_tensor
 from fastory.builtin.captions import TOKEN_LIMIT, caption, sample_names
 from fastory.builtin.corpus import sample_training_tale
-from fastory.builtin.networks import REFERENCE_SIZE, WIDTH, build_image_encoder, build_text_encoder
+from fastory.builtin.networks import (
+    PATCH_SIZE,
+    REFERENCE_SIZE,
+    WIDTH,
+    Network,
+    build_image_encoder,
+    build_text_encoder,
+)
 from fastory.builtin.tokenizer import build_tokenizer
-from fastory.builtin.training import Batch
+from fastory.builtin.training import Batch, Objective
 from fastory.builtin.world import ACTIONS, COLOURS, HATS, PLACES, SCARVES, SPECIES, Scene, Tale, draw
 
 MEAN, STD = (0.481, 0.458, 0.408), (0.269, 0.261, 0.276)
@@ -102,7 +109,7 @@ class _SlotHeads(nn.Module):
         ).sum()
 
 
-class ClipObjective(nn.Module):
+class ClipObjective(Objective):
     """Text and image encoder, each with linear heads that are thrown away."""
 
     name = "clip"
@@ -110,7 +117,7 @@ class ClipObjective(nn.Module):
     ema_decay = 0.998
 
     def __init__(
-        self, vae: nn.Module | None = None, pictures: int = 40, text_encoder: CLIPTextModel | None = None
+        self, vae: Network | None = None, text_encoder: Network | None = None, pictures: int = 40
     ) -> None:
         """text_encoder: kept as it is, because a UNet has learned to read it."""
         super().__init__()
@@ -131,7 +138,9 @@ class ClipObjective(nn.Module):
 
     def batch(self, rng: np.random.Generator, progress: float) -> Batch:
         """Pictures, their captions and labels."""
-        pictures, texts, labels = [], [], []
+        pictures: list[np.ndarray] = []
+        texts: list[str] = []
+        labels: list[Labels] = []
         while len(texts) < self.pictures:
             tale = sample_training_tale(rng, 4)
             names = sample_names(rng, len(tale.cast))
@@ -140,7 +149,8 @@ class ClipObjective(nn.Module):
                 labels.append(label(tale, scene))
                 pictures.append(np.asarray(draw(tale.cast, scene, rng)))
         return {
-            "pixels": pixel_values(self._as_generated(np.stack(pictures))),
+            "pixels": pixel_values(np.stack(pictures)),
+            "pictures": to_tensor(np.stack(pictures[: self.pictures // 4])),
             "ids": self._ids(texts),
             "place": torch.tensor([one.place for one in labels]),
             "slots": torch.from_numpy(np.stack([one.slots for one in labels])),
@@ -152,20 +162,23 @@ class ClipObjective(nn.Module):
             texts, padding="max_length", truncation=True, max_length=TOKEN_LIMIT, return_tensors="pt"
         )["input_ids"]
 
-    def _as_generated(self, pictures: np.ndarray) -> np.ndarray:
-        """A quarter of the pictures through the autoencoder, as every picture will be that is a reference."""
+    def _as_generated(self, batch: Batch) -> Tensor:
+        """The pixels, a quarter of them through the autoencoder, as every picture will be that is a reference."""
+        pixels, pictures = batch["pixels"], batch["pictures"]
         if not self._vae:
-            return pictures
-        count = len(pictures) // 4
+            return pixels
         with torch.no_grad():
-            restored = to_pictures(self._vae[0].cpu()(to_tensor(pictures[:count])).sample)
-        return np.concatenate([restored, pictures[count:]])
+            restored = self._vae[0].to(pictures.device)(pictures).sample.float().clamp(-1, 1)
+            size = (REFERENCE_SIZE, REFERENCE_SIZE)
+            small = F.interpolate(restored, size=size, mode="bicubic", antialias=True) / 2 + 0.5
+        mean, std = (torch.tensor(v, device=pixels.device).view(3, 1, 1) for v in (MEAN, STD))
+        return torch.cat([(small - mean) / std, pixels[len(pictures) :]])
 
     def forward(self, batch: Batch) -> Tensor:
         return self._image_loss(batch) + (0 if self.text_is_kept else self._text_loss(batch))
 
     def _image_loss(self, batch: Batch) -> Tensor:
-        pixels = batch["pixels"]
+        pixels = self._as_generated(batch)
         pixels = pixels * (0.9 + 0.2 * torch.rand(len(pixels), 3, 1, 1, device=pixels.device))
         pixels = pixels + 0.15 * torch.rand(len(pixels), 1, 1, 1, device=pixels.device) * torch.randn_like(
             pixels
@@ -174,7 +187,7 @@ class ClipObjective(nn.Module):
         loss = self.species_heads.loss(out.image_embeds, batch["free"])
         # After two layers each half of the picture must know its character: without it, binding takes ten times
         # longer to appear. One character stands in both halves.
-        side = REFERENCE_SIZE // self.image_encoder.config.patch_size
+        side = REFERENCE_SIZE // PATCH_SIZE
         patches = out.hidden_states[2][:, 1:].unflatten(1, (side, side))
         halves = torch.stack(
             [patches[:, :, : side // 2].mean((1, 2)), patches[:, :, side // 2 :].mean((1, 2))], 1

@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -50,7 +51,7 @@ def held_out_stories(count: int, seed: int) -> list[HeldOutStory]:
     return stories
 
 
-def draw_rounds(model: StoryModel, captions: Sequence[str], seed: int, **settings: object) -> Rounds:
+def draw_rounds(model: StoryModel, captions: Sequence[str], seed: int, **settings: Any) -> Rounds:
     """Every round of a story, drawn by the runtime without writing anything."""
     pictures: dict[int, dict[int, np.ndarray]] = {}
     for event in generate(Story.from_captions(captions), model=model, seed=seed, **settings):
@@ -213,7 +214,7 @@ def print_rounds(title: str, by_round: Sequence[dict[str, tuple[float, float, fl
 
 
 def measure(
-    model: StoryModel, classifier: Classifier, stories: Sequence[HeldOutStory], title: str, **settings: object
+    model: StoryModel, classifier: Classifier, stories: Sequence[HeldOutStory], title: str, **settings: Any
 ) -> tuple[list[Rounds], list[dict[str, tuple[float, float, float]]]]:
     """Draw the stories and print their scores round by round."""
     drawn = []
@@ -227,7 +228,7 @@ def measure(
     return drawn, by_round
 
 
-def own_picture_alone(model: StoryModel, story: HeldOutStory, **settings: object) -> Rounds:
+def own_picture_alone(model: StoryModel, story: HeldOutStory, **settings: Any) -> Rounds:
     """The control in which a frame's only reference is its own last picture: each frame is a story of its own."""
     frames = [
         draw_rounds(model, [text], story.seed + 7919 * (i + 1), references="all", **settings)[:, 0]
@@ -241,10 +242,10 @@ def controls(
     classifier: Classifier,
     stories: Sequence[HeldOutStory],
     drawn: Sequence[Rounds],
-    **settings: object,
-) -> dict[str, object]:
+    **settings: Any,
+) -> dict[str, Any]:
     """Own last picture alone; another story's last pictures; one noise for all frames."""
-    found: dict[str, object] = {}
+    found: dict[str, Any] = {}
     alone = [own_picture_alone(model, story, **settings) for story in stories]
     pairs = list(zip(stories, alone, strict=True))
     found["own picture alone"] = [

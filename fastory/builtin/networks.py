@@ -1,6 +1,7 @@
 """The networks of the built-in model: diffusers' and transformers' own classes at small sizes."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
@@ -10,8 +11,12 @@ from fastory.builtin.world import SIZE
 WIDTH = 128  # of text states, image embeddings and the UNet's cross-attention
 REFERENCE_TOKENS = 4
 REFERENCE_SIZE = 96  # pixels a side of a picture before the image encoder
+PATCH_SIZE = 12
 LATENT_SIZE = SIZE // 8
 LATENT_CHANNELS = 8
+
+Network = Any
+"""A network of diffusers or transformers: their lazy imports leave type checkers without its methods."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,7 @@ SMALL = Sizes()
 LARGE = Sizes(vae=(16, 32, 64, 128), unet=(96, 128, 160))
 
 
-def build_vae(sizes: Sizes = SMALL) -> AutoencoderKL:
+def build_vae(sizes: Sizes = SMALL) -> Network:
     """The f8 autoencoder: (B, 3, 128, 128) in -1..1 to (B, 8, 16, 16) and back."""
     levels = len(sizes.vae)
     return AutoencoderKL(
@@ -41,7 +46,7 @@ def build_vae(sizes: Sizes = SMALL) -> AutoencoderKL:
     )
 
 
-def build_text_encoder(vocabulary_size: int, token_limit: int) -> CLIPTextModel:
+def build_text_encoder(vocabulary_size: int, token_limit: int) -> Network:
     """Captions of up to token_limit tokens to (B, token_limit, 128). The last three ids are pad, start and end."""
     return CLIPTextModel(
         CLIPTextConfig(
@@ -59,7 +64,7 @@ def build_text_encoder(vocabulary_size: int, token_limit: int) -> CLIPTextModel:
     )
 
 
-def build_image_encoder() -> CLIPVisionModelWithProjection:
+def build_image_encoder() -> Network:
     """Pictures (B, 3, 96, 96), normalised by the feature extractor, to image_embeds (B, 128)."""
     return CLIPVisionModelWithProjection(
         CLIPVisionConfig(
@@ -69,12 +74,12 @@ def build_image_encoder() -> CLIPVisionModelWithProjection:
             num_hidden_layers=4,
             num_attention_heads=4,
             image_size=REFERENCE_SIZE,
-            patch_size=12,
+            patch_size=PATCH_SIZE,
         )
     )
 
 
-def build_unet(sizes: Sizes = SMALL) -> UNet2DConditionModel:
+def build_unet(sizes: Sizes = SMALL) -> Network:
     """The denoiser on (B, 8, 16, 16), cross-attention at 8 x 8 and 4 x 4."""
     return UNet2DConditionModel(
         sample_size=LATENT_SIZE,
@@ -90,7 +95,7 @@ def build_unet(sizes: Sizes = SMALL) -> UNet2DConditionModel:
     )
 
 
-def build_scheduler() -> DDIMScheduler:
+def build_scheduler() -> Network:
     """Stable Diffusion's noise schedule; the networks predict v."""
     return DDIMScheduler(
         num_train_timesteps=1000,

@@ -4,11 +4,8 @@ import json
 import shutil
 from pathlib import Path
 
-import torch
-from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from fastory.builtin.networks import REFERENCE_TOKENS
 from fastory.builtin.world import SIZE
 
 PARTS = (
@@ -66,22 +63,3 @@ def pack(model: Path, folder: Path) -> None:
         file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     for name, content in (("model_index", INDEX), ("fastory_defaults", DEFAULTS)):
         (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def load_adapter(unet: UNet2DConditionModel, file: Path) -> None:
-    """Put a trained IP-Adapter file into a UNet that carries one, undoing the factor that its file folds in."""
-    from fastory.builtin.denoiser import TRAINED_SCALE, adapter_processors
-
-    tensors = load_file(file)
-    layer = unet.encoder_hid_proj.image_projection_layers[0]
-    with torch.no_grad():
-        layer.image_embeds.weight.copy_(tensors["image_proj.proj.weight"])
-        layer.image_embeds.bias.copy_(tensors["image_proj.proj.bias"])
-        layer.norm.weight.copy_(tensors["image_proj.norm.weight"])
-        layer.norm.bias.copy_(tensors["image_proj.norm.bias"])
-        for number, processor in enumerate(adapter_processors(unet)):
-            processor.to_k_ip[0].weight.copy_(tensors[f"ip_adapter.{2 * number + 1}.to_k_ip.weight"])
-            processor.to_v_ip[0].weight.copy_(
-                tensors[f"ip_adapter.{2 * number + 1}.to_v_ip.weight"] * TRAINED_SCALE
-            )
-    assert layer.num_image_text_embeds == REFERENCE_TOKENS

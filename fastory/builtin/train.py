@@ -6,6 +6,7 @@ command goes on. On CPU two processes with one thread each average their gradien
 """
 
 import argparse
+import hashlib
 import shutil
 import tempfile
 from pathlib import Path
@@ -14,15 +15,14 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
 from fastory.builtin.autoencoder import VaeObjective
-from fastory.builtin.denoiser import AdapterObjective, Corpus, UnetObjective
+from fastory.builtin.denoiser import AdapterObjective, Corpus, UnetObjective, load_adapter
 from fastory.builtin.encoders import ClipObjective
-from fastory.builtin.networks import LARGE, SMALL
-from fastory.builtin.pack import load_adapter, pack
-from fastory.builtin.training import Plan, join, train
+from fastory.builtin.networks import LARGE, SMALL, Network
+from fastory.builtin.pack import pack
+from fastory.builtin.training import Objective, Plan, join, train
 
 STAGES = ("vae", "clip", "unet", "adapter")
 MINUTES = {  # by device; the shares are those of the issue's plan of 20 minutes on an H100
@@ -30,6 +30,11 @@ MINUTES = {  # by device; the shares are those of the issue's plan of 20 minutes
     "cuda": {"vae": 4.0, "clip": 3.0, "unet": 7.0, "adapter": 6.0},
 }
 STORIES = {"cpu": 2000, "cuda": 30_000}
+WORKERS = {"cpu": 0, "cuda": 12}
+BATCHES = {  # pictures in a batch and process
+    "cpu": {"vae": 4, "clip": 40, "unet": 32, "adapter": 32},
+    "cuda": {"vae": 48, "clip": 256, "unet": 512, "adapter": 512},
+}
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -49,47 +54,64 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def kind_of(options: argparse.Namespace) -> str:
+    """`cpu` or `cuda`, for the tables above."""
+    return "cuda" if options.device.startswith("cuda") else "cpu"
+
+
 def minutes_of(stage: str, options: argparse.Namespace) -> float:
     """A stage's minutes: given, its share of those given for all, or the device's usual ones."""
-    usual = MINUTES["cuda" if options.device.startswith("cuda") else "cpu"]
+    usual = MINUTES[kind_of(options)]
     if options.minutes is None:
         return usual[stage]
     return options.minutes * usual[stage] / sum(usual.values()) if options.stage == "all" else options.minutes
 
 
-def build_objective(stage: str, options: argparse.Namespace, part: int, parts: int) -> nn.Module:
+def build_objective(stage: str, options: argparse.Namespace, part: int, parts: int) -> Objective:
     """The networks and the loss of a stage; encodes the corpus first where the stage needs it."""
     torch.manual_seed(options.seed)
     model, sizes = options.workdir / "model", LARGE if options.large else SMALL
-    batch = [options.batch] if options.batch else []
+    batch = options.batch or BATCHES[kind_of(options)][stage]
     if stage == "vae":
-        return VaeObjective(sizes, *batch)
-    vae = AutoencoderKL.from_pretrained(model / "vae") if (model / "vae").exists() else None
+        return VaeObjective(sizes, batch)
+    vae: Network = AutoencoderKL.from_pretrained(model / "vae") if (model / "vae").exists() else None
     if stage == "clip":
-        # Beside a trained UNet only the image encoder goes on: the UNet reads the text encoder as it is.
-        kept = (
-            CLIPTextModel.from_pretrained(model / "text_encoder").float()
-            if (model / "unet").exists()
-            else None
-        )
-        return ClipObjective(vae, *batch, text_encoder=kept)
-    stories = options.stories or STORIES["cuda" if options.device.startswith("cuda") else "cpu"]
-    place = (options.workdir / "corpus", options.seed, stories)
-    if part == 0:
-        Corpus(*place)  # writes the empty files that every process then opens
-    _meet()
-    corpus = Corpus(*place)
-    corpus.encode_latents(vae, part, parts, options.device)
-    _meet()
+        return ClipObjective(vae, _text_encoder(model) if (model / "unet").exists() else None, batch)
+    corpus = _corpus(options, vae, part, parts)
     tokenizer = CLIPTokenizer.from_pretrained(model / "tokenizer")
-    text_encoder = CLIPTextModel.from_pretrained(model / "text_encoder").float()
-    shared = (corpus, tokenizer, text_encoder, vae, sizes, *batch)
+    shared = (corpus, tokenizer, _text_encoder(model), vae, sizes, batch)
     if stage == "unet":
         return UnetObjective(*shared)
-    image_encoder = CLIPVisionModelWithProjection.from_pretrained(model / "image_encoder").float()
-    corpus.encode_references(vae, image_encoder, part, parts, options.device)
+    image_encoder: Network = CLIPVisionModelWithProjection.from_pretrained(model / "image_encoder").float()
+    corpus.embed_references(vae, image_encoder, part, parts, options.device)
     _meet()
     return AdapterObjective(UNet2DConditionModel.from_pretrained(model / "unet"), image_encoder, *shared)
+
+
+def _text_encoder(model: Path) -> Network:
+    encoder: Network = CLIPTextModel.from_pretrained(model / "text_encoder")
+    return encoder.float()
+
+
+def _corpus(options: argparse.Namespace, vae: Network, part: int, parts: int) -> Corpus:
+    """The corpus with its latents; every process encodes its part."""
+    model = options.workdir / "model"
+    marks = [_mark(file) for file in (model / "vae", model / "image_encoder") if file.exists()]
+    stories = options.stories or STORIES[kind_of(options)]
+    corpus = Corpus(options.workdir / "corpus", options.seed, stories, WORKERS[kind_of(options)])
+    if part == 0:
+        corpus.open_tables(*marks)  # makes the empty files that every process then opens
+    _meet()
+    corpus.open_tables(*marks)
+    corpus.encode_latents(vae, part, parts, options.device)
+    _meet()
+    return corpus
+
+
+def _mark(folder: Path) -> str:
+    """Eight hex digits that change with a network's weights."""
+    (file,) = folder.glob("*.safetensors")
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:8]
 
 
 def _meet() -> None:
@@ -97,15 +119,16 @@ def _meet() -> None:
         dist.barrier()
 
 
-def start_from(objective: nn.Module, folder: Path) -> None:
+def start_from(objective: Objective, folder: Path) -> None:
     """Load the networks of a stage from a model folder. Raises what from_pretrained raises if one does not fit."""
-    for name, network in objective.named_children():
+    children: list[tuple[str, Network]] = list(objective.named_children())
+    for name, network in children:
         if (folder / name).exists():
             network.load_state_dict(
                 type(network).from_pretrained(folder / name).float().state_dict(), strict=False
             )
     if objective.name == "adapter":
-        load_adapter(objective.unet, folder / "ip_adapter" / "ip_adapter.safetensors")
+        load_adapter(dict(children)["unet"], folder / "ip_adapter" / "ip_adapter.safetensors")
 
 
 def run_stage(rank: int, stage: str, options: argparse.Namespace, processes: int, store: Path) -> None:
@@ -114,7 +137,14 @@ def run_stage(rank: int, stage: str, options: argparse.Namespace, processes: int
     objective = build_objective(stage, options, rank, processes)
     if options.init_from:
         start_from(objective, options.init_from)
-    plan = Plan(options.workdir, minutes_of(stage, options), options.steps, options.seed, options.device)
+    plan = Plan(
+        options.workdir,
+        minutes_of(stage, options),
+        options.steps,
+        options.seed,
+        options.device,
+        WORKERS[kind_of(options)],
+    )
     train(objective, plan)
     if rank == 0:
         (options.workdir / "samples").mkdir(exist_ok=True)

@@ -8,7 +8,6 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,12 +15,13 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
 
 Batch = dict[str, Tensor]
 
 
-class Objective(Protocol):
-    """One stage's networks and loss. It is also an nn.Module whose forward takes a batch and returns the loss."""
+class Objective(nn.Module):
+    """One stage: its networks, and a loss as forward(batch). `name` also names its folder of state."""
 
     name: str
     learning_rate: float
@@ -29,9 +29,15 @@ class Objective(Protocol):
 
     def batch(self, rng: np.random.Generator, progress: float) -> Batch:
         """A batch on the CPU that depends on rng and progress (0..1) alone."""
+        raise NotImplementedError
 
     def sample(self, folder: Path) -> None:
-        """Write pictures that show how far training has come."""
+        """Write pictures, or print figures, that show how far training has come."""
+        raise NotImplementedError
+
+    def finish(self, folder: Path) -> None:
+        """Write the trained networks."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,8 @@ class Plan:
     steps: int | None = None
     seed: int = 0
     device: str = "cpu"
-    save_every: float = 120.0
+    workers: int = 0
+    save_every: float = 60.0
     log_every: int = 100
 
     def clock(self) -> float:
@@ -64,10 +71,10 @@ class Plan:
 class TrainingState:
     """Optimizer, averaged weights, step and seconds of a stage, and their folder."""
 
-    def __init__(self, objective: nn.Module, plan: Plan, learning_rate: float) -> None:
+    def __init__(self, objective: Objective, plan: Plan) -> None:
         self.named = [(name, p) for name, p in objective.named_parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
-            [p for _, p in self.named], learning_rate, betas=(0.9, 0.98), weight_decay=0.01
+            [p for _, p in self.named], objective.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
         )
         self.average = [p.detach().clone() for _, p in self.named]
         self.step, self.seconds = 0, 0.0
@@ -149,6 +156,26 @@ def _shared(value: float) -> float:
     return float(tensor)
 
 
+class _Batches(Dataset):
+    """The batch of a step, by its number. Worker processes read the latest progress from shared memory."""
+
+    def __init__(self, objective: Objective, plan: Plan, rank: int) -> None:
+        self.objective, self.plan, self.rank = objective, plan, rank
+        self.seconds = torch.zeros(1, dtype=torch.float64).share_memory_()
+
+    def __getitem__(self, step: int) -> Batch:
+        rng = stream(self.objective.name, self.plan.seed, self.rank, step)
+        return self.objective.batch(rng, self.plan.progress(step, float(self.seconds)))
+
+
+def _batches(batches: _Batches, first_step: int) -> Iterator[Batch]:
+    """Batches from a step on: drawn by worker processes on a GPU's machine, by this process on a CPU."""
+    steps = range(first_step, 2**40)
+    workers = batches.plan.workers
+    prefetch = 4 if workers else None
+    return iter(DataLoader(batches, None, sampler=steps, num_workers=workers, prefetch_factor=prefetch))
+
+
 def _progresses(state: TrainingState, plan: Plan) -> Iterator[float]:
     """The progress at every step until the end; the clock is read, and shared, at every tenth step."""
     started = plan.clock() - state.seconds
@@ -160,7 +187,7 @@ def _progresses(state: TrainingState, plan: Plan) -> Iterator[float]:
             progress = _shared(plan.progress(state.step, state.seconds))
 
 
-def train(objective: nn.Module, plan: Plan) -> nn.Module:
+def train(objective: Objective, plan: Plan) -> Objective:
     """Train a stage to the end of its plan and leave the averaged weights in the objective.
 
     An interrupted stage goes on where its folder in plan.workdir left off. Raises FloatingPointError on a loss that
@@ -168,7 +195,7 @@ def train(objective: nn.Module, plan: Plan) -> nn.Module:
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
     objective.to(plan.device)
-    state = TrainingState(objective, plan, objective.learning_rate)
+    state = TrainingState(objective, plan)
     resumed = state.resume()
     model = DistributedDataParallel(objective) if dist.is_initialized() else objective
     if rank == 0:
@@ -177,10 +204,14 @@ def train(objective: nn.Module, plan: Plan) -> nn.Module:
             f"{objective.name}: {count / 1e6:.2f} M weights, {'resumed at' if resumed else 'from'} step {state.step}"
         )
     losses: list[Tensor] = []
-    saved = time.monotonic()
+    saved = plan.clock()
     first_step, first_seconds = state.step, state.seconds
+    source = _Batches(objective, plan, rank)
+    batches = _batches(source, state.step)
     for progress in _progresses(state, plan):
-        losses.append(_step(model, objective, state, plan, rank, progress))
+        source.seconds[0] = state.seconds
+        torch.manual_seed(int(stream(f"noise {objective.name}", plan.seed, rank, state.step).integers(2**62)))
+        losses.append(_step(model, next(batches), objective, state, plan, progress))
         if rank == 0 and state.step % plan.log_every == 0:
             loss = torch.stack(losses).mean().item()
             rate = (state.step - first_step) / max(1e-9, state.seconds - first_seconds)
@@ -191,10 +222,10 @@ def train(objective: nn.Module, plan: Plan) -> nn.Module:
             if not np.isfinite(loss):
                 raise FloatingPointError(f"the loss of stage {objective.name} is {loss} at step {state.step}")
             losses.clear()
-        if rank == 0 and time.monotonic() - saved > plan.save_every:
+        if rank == 0 and plan.clock() - saved > plan.save_every:
             state.save()
             _show(objective, state, plan)
-            saved = time.monotonic()
+            saved = plan.clock()
     if rank == 0 and state.step > first_step:
         state.save()
     state.swap_average()
@@ -202,11 +233,9 @@ def train(objective: nn.Module, plan: Plan) -> nn.Module:
 
 
 def _step(
-    model: nn.Module, objective: nn.Module, state: TrainingState, plan: Plan, rank: int, progress: float
+    model: nn.Module, batch: Batch, objective: Objective, state: TrainingState, plan: Plan, progress: float
 ) -> Tensor:
-    rng = stream(objective.name, plan.seed, rank, state.step)
-    torch.manual_seed(int(rng.integers(2**62)))
-    batch = {k: v.to(plan.device, non_blocking=True) for k, v in objective.batch(rng, progress).items()}
+    batch = {key: tensor.to(plan.device, non_blocking=True) for key, tensor in batch.items()}
     for group in state.optimizer.param_groups:
         group["lr"] = objective.learning_rate * learning_rate_factor(state.step, progress)
     with torch.autocast("cuda", torch.bfloat16, enabled=plan.device.startswith("cuda")):
@@ -220,7 +249,7 @@ def _step(
     return loss.detach()
 
 
-def _show(objective: nn.Module, state: TrainingState, plan: Plan) -> None:
+def _show(objective: Objective, state: TrainingState, plan: Plan) -> None:
     """Sample pictures with the averaged weights."""
     folder = plan.workdir / "samples"
     folder.mkdir(exist_ok=True)
