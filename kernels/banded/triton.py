@@ -65,8 +65,10 @@ def banded_kernel(
 ):  # fmt: skip
     """Grid (H, ceil(Lq / BLOCK_M), B). ONE_GROUP: every query stands in query_group, so only padding needs a mask.
 
-    Strides of q, k, v and out come divided by PIECE; row, head and first-token offsets are int64.
+    Strides of q, k, v and out come divided by PIECE. Offsets to a row, a head or a token are int64.
     """
+    q_token, out_token = q_token.to(tl.int64) * PIECE, out_token.to(tl.int64) * PIECE
+    k_token, v_token = k_token.to(tl.int64) * PIECE, v_token.to(tl.int64) * PIECE
     head = tl.program_id(0).to(tl.int64)
     start = tl.program_id(1).to(tl.int64) * BLOCK_M
     row = tl.program_id(2).to(tl.int64)
@@ -82,10 +84,10 @@ def banded_kernel(
         key_padding, tl.min(group, 0), tl.max(tl.where(keep, group, query_group), 0),
         keys, group_size, window, prefix,
     )  # fmt: skip
-    q += (row * q_row + start * q_token + head * q_head) * PIECE
+    q += (row * q_row + head * q_head) * PIECE + start * q_token
     k += (row * k_row + head * k_head) * PIECE
     v += (row * v_row + head * v_head) * PIECE
-    q0, q1 = load_rows(q + step * (q_token * PIECE), keep, D, D0, D1)
+    q0, q1 = load_rows(q + step * q_token, keep, D, D0, D1)
     top, total, acc0, acc1 = empty_softmax(BLOCK_M, D0, D1)
     for begin in range(0, prefix + last - first, BLOCK_N):
         place = begin + tl.arange(0, BLOCK_N)
@@ -94,7 +96,7 @@ def banded_kernel(
         seen = here
         if key_padding is not None:
             seen = seen & (tl.load(key_padding + key, mask=here, other=1) == 0)
-        k0, k1 = load_rows(k + key.to(tl.int64) * (k_token * PIECE), here, D, D0, D1)
+        k0, k1 = load_rows(k + key * k_token, here, D, D0, D1)
         s = score(q0, q1, k0, k1, D1, PRECISION, UPCAST)
         allowed = seen[None, :]
         if not ONE_GROUP:
@@ -103,11 +105,11 @@ def banded_kernel(
             allowed = allowed & (band | (place < prefix)[None, :])
         s = tl.where(allowed, s, float("-inf"))
         p, top, total, acc0, acc1 = rescale(s, top, total, acc0, acc1, SCALE, True, D1)
-        v0, v1 = load_rows(v + key.to(tl.int64) * (v_token * PIECE), here, D, D0, D1)
+        v0, v1 = load_rows(v + key * v_token, here, D, D0, D1)
         acc0, acc1 = weigh(p, v0, v1, acc0, acc1, D1, PRECISION, UPCAST)
     total = tl.where(total > 0.0, total, 1.0)[:, None]
-    out += (row * out_row + start * out_token) * PIECE + head * D
-    store_rows(out + step * (out_token * PIECE), keep, acc0 / total, acc1 / total, D, D0, D1)
+    out += row * out_row * PIECE + start * out_token + head * D
+    store_rows(out + step * out_token, keep, acc0 / total, acc1 / total, D, D0, D1)
 
 
 def arguments(

@@ -14,6 +14,7 @@ Story-Adapter (arXiv 2410.06244). A program computes BLOCK_M queries of one head
 from __future__ import annotations
 
 import contextlib
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -125,8 +126,8 @@ def _online_segment(
     """Softmax attention to keys first .. last by online softmax, key `first` being one that is seen: (total, parts)."""
     top, total, acc0, acc1 = empty_softmax(BLOCK_M, D0, D1)
     step = tl.arange(0, BLOCK_N)
-    k += first.to(tl.int64) * k_token
-    v += first.to(tl.int64) * v_token
+    k += first * k_token
+    v += first * v_token
     for start in range(first, last, BLOCK_N):
         keep = start + step < last
         seen = _sees(visible, start + step, keep, TOKENS)
@@ -187,9 +188,11 @@ def grca_kernel(
 ):  # fmt: skip
     """Grid (H, ceil(L / BLOCK_M), B): heads fastest, because neighbouring heads share the cache lines of q and out.
 
-    Strides of q, k, v and out come divided by PIECE. What is multiplied by a row, a head or a tile's first token is
-    int64; inside a tile offsets are int32.
+    Strides of q, k, v and out come divided by PIECE. Offsets to a row, a head or a token are int64.
     """
+    q_token, out_token = q_token.to(tl.int64) * PIECE, out_token.to(tl.int64) * PIECE
+    kt_token, vt_token = kt_token.to(tl.int64) * PIECE, vt_token.to(tl.int64) * PIECE
+    kr_token, vr_token = kr_token.to(tl.int64) * PIECE, vr_token.to(tl.int64) * PIECE
     head = tl.program_id(0).to(tl.int64)
     start = tl.program_id(1).to(tl.int64) * BLOCK_M
     row = tl.program_id(2).to(tl.int64)
@@ -197,7 +200,7 @@ def grca_kernel(
     step = tl.arange(0, BLOCK_M)
     query = start.to(tl.int32) + step
     keep = query < queries
-    q += (row * q_row + start * q_token + head * q_head) * PIECE
+    q += (row * q_row + head * q_head) * PIECE + start * q_token
     k_text += (row * kt_row + head * kt_head) * PIECE
     v_text += (row * vt_row + head * vt_head) * PIECE
     k_ref += (ref_row * kr_row + head * kr_head) * PIECE
@@ -207,33 +210,39 @@ def grca_kernel(
         ref_visible += row * visible_row
     if mask is not None:
         mask += row * mask_row
-    q0, q1 = load_rows(q + step * (q_token * PIECE), keep, D, D0, D1)
+    q0, q1 = load_rows(q + step * q_token, keep, D, D0, D1)
     if ONE_TILE:
         out0, out1 = _one_tile(
             q0, q1, query, keep, k_text, v_text, k_ref, v_ref, scale, ref_offsets, ref_visible, mask,
-            text_keys, ref_keys, groups, kt_token * PIECE, vt_token * PIECE, kr_token * PIECE, vr_token * PIECE,
+            text_keys, ref_keys, groups, kt_token, vt_token, kr_token, vr_token,
             scale_group, mask_group, mask_query,
             TOKENS, D, D0, D1, SCALE, PRECISION, UPCAST, BLOCK_M, BLOCK_N, PIECE == 8,
         )  # fmt: skip
     else:
         out0, out1 = _online(
             q0, q1, query, keep, k_text, v_text, k_ref, v_ref, scale, ref_offsets, ref_visible, mask,
-            text_keys, ref_keys, groups, kt_token * PIECE, vt_token * PIECE, kr_token * PIECE, vr_token * PIECE,
+            text_keys, ref_keys, groups, kt_token, vt_token, kr_token, vr_token,
             scale_group, mask_group, mask_query,
             TOKENS, D, D0, D1, SCALE, PRECISION, UPCAST, BLOCK_M, BLOCK_N,
         )  # fmt: skip
-    out += (row * out_row + start * out_token) * PIECE + head * D
-    store_rows(out + step * (out_token * PIECE), keep, out0, out1, D, D0, D1)
+    out += row * out_row * PIECE + start * out_token + head * D
+    store_rows(out + step * out_token, keep, out0, out1, D, D0, D1)
+
+
+@functools.cache
+def ways(capability: int, bits: int, width: int, queries: int) -> tuple[dict[str, Any], ...]:
+    """Launch settings that calls of these widths may use: the one tile's, where there is one, and the loop's."""
+    one_tile = lookup(CONFIGS, capability, "one_tile", bits, width, queries)
+    online = lookup(CONFIGS, capability, "online", bits, width, queries)
+    assert online is not None, "default.json has a rule for everything"
+    looped = {"ONE_TILE": False, **online}
+    return (looped,) if one_tile is None else ({"ONE_TILE": True, **one_tile}, looped)
 
 
 def settings(capability: int, bits: int, width: int, queries: int, keys: int) -> dict[str, Any]:
     """Launch settings for compute capability 80, 90, ..., element bits, head width, L and the sum of all keys."""
-    launch = lookup(CONFIGS, capability, "one_tile", bits, width, queries)
-    if launch is not None and keys <= launch["BLOCK_N"]:
-        return {"ONE_TILE": True, **launch}
-    launch = lookup(CONFIGS, capability, "online", bits, width, queries)
-    assert launch is not None, "default.json has a rule for everything"
-    return {"ONE_TILE": False, **launch}
+    first, *_, last = (*ways(capability, bits, width, queries),) * 2
+    return first if first["ONE_TILE"] and keys <= first["BLOCK_N"] else last
 
 
 def arguments(
@@ -287,6 +296,19 @@ def constants(width: int, tokens_per_ref: int, dtype: torch.dtype, piece: int) -
     }
 
 
+_compiled: set[tuple] = set()
+
+
+def _compile_all(passed: list, fixed: dict[str, object], launches: tuple[dict[str, Any], ...]) -> None:
+    """Compiles every way once per kind of call, so that a longer story finds its binary and never waits for one."""
+    kinds = [(x.dtype, x.device, x.data_ptr() % 16) if isinstance(x, Tensor) else None for x in passed]
+    key = (*kinds, *fixed.values(), len(launches), *launches[-1].values())
+    if key not in _compiled:
+        for launch in launches:
+            grca_kernel.warmup(*passed, grid=(1,), **fixed, **launch)
+        _compiled.add(key)
+
+
 def grca_triton(
     q: Tensor,
     k_text: Tensor,
@@ -309,9 +331,12 @@ def grca_triton(
     if out.numel() == 0:
         return out
     passed, piece = arguments(q, k_text, v_text, k_ref, v_ref, scale, ref_offsets, ref_visible, mask, out)
-    keys = k_text.shape[1] + k_ref.shape[1]
-    launch = settings(capability(q.device), 8 * q.element_size(), width, queries, keys)
+    known = (capability(q.device), 8 * q.element_size(), width, queries)
+    launch = settings(*known, k_text.shape[1] + k_ref.shape[1])
+    fixed = constants(width, tokens_per_ref, q.dtype, piece)
     grid = (heads, triton.cdiv(queries, launch["BLOCK_M"]), rows)
     with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
-        grca_kernel[grid](*passed, **constants(width, tokens_per_ref, q.dtype, piece), **launch)
+        if not choice.interpreted():
+            _compile_all(passed, fixed, ways(*known))
+        grca_kernel[grid](*passed, **fixed, **launch)
     return out
