@@ -42,8 +42,9 @@ extras_require = {
     "tensorrt": ["tensorrt>=11"],
     "test": [
         "pytest>=8",
+        "selenium>=4.20",  # the storybook in headless Chromium
         "pytest-benchmark>=5",
-        "hypothesis>=6.100",
+        "hypothesis>=6.100",  # properties of the kernels
         "ruff>=0.12",
         "mypy>=1.15",
         "types-PyYAML",

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor
 from torch.nn import functional
 
@@ -58,7 +59,7 @@ class Layer:
 class SelfAttention(AttnProcessor2_0):
     """diffusers' self-attention, told to let the context pass: cross_attention_kwargs reach attn1 as well."""
 
-    def __call__(  # type: ignore[override]
+    def __call__(
         self,
         attn: Attention,
         hidden_states: Tensor,
@@ -131,13 +132,9 @@ class CrossAttentionLayers:
             offset += 2 * attn.inner_dim
         self.width = offset
         self.key_weights, self.value_weights = tuple(key_weights), tuple(value_weights)
-        by_name = {layer.name: layer for layer in self.layers}
-        unet.set_attn_processor(
-            {
-                name: CrossAttention(by_name[name]) if name in by_name else SelfAttention()
-                for name in unet.attn_processors
-            }
-        )
+        processors: dict[str, Any] = {name: SelfAttention() for name in unet.attn_processors}
+        processors |= {layer.name: CrossAttention(layer) for layer in self.layers}
+        unet.set_attn_processor(processors)
 
     def project_text(self, tokens: Tensor) -> Tensor:
         """tokens (1, Lt, C_x) -> (1, Lt, W) through to_k and to_v, each layer's own module, so a LoRA on them counts."""

@@ -191,6 +191,7 @@ def convert(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="The .safetensors file to write.")
     ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
 ) -> None:
     """Turn a pickled IP-Adapter into safetensors; nothing in the file is executed (weights_only)."""
     with reported():

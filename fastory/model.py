@@ -52,7 +52,9 @@ class StoryModel:
         self.family = checkpoint.family
         self.placement = placement
         self.device, self.dtype = placement.device, placement.dtype
-        self.pipeline = checkpoint.pipeline
+        self.pipeline: Any = (
+            checkpoint.pipeline
+        )  # of either family; encode_prompt has another signature in each
         self.pipeline.to(self.device)  # open_checkpoint has loaded it in its type
         self.pipeline.set_progress_bar_config(disable=True)
         self.unet, self.vae = self.pipeline.unet, self.pipeline.vae
@@ -102,7 +104,7 @@ class StoryModel:
         encoder = self.checkpoint.image_encoder
         if encoder is None:
             raise InputError("the IP-Adapter has no image encoder; wanted: its folder by --image-encoder")
-        encoder.to(self.device, self.dtype)
+        encoder.to(device=self.device, dtype=self.dtype)  # type: ignore[call-arg]  # a decorator hides Module.to
         adapter.image_projection.to(self.device, self.dtype)
         self.layers = CrossAttentionLayers(
             self.unet,
@@ -221,7 +223,7 @@ class StoryModel:
         if adapter.embedding == "image_embeds":
             zeros = torch.zeros(1, encoder.config.projection_dim, device=self.device, dtype=self.dtype)
             return self._project_image(zeros)
-        side = encoder.config.image_size
+        side = self.checkpoint.image_processor.crop_size["height"]
         return self._project_image(
             self._encode_image(torch.zeros(1, 3, side, side, device=self.device, dtype=self.dtype))
         )
@@ -303,7 +305,7 @@ def fit_square(image: Image.Image, fit: str) -> Image.Image:
         return image.convert("RGB")
     side = max(image.size)
     mean = tuple(int(v) for v in np.round(np.array([0.48145466, 0.4578275, 0.40821073]) * 255))
-    square = Image.new("RGB", (side, side), mean)  # type: ignore[arg-type]
+    square = Image.new("RGB", (side, side), mean)
     square.paste(image.convert("RGB"), ((side - image.width) // 2, (side - image.height) // 2))
     return square
 

@@ -204,7 +204,7 @@ def draw_story(job: Job, batch_size: int | None) -> Iterator[Event]:
         sizes = [size]
     done = folder.count(rounds, count) if folder else 0
     yield StoryStarted(
-        story.title, count, rounds, settings.steps, done, rounds * count, folder and folder.path
+        story.title, count, rounds, settings.steps, done, rounds * count, folder.path if folder else None
     )
     for notice in [*job.notices, *story_notices(model, story, settings)]:
         yield Notice(notice)
@@ -308,6 +308,8 @@ def story_notices(model: StoryModel, story: Story, settings: Settings) -> Iterat
     """What the user should know before drawing begins."""
     if not settings.iterations:
         yield "0 iterations: every frame is drawn from its caption alone"
+    if story.first_frame is not None or any(frame.boxes for frame in story.frames):
+        yield "`first_frame` and `boxes` are reserved: this version checks them and does not use them"
     if model.name == "builtin":
         from fastory.builtin.captions import unknown_words
 

@@ -6,10 +6,11 @@ import ctypes
 import gc
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 import psutil
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from fastory.errors import InputError
 
@@ -84,7 +85,8 @@ def frame_bytes(unet: UNet2DConditionModel, dtype: torch.dtype, width: int, heig
     the concatenated input, the convolution's result and its workspace, and GEGLU's 8-fold width: 32 in all.
     """
     rows = 2 if guided else 1
-    return 32 * unet.config.block_out_channels[0] * width * height * rows * dtype.itemsize
+    config: Any = unet.config
+    return 32 * config.block_out_channels[0] * width * height * rows * dtype.itemsize
 
 
 def free_bytes(device: torch.device) -> int:

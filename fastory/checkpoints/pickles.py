@@ -83,7 +83,7 @@ def _write(tensors: dict[str, torch.Tensor], output: Path, overwrite: bool) -> N
             if output.exists() and not overwrite:
                 if not filecmp.cmp(written, output, shallow=False):
                     raise InputError(
-                        f"{output} exists and holds something else; remove it or give another output."
+                        f"{output} exists and holds something else; give another --output, or --overwrite."
                     )
                 return
             with written.open("rb+") as file:
