@@ -15,7 +15,7 @@ from fastory.builtin.captions import unknown_words, words
 @pytest.mark.parametrize("file", EXAMPLES.values(), ids=EXAMPLES)
 def test_captions_are_within_the_vocabulary(file: Path) -> None:
     story = Story.read(file)
-    names = {character.name: character.prompt for character in story.characters}
+    names = {character.name: character.prompt or "" for character in story.characters}
     for i in range(len(story.frames)):
         assert not unknown_words(story.prompt(i), names)
 

@@ -33,6 +33,13 @@ class Interrupted(VaeObjective):
         return super().batch(rng, progress)
 
 
+class Finished(VaeObjective):
+    """Has nothing left to do."""
+
+    def batch(self, rng: np.random.Generator, progress: float) -> Batch:
+        raise AssertionError("a finished stage drew another batch")
+
+
 class Broken(VaeObjective):
     """A loss that is not finite."""
 
@@ -60,7 +67,7 @@ def test_a_kill_between_the_two_renames_loses_nothing(tmp_path: Path) -> None:
     plan = Plan(tmp_path, steps=2)
     run(VaeObjective, plan)
     (tmp_path / "state-vae").rename(tmp_path / "state-vae.new")
-    run(VaeObjective, plan)
+    run(Finished, plan)
     assert (tmp_path / "state-vae/state.json").read_text().startswith('{"schema": 1, "step": 2')
 
 

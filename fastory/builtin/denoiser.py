@@ -16,7 +16,7 @@ from transformers import CLIPTokenizer
 from fastory.builtin.autoencoder import to_pictures, to_tensor
 from fastory.builtin.captions import TOKEN_LIMIT, caption, sample_names
 from fastory.builtin.corpus import sample_training_tale
-from fastory.builtin.encoders import pixel_values
+from fastory.builtin.encoders import pixel_values, pixels_of
 from fastory.builtin.networks import (
     LATENT_CHANNELS,
     LATENT_SIZE,
@@ -65,27 +65,30 @@ class Corpus(Dataset):
     def __len__(self) -> int:
         return self.stories
 
-    def __getitem__(self, index: int) -> tuple[int, Tensor]:
-        """A story's number and its drawn frames, uint8 (8, 128, 128, 3)."""
+    def __getitem__(self, index: int) -> tuple[int, Tensor, Tensor]:
+        """A story's number, its drawn frames (8, 3, 128, 128) and their pixels for the image encoder (8, 3, 96, 96)."""
         rng, tale = stream("draw", self.seed, 0, index), self.tales[index]
-        return index, torch.from_numpy(np.stack([np.asarray(draw(tale.cast, s, rng)) for s in tale.scenes]))
+        pictures = np.stack([np.asarray(draw(tale.cast, scene, rng)) for scene in tale.scenes])
+        return index, to_tensor(pictures), pixel_values(pictures)
 
-    def _missing(self, table: np.ndarray, part: int, parts: int) -> Iterator[tuple[int, np.ndarray]]:
-        """The stories of this part without an entry, with their pictures."""
+    def _missing(
+        self, table: np.ndarray, part: int, parts: int
+    ) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
+        """The stories of this part without an entry, eight at a time: numbers, frames and pixels, frames flattened."""
         todo = [index for index in range(part, self.stories, parts) if not np.any(table[index])]
-        loader: DataLoader = DataLoader(self, None, sampler=todo, num_workers=self.workers)
-        for number, (index, pictures) in enumerate(loader):
-            if part == 0 and number % 200 == 0:
-                print(f"corpus: story {number} of {len(todo)}", flush=True)
-            yield index, pictures.numpy()
+        loader: DataLoader = DataLoader(self, 8, sampler=todo, num_workers=self.workers)
+        for number, (indices, pictures, pixels) in enumerate(loader):
+            if part == 0 and number % 25 == 0:
+                print(f"corpus: story {8 * number} of {len(todo)}", flush=True)
+            yield indices.numpy(), pictures.flatten(0, 1), pixels.flatten(0, 1)
 
     @torch.no_grad()
     def encode_latents(self, vae: Network, part: int, parts: int, device: str) -> None:
         """Encode every parts-th story from `part` on that has no latents yet."""
         vae.to(device)
-        for index, pictures in self._missing(self.latents, part, parts):
-            latents = vae.encode(to_tensor(pictures).to(device)).latent_dist.mean
-            self.latents[index] = (latents * vae.config.scaling_factor).cpu().numpy()
+        for indices, pictures, _ in self._missing(self.latents, part, parts):
+            latents = vae.encode(pictures.to(device)).latent_dist.mean * vae.config.scaling_factor
+            self.latents[indices] = latents.unflatten(0, (-1, FRAMES)).cpu().numpy()
 
     @torch.no_grad()
     def embed_references(
@@ -93,12 +96,13 @@ class Corpus(Dataset):
     ) -> None:
         """Embed every parts-th story from `part` on that has no embeddings yet; needs the latents."""
         vae.to(device), image_encoder.to(device)
-        for index, pictures in self._missing(self.embeddings, part, parts):
-            if index % 3 == 0:
-                latents = torch.from_numpy(self.latents[index]).float().to(device)
-                pictures = to_pictures(vae.decode(latents / vae.config.scaling_factor).sample)
-            embeddings = image_encoder(pixel_values(pictures).to(device)).image_embeds
-            self.embeddings[index] = embeddings.cpu().numpy()
+        for indices, _, pixels in self._missing(self.embeddings, part, parts):
+            pixels = pixels.to(device).unflatten(0, (-1, FRAMES))
+            for row in np.flatnonzero(indices % 3 == 0):
+                latents = torch.from_numpy(self.latents[indices[row]]).float().to(device)
+                pixels[row] = pixels_of(vae.decode(latents / vae.config.scaling_factor).sample)
+            embeddings = image_encoder(pixels.flatten(0, 1)).image_embeds
+            self.embeddings[indices] = embeddings.unflatten(0, (-1, FRAMES)).cpu().numpy()
 
 
 class UnetObjective(Objective):

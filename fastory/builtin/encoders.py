@@ -53,6 +53,15 @@ def pixel_values(pictures: np.ndarray) -> Tensor:
     return (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
 
 
+def pixels_of(decoded: Tensor) -> Tensor:
+    """What an autoencoder decoded, (B, 3, 128, 128) in -1..1, as pixel_values would give its picture, on its device."""
+    size = (REFERENCE_SIZE, REFERENCE_SIZE)
+    small = F.interpolate(decoded.float().clamp(-1, 1), size=size, mode="bicubic", antialias=True)
+    small = (small / 2 + 0.5).clamp(0, 1)  # bicubic overshoots; 8-bit pictures cannot
+    mean, std = (torch.tensor(values, device=decoded.device).view(3, 1, 1) for values in (MEAN, STD))
+    return (small - mean) / std
+
+
 @dataclass(frozen=True)
 class Labels:
     """What a frame shows, as indices. The columns of a slot are species, action, colour, hat, scarf."""
@@ -167,12 +176,10 @@ class ClipObjective(Objective):
         pixels, pictures = batch["pixels"], batch["pictures"]
         if not self._vae:
             return pixels
+        vae = self._vae[0].to(pictures.device)
         with torch.no_grad():
-            restored = self._vae[0].to(pictures.device)(pictures).sample.float().clamp(-1, 1)
-            size = (REFERENCE_SIZE, REFERENCE_SIZE)
-            small = F.interpolate(restored, size=size, mode="bicubic", antialias=True) / 2 + 0.5
-        mean, std = (torch.tensor(v, device=pixels.device).view(3, 1, 1) for v in (MEAN, STD))
-        return torch.cat([(small - mean) / std, pixels[len(pictures) :]])
+            restored = pixels_of(vae(pictures).sample)
+        return torch.cat([restored, pixels[len(pictures) :]])
 
     def forward(self, batch: Batch) -> Tensor:
         return self._image_loss(batch) + (0 if self.text_is_kept else self._text_loss(batch))

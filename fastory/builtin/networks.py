@@ -28,7 +28,7 @@ class Sizes:
 
 
 SMALL = Sizes()
-LARGE = Sizes(vae=(16, 32, 64, 128), unet=(96, 128, 160))
+LARGE = Sizes(vae=(24, 48, 80, 96), unet=(96, 128, 160))
 
 
 def build_vae(sizes: Sizes = SMALL) -> Network:
