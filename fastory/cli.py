@@ -114,6 +114,9 @@ def generate(
     height: Annotated[int | None, option(PICTURE, help="Pixels.")] = None,
     dtype: Annotated[str, option(RUN, help="auto, float32, float16 or bfloat16.")] = "auto",
     device: Annotated[str, option(RUN, help="auto, cpu, cuda or cuda:N.")] = "auto",
+    graphs: Annotated[
+        str, option(RUN, help="auto (a CUDA graph around a UNet call, on CUDA) or off.")
+    ] = "auto",
     batch_size: Annotated[
         int | None, option(RUN, help="Frames at once (default: chosen from free memory).")
     ] = None,
@@ -157,7 +160,9 @@ def generate(
             raise InputError("--redraw-seed wants --frames: which frames are to be redrawn?")
         chosen = parse_frames(frames)
         read = read_stories(stories or [])
-        opened = open_model(model, config, ip_adapter, image_encoder, lora or [], device, dtype, offline)
+        opened = open_model(
+            model, config, ip_adapter, image_encoder, lora or [], device, dtype, graphs, offline
+        )
         from fastory.pipeline import generate as draw
 
         events = draw(
@@ -234,6 +239,7 @@ def open_model(
     loras: list[str],
     device: str,
     dtype: str,
+    graphs: str,
     offline: bool,
 ) -> Any:
     """The StoryModel that the options name."""
@@ -250,6 +256,7 @@ def open_model(
         loras=[parse_lora(text) for text in loras],
         device=device,
         dtype=dtype,
+        graphs=graphs,
         offline=offline,
     )
 

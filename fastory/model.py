@@ -74,14 +74,16 @@ class StoryModel:
         loras: Sequence[tuple[str, float]] = (),
         device: str = "auto",
         dtype: str = "auto",
+        graphs: str = "auto",
         offline: bool = False,
     ) -> StoryModel:
         """Open `builtin`, a diffusers folder, a .safetensors file (with `config`) or a hub id.
 
         loras: (path, weight) pairs, in effect before any K and V are projected. device: auto, cpu, cuda or cuda:N.
-        dtype: auto, float32, float16 or bfloat16. Raises InputError for anything that cannot be used.
+        dtype: auto, float32, float16 or bfloat16. graphs: auto (CUDA graphs on CUDA) or off.
+        Raises InputError for anything that cannot be used.
         """
-        placement = place(device, dtype)
+        placement = place(device, dtype, graphs)
         check_kernels(placement.device)
         options: dict[str, Any] = {
             "config": config,
@@ -91,7 +93,8 @@ class StoryModel:
             "offline": offline,
         }
         checkpoint = open_checkpoint(model, dtype=placement.dtype, **options)
-        asked = {name: value for name, value in (("device", device), ("dtype", dtype)) if value != "auto"}
+        named = (("device", device), ("dtype", dtype), ("graphs", graphs))
+        asked = {name: value for name, value in named if value != "auto"}
         opened = cls(checkpoint, placement, model, asked)
         opened.options = {"model": model, **options}
         return opened
@@ -141,14 +144,18 @@ class StoryModel:
         Raises InputError where the user named another device or type: the run's bytes could not go on.
         """
         here = self.placement.as_dict()
-        if (machine["device"], machine["dtype"]) == (here["device"], here["dtype"]):
+        if all(machine[name] == here[name] for name in ("device", "dtype", "graphs")):
             return self
+        graphs = "auto" if machine["graphs"] else "off"
         if self.asked or self.options is None:
             raise InputError(
-                f"this run began on {machine['device']} in {machine['dtype']}, and the model is on {here['device']} in "
-                f"{here['dtype']}; give --device {machine['device']} --dtype {machine['dtype']}, or --overwrite to begin anew"
+                f"this run began on {machine['device']} in {machine['dtype']}, graphs {graphs}, and the model is on "
+                f"{here['device']} in {here['dtype']}; give --device {machine['device']} --dtype {machine['dtype']} "
+                f"--graphs {graphs}, or --overwrite to begin anew"
             )
-        return StoryModel.open(**self.options, device=machine["device"], dtype=machine["dtype"])
+        return StoryModel.open(
+            **self.options, device=machine["device"], dtype=machine["dtype"], graphs=graphs
+        )
 
     @property
     def tokens_per_ref(self) -> int:

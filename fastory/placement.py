@@ -24,24 +24,36 @@ MOST_FRAMES = {"cpu": 4, "cuda": 16}
 
 @dataclass(frozen=True)
 class Placement:
-    """Device and type of a run, resolved once and stored in the manifest. threads: torch's, on the CPU."""
+    """How a run computes, resolved once and stored in the manifest.
+
+    threads: torch's, on the CPU. graphs: whether a UNet call is captured in a CUDA graph.
+    """
 
     device: torch.device
     dtype: torch.dtype
     threads: int
+    graphs: bool = False
 
     @property
     def dtype_name(self) -> str:
         """float32, float16 or bfloat16."""
         return str(self.dtype).removeprefix("torch.")
 
-    def as_dict(self) -> dict[str, str | int]:
+    def as_dict(self) -> dict[str, str | int | bool]:
         """As the manifest holds it."""
-        return {"device": str(self.device), "dtype": self.dtype_name, "threads": self.threads}
+        return {
+            "device": str(self.device),
+            "dtype": self.dtype_name,
+            "threads": self.threads,
+            "graphs": self.graphs,
+        }
 
 
-def place(device: str = "auto", dtype: str = "auto") -> Placement:
-    """Resolve `auto`: CUDA with float16 where there is one, else the CPU with float32."""
+def place(device: str = "auto", dtype: str = "auto", graphs: str = "auto") -> Placement:
+    """Resolve `auto`: CUDA with float16 and graphs where there is one, else the CPU with float32.
+
+    Raises InputError for a device that is not there and for other names.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if not (device == "cpu" or device.split(":")[0] == "cuda"):
@@ -60,7 +72,10 @@ def place(device: str = "auto", dtype: str = "auto") -> Placement:
         dtype = "float16" if resolved.type == "cuda" else "float32"
     if dtype not in DTYPES:
         raise InputError(f"--dtype: wanted auto, {', '.join(DTYPES)}, got {dtype!r}")
-    return Placement(resolved, DTYPES[dtype], torch.get_num_threads())
+    if graphs not in ("auto", "off"):
+        raise InputError(f"--graphs: wanted auto or off, got {graphs!r}")
+    captured = graphs == "auto" and resolved.type == "cuda"
+    return Placement(resolved, DTYPES[dtype], torch.get_num_threads(), captured)
 
 
 def choose_batch(

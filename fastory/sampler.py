@@ -13,8 +13,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from fastory.attention import Context
-from fastory.errors import InputError
+from fastory.errors import FastoryError, InputError
 from fastory.model import Caption, StoryModel
+from fastory.placement import is_out_of_memory
 from fastory.settings import Settings
 
 SCHEDULER_CLASSES = {
@@ -89,7 +90,9 @@ class Sampler:
         self.timestep = torch.zeros((), device=model.device, dtype=self.timesteps.dtype)
         self.timestep_cond = self._guidance_embedding() if self.distilled else None
         self.conditions = self._added_conditions(width, height)
+        self.model_input = torch.zeros(self.rows, *self.latent_shape, **options)
         self.context: Context | None = None
+        self.graph: torch.cuda.CUDAGraph | None = None
 
     def _guidance_embedding(self) -> Tensor:
         """The guidance scale as an input, for UNets distilled with it (LCM)."""
@@ -105,23 +108,32 @@ class Sampler:
         row = self.model.added_conditions(pooled.to(self.model.device, self.model.dtype), width, height)
         return {name: value.repeat(self.rows, 1) for name, value in row.items()}
 
+    @torch.inference_mode()
     def set_round(self, shared: Shared) -> None:
-        """Make `shared` what the next micro-batches attend to. The reference K/V is used as it is, without a copy."""
-        self.shared = shared
-        text = shared.negative_kv.new_zeros(self.rows, *shared.negative_kv.shape[1:])
+        """Make `shared` what the next micro-batches attend to.
+
+        Inputs of the same shapes are written where the last round's were, so that a captured graph stays good: a
+        story has two shapes, round 0 without references and every later round.
+        """
+        blocks = shared.ref_kv.shape[1] // self.model.tokens_per_ref
+        if self.context is None or not _same_shapes(self.context, shared):
+            self.graph = None
+            self.context = Context(
+                text_kv=shared.negative_kv.new_zeros(self.rows, *shared.negative_kv.shape[1:]),
+                ref_kv=shared.ref_kv,
+                scale=shared.scale,
+                ref_visible=torch.zeros(self.rows, blocks, dtype=torch.bool, device=self.model.device),
+                ref_offsets=shared.offsets,
+                tokens_per_ref=self.model.tokens_per_ref,
+            )
+        else:
+            self.context.ref_kv.copy_(shared.ref_kv)
+            self.context.scale.copy_(shared.scale)
+            self.context.ref_offsets.copy_(shared.offsets)
         if self.guided:
-            text[: self.batch_size] = shared.negative_kv
+            self.context.text_kv[: self.batch_size] = shared.negative_kv
             if self.conditions and shared.negative.pooled is not None:
                 self.conditions["text_embeds"][: self.batch_size] = shared.negative.pooled
-        blocks = shared.ref_kv.shape[1] // self.model.tokens_per_ref
-        self.context = Context(
-            text_kv=text,
-            ref_kv=shared.ref_kv,
-            scale=shared.scale,
-            ref_visible=torch.zeros(self.rows, blocks, dtype=torch.bool, device=self.model.device),
-            ref_offsets=shared.offsets,
-            tokens_per_ref=self.model.tokens_per_ref,
-        )
 
     def _load(self, rows: Sequence[Row]) -> list[torch.Generator]:
         """Copy the rows into the static buffers; a short micro-batch is padded with its last frame."""
@@ -157,7 +169,8 @@ class Sampler:
         for number, timestep in enumerate(self.host_timesteps):
             self.timestep.copy_(self.timesteps[number])
             scaled = self.scheduler.scale_model_input(self.latents, timestep)
-            noise = self._guide(self._predict(torch.cat([scaled, scaled]) if self.guided else scaled))
+            self.model_input.copy_(torch.cat([scaled, scaled]) if self.guided else scaled)
+            noise = self._guide(self._captured() if self.model.placement.graphs else self._predict())
             # UniPC and PNDM keep the sample they are given, so it must not be the buffer that is written next.
             latents = self.scheduler.step(
                 noise, timestep, self.latents.clone(), **options, return_dict=False
@@ -165,10 +178,10 @@ class Sampler:
             self.latents.copy_(latents)
             yield number + 1
 
-    def _predict(self, model_input: Tensor) -> Tensor:
-        """One UNet call over the static buffers: (rows, c, h, w) -> (rows, c, h, w)."""
+    def _predict(self) -> Tensor:
+        """One UNet call over the static buffers -> (rows, c, h, w)."""
         return self.model.unet(
-            model_input,
+            self.model_input,
             self.timestep,
             encoder_hidden_states=None,
             timestep_cond=self.timestep_cond,
@@ -176,6 +189,31 @@ class Sampler:
             cross_attention_kwargs={"context": self.context},
             return_dict=False,
         )[0]
+
+    def _captured(self) -> Tensor:
+        """The same call replayed from a CUDA graph, captured on first use: one launch in place of some thousand."""
+        if self.graph is None:
+            aside = torch.cuda.Stream(self.model.device)
+            aside.wait_stream(torch.cuda.current_stream(self.model.device))
+            with torch.cuda.stream(
+                aside
+            ):  # compiles kernels and lets libraries choose, which capture forbids
+                self._predict()
+                self._predict()
+            torch.cuda.current_stream(self.model.device).wait_stream(aside)
+            graph = torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(graph):
+                    self.prediction = self._predict()
+            except RuntimeError as error:
+                if is_out_of_memory(error):
+                    raise
+                raise FastoryError(
+                    f"a UNet call could not be captured ({error}); draw with --graphs off"
+                ) from error
+            self.graph = graph
+        self.graph.replay()
+        return self.prediction
 
     def _guide(self, prediction: Tensor) -> Tensor:
         """Classifier-free guidance: rows are [unconditional; conditional]."""
@@ -189,6 +227,15 @@ class Sampler:
         shape = (1, *self.latent_shape)
         noise = randn_tensor(shape, generator=generator, device=self.model.device, dtype=self.model.dtype)
         return noise * self.scheduler.init_noise_sigma
+
+
+def _same_shapes(context: Context, shared: Shared) -> bool:
+    """Whether `shared` fits into the buffers of `context`."""
+    return (
+        context.ref_kv.shape == shared.ref_kv.shape
+        and context.scale.shape == shared.scale.shape
+        and context.text_kv.shape[1:] == shared.negative_kv.shape[1:]
+    )
 
 
 def make_scheduler(model: StoryModel, name: str) -> Any:

@@ -65,6 +65,7 @@ def refuse(arguments: list[str], wanted: str, code: int = 2) -> str:
         (["--batch-size", "0"], "wanted 1 or more"),
         (["--dtype", "int8"], "wanted auto, float32, float16, bfloat16"),
         (["--device", "tpu"], "wanted auto, cpu, cuda or cuda:N"),
+        (["--graphs", "on"], "wanted auto or off, got 'on'"),
         (["--frames", "1,x"], "numbers and ranges such as 3,7-9"),
         (["--frames", "3-1"], "numbers and ranges"),
         (["--frames", "1"], "no run to redraw"),

@@ -84,6 +84,14 @@ class Run:
     captions: list[Caption] = field(default_factory=list)
     characters: dict[str, list[Tensor]] = field(default_factory=dict)
     halved: int | None = None
+    sampler: Sampler | None = None
+
+    def sampler_of(self, size: int) -> Sampler:
+        """The sampler for micro-batches of `size`; its buffers and captured graphs serve all rounds."""
+        if self.sampler is None or self.sampler.batch_size != size:
+            self.sampler = None  # its buffers go before the new ones come
+            self.sampler = Sampler(self.model, self.settings, size, *picture_size(self))
+        return self.sampler
 
     @cached_property
     def null_reference(self) -> Tensor:
@@ -152,6 +160,7 @@ def until_it_fits(
                     "--height, --dtype float16 on a GPU, fewer programs beside this one, or a device with more memory. "
                     "The finished pictures are kept; the same command goes on from them."
                 ) from None
+        run.sampler = None
         release_memory(run.model.device)
         run.halved = size // 2
         yield BatchHalved(k, run.halved, needed)
@@ -167,7 +176,7 @@ def draw_round(
         return current
     yield RoundStarted(k, settings.iterations, settings.reference_scale_of(k) if k else 0.0, len(todo))
     groups = reference_groups(run, k, last)
-    sampler = Sampler(run.model, settings, size, *picture_size(run))
+    sampler = run.sampler_of(size)
     sampler.set_round(share(run, groups))
     for first in range(0, len(todo), size):
         rows = [make_row(run, sampler, groups, i) for i in todo[first : first + size]]
