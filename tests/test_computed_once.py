@@ -18,7 +18,7 @@ from fastory import Story, StoryModel
 from fastory.attention import Context
 from fastory.events import FrameDrawn, RoundStarted
 from fastory.modes import iterative as mode
-from fastory.sampler import Sampler
+from fastory.sampler import Sampler, Shared
 
 ROUNDS, FRAMES = 2, 5
 
@@ -158,6 +158,25 @@ def test_step_loop_keeps_its_input_buffers(model: StoryModel) -> None:
     list(sampler.denoise(rows))
     list(sampler.denoise(rows[:1]))
     assert addresses() == before
+
+
+def test_later_rounds_are_read_from_the_buffers_of_the_first(model: StoryModel) -> None:
+    """One capture serves all rounds with references: other values, the same addresses."""
+    sampler, _ = prepared(model, 3)
+    context = sampler.context
+    assert context is not None
+    before = context.ref_kv.clone()
+    shared = Shared(
+        negative=model.encode_negative("dark"),
+        negative_kv=mode.project(model, model.encode_negative("dark")),
+        ref_kv=before + 1,
+        scale=torch.tensor([0.5]),
+        offsets=context.ref_offsets.clone(),
+    )
+    sampler.set_round(shared)
+    assert sampler.context is context
+    assert torch.equal(context.ref_kv, before + 1) and context.scale.tolist() == [0.5]
+    assert torch.equal(context.text_kv[0], shared.negative_kv[0])
 
 
 def test_reference_kv_is_one_row_for_all_rows_of_a_batch(model: StoryModel) -> None:
