@@ -6,7 +6,9 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from transformers import CLIPTokenizer
 
+from fastory.builtin import WEIGHTS
 from fastory.builtin.captions import (
     TOKEN_LIMIT,
     caption,
@@ -94,3 +96,12 @@ def test_given_names_are_known_words() -> None:
 def test_a_name_is_introduced_once_and_only_as_a_whole_word() -> None:
     told = name_characters("Tomas and tom sleep, Tom dreams.", {"Tom": "a cat"})
     assert told == "Tomas and tom, a cat, sleep, Tom dreams."
+
+
+def test_words_that_the_shipped_weights_do_not_know_are_told() -> None:
+    """Weights may be older than the grammar: what their tokenizer splits, they have not learned."""
+    tokenizer = CLIPTokenizer.from_pretrained(WEIGHTS / "tokenizer", local_files_only=True)
+    assert not unknown_words("A fox is jumping in the snow.", tokenizer=tokenizer)
+    split = [word for word in vocabulary() if len(tokenizer.tokenize(word)) > 1]
+    assert {found.word for found in unknown_words(" ".join(split), tokenizer=tokenizer)} == set(split)
+    assert [found.word for found in unknown_words("A zebra.", tokenizer=tokenizer)] == ["zebra"]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
+from transformers import CLIPTokenizer
 
 from fastory.builtin.world import Character, Scene
 
@@ -219,13 +220,18 @@ class UnknownWord:
         return f"the built-in model does not know {self.word!r}{hint}"
 
 
-def unknown_words(text: str, names: Mapping[str, str] | None = None) -> list[UnknownWord]:
-    """The words of a caption outside the vocabulary, each once; the keys of `names` count as known."""
-    known = vocabulary() | {word for name in names or {} for word in words(name)}
+def unknown_words(
+    text: str, names: Mapping[str, str] | None = None, tokenizer: CLIPTokenizer | None = None
+) -> list[UnknownWord]:
+    """The words of a caption that the model was not trained on, each once; the keys of `names` count as known.
+
+    tokenizer: of the weights in use, where they may have been trained on fewer words than this grammar has: a word
+    that it splits is unknown.
+    """
+    trained = [w for w in sorted(vocabulary()) if tokenizer is None or len(tokenizer.tokenize(w)) == 1]
+    known = {*trained, *(word for name in names or {} for word in words(name))}
     strange = dict.fromkeys(word for word in words(text) if word not in known)
-    return [
-        UnknownWord(w, tuple(difflib.get_close_matches(w, sorted(known), n=3, cutoff=0.6))) for w in strange
-    ]
+    return [UnknownWord(w, tuple(difflib.get_close_matches(w, trained, n=3, cutoff=0.6))) for w in strange]
 
 
 def name_characters(text: str, prompts: Mapping[str, str]) -> str:
