@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from fastory.errors import FastoryError, InputError
+    from fastory.events import Event
     from fastory.model import StoryModel
     from fastory.pipeline import generate
     from fastory.settings import PRESETS, Settings
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = [
     "PRESETS",
     "Character",
+    "Event",
     "FastoryError",
     "Frame",
     "InputError",
@@ -34,6 +36,7 @@ __all__ = [
 ]
 
 _ROOMS = {
+    "Event": "events",
     "FastoryError": "errors",
     "InputError": "errors",
     "StoryModel": "model",

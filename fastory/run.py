@@ -479,6 +479,8 @@ def _sha256_file(path: Path) -> str:
 
 
 def _sync(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():
+        return  # Windows has no handle for a folder; NTFS journals the rename
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
