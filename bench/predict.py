@@ -1,0 +1,234 @@
+"""Predicted cost of the kernels from their machine code, where there is no GPU: `python bench/predict.py`.
+
+A prediction, never a measurement: the largest of what one multiprocessor's issue slots, exponent units and matrix
+units, and the chip's L2 and memory, need for the instructions the compiler emitted, at the rates below. Latency that
+occupancy does not hide is not in it, so it is a bound that a launch setting can be compared by. Loops are weighted by
+the trips the shape gives them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import results
+import torch
+import triton
+from cells import DTYPES, RATES, TOKENS, Cell, gpu_matrix
+from torch import Tensor
+
+from fastory.kernels.banded import triton as banded
+from fastory.kernels.grca import triton as grca
+from fastory.kernels.offline import ARCHITECTURES, Compiled, compile_for
+
+
+@dataclass(frozen=True)
+class Chip:
+    """Multiprocessors, clock in Hz, matrix operations per clock and multiprocessor, L2 bytes a second."""
+
+    name: str
+    multiprocessors: int
+    clock: float
+    matrix: float
+    l2: float
+
+
+# Multiprocessors and clock: NVIDIA's H100 SXM data sheet; the matrix rate is the 750 TFLOP/s of RATES; L2 is assumed.
+H100 = Chip("H100", 132, 1.755e9, 750e12 / 132 / 1.755e9, 5.5e12)
+INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*)")
+MATRIX = ("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA", "IMMA")
+
+
+@dataclass
+class Loop:
+    first: int
+    last: int
+
+
+def parse(sass: str) -> tuple[list[str], list[Loop]]:
+    """Operation codes in order, and the loops: from a branch backwards to its label."""
+    codes: list[str] = []
+    labels: dict[str, int] = {}
+    branches: list[tuple[int, str]] = []
+    for line in sass.splitlines():
+        if label := re.match(r"^\s*(\.L_x_\d+):", line):
+            labels[label[1]] = len(codes)
+        elif found := INSTRUCTION.match(line):
+            if found[1].startswith("BRA") and (target := re.search(r"\.L_x_\d+", found[2])):
+                branches.append((len(codes), target[0]))
+            codes.append(found[1])
+    # A branch to itself ends every program: not a loop.
+    return codes, [Loop(labels[to], at) for at, to in branches if labels[to] < at - 1]
+
+
+def weights(codes: list[str], loops: list[Loop], trips: list[int]) -> list[float]:
+    """How often each instruction runs: the innermost loops with matrix instructions, in order, take the trips given."""
+    busy = [loop for loop in loops if any(c.startswith(MATRIX) for c in codes[loop.first : loop.last])]
+    inner = [
+        loop
+        for loop in busy
+        if not any(o is not loop and loop.first <= o.first and o.last <= loop.last for o in busy)
+    ]
+    inner.sort(key=lambda loop: loop.first)
+    weight = [1.0] * len(codes)
+    for loop, count in zip(inner, trips, strict=False):
+        for index in range(loop.first, loop.last + 1):
+            weight[index] *= count
+    return weight
+
+
+def _views(cell: Cell, rows: int, tokens: int) -> list[Tensor]:
+    wide = torch.empty(rows, tokens, 4 * cell.heads * cell.width, dtype=DTYPES[cell.dtype], device="meta")
+    return [x.unflatten(-1, (cell.heads, cell.width)) for x in wide.chunk(4, -1)[1:3]]
+
+
+def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def build_grca(cell: Cell, capability: int) -> tuple[Compiled, dict[str, Any], list[int], int]:
+    """(kernel, launch settings, trips of its loops, columns of scores that a query computes)."""
+    dtype = DTYPES[cell.dtype]
+    q = _empty(cell.rows, cell.queries, cell.heads, cell.width, dtype=dtype)
+    text, refs = _views(cell, cell.rows, cell.text), _views(cell, 1, cell.references * TOKENS)
+    grouped = cell.groups > 1
+    arguments, piece = grca.arguments(
+        q, *text, *refs, _empty(cell.groups, dtype=torch.float32),
+        _empty(cell.groups + 1, dtype=torch.int64) if grouped else None,
+        _empty(cell.rows, cell.references, dtype=torch.bool),
+        _empty(1, cell.groups, cell.queries, dtype=torch.float32) if cell.masked else None, q,
+    )  # fmt: skip
+    keys = cell.text + cell.references * TOKENS
+    launch = grca.settings(capability, 8 * dtype.itemsize, cell.width, cell.queries, keys)
+    fixed = grca.constants(cell.width, TOKENS, dtype, piece)
+    built = compile_for(capability, grca.grca_kernel, arguments, fixed | launch)
+    if launch["ONE_TILE"]:
+        return built, launch, [], launch["BLOCK_N"]
+    per_group = -(-cell.references * TOKENS // cell.groups)
+    trips = [-(-cell.text // launch["BLOCK_N"]), cell.groups * -(-per_group // launch["BLOCK_N"])]
+    return built, launch, trips, sum(trips) * launch["BLOCK_N"]
+
+
+def build_banded(cell: Cell, capability: int) -> tuple[Compiled, dict[str, Any], list[int], int]:
+    dtype = DTYPES[cell.dtype]
+    q = _empty(cell.rows, cell.queries, cell.heads, cell.width, dtype=dtype)
+    k = _empty(cell.rows, cell.text, cell.heads, cell.width, dtype=dtype)
+    padding = _empty(cell.rows, cell.text, dtype=torch.bool) if cell.padded else None
+    one_group = None if cell.self_attention else 0
+    arguments, piece = banded.arguments(
+        q, k, k, cell.group_size, cell.window, 0, one_group, padding, cell.prefix, q
+    )
+    launch = banded.settings(capability, 8 * dtype.itemsize, cell.width, cell.queries)
+    fixed = banded.constants(cell.width, not cell.self_attention, dtype, piece)
+    built = compile_for(capability, banded.banded_kernel, arguments, fixed | launch)
+    trips = [-(-round(cell.keys_read()) // launch["BLOCK_N"])]
+    return built, launch, trips, trips[0] * launch["BLOCK_N"]
+
+
+def resources(cell: Cell, capability: int) -> dict[str, Any]:
+    """What the compiler says of one cell's kernel."""
+    built, launch, trips, columns = (build_grca if cell.operator == "grca" else build_banded)(
+        cell, capability
+    )
+    codes, loops = parse(built.sass())
+    weight = weights(codes, loops, trips)
+    tiles = -(-cell.queries // launch["BLOCK_M"]) * cell.heads * cell.rows
+    exps = sum(w for c, w in zip(codes, weight, strict=True) if c.startswith("MUFU.EX2"))
+    return {
+        "cell": cell.name,
+        "capability": capability,
+        "launch": {name: launch[name] for name in ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")},
+        "registers": built.registers,
+        "spilled_bytes": built.spilled_bytes,
+        "shared_bytes": built.shared_bytes,
+        "blocks_per_multiprocessor": built.blocks_per_multiprocessor,
+        "matrix_instructions_in_ptx": built.matrix_instructions,
+        "global_loads_by_bytes": {str(size): n for size, n in sorted(built.global_loads().items())},
+        "instructions_per_warp": round(sum(weight)),
+        "exponents_per_warp": round(exps),
+        "score_columns_computed": columns,
+        "programs": tiles,
+    }
+
+
+def predict(cell: Cell, chip: Chip) -> dict[str, Any]:
+    """Microseconds that each unit of `chip` needs, and the largest next to the floor."""
+    row = resources(cell, 90)
+    launch, programs = row["launch"], row["programs"]
+    waves = -(-programs // chip.multiprocessors)  # programs on the busiest multiprocessor
+    warps = launch["num_warps"]
+    first, second = grca.split(cell.width)
+    flops = 4 * launch["BLOCK_M"] * row["score_columns_computed"] * (first + second)
+    size = DTYPES[cell.dtype].itemsize
+    through_l2 = programs * (2 * launch["BLOCK_M"] + 2 * cell.keys_read()) * cell.width * size
+    memory = 2 * cell.rows * cell.queries * cell.heads * cell.width * size
+    floor = cell.floor(chip.name)
+    assert floor is not None
+    units = {
+        "issue": waves * row["instructions_per_warp"] * warps / 4 / chip.clock,
+        "exponents": waves * row["exponents_per_warp"] * warps * 2 / chip.clock,
+        "matrix": waves * flops / chip.matrix / chip.clock,
+        "l2": through_l2 / chip.l2,
+        "memory": memory / RATES[chip.name].bytes,
+        "launch": RATES[chip.name].launch,
+    }
+    bound = max(units, key=lambda unit: units[unit])
+    return row | {
+        "units_us": {unit: round(1e6 * seconds, 2) for unit, seconds in units.items()},
+        "bound_by": bound,
+        "predicted_us": round(1e6 * units[bound], 2),
+        "floor_us": round(1e6 * floor, 2),
+        "floor_over_predicted": round(floor / units[bound], 2),
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown of predict()'s rows."""
+    head = [
+        "cell",
+        "predicted, us",
+        "bound by",
+        "floor, us",
+        "floor / predicted",
+        "registers",
+        "blocks per SM",
+    ]
+    lines = [" | ".join(head), "|".join(["---"] * len(head))]
+    names = (
+        "cell",
+        "predicted_us",
+        "bound_by",
+        "floor_us",
+        "floor_over_predicted",
+        "registers",
+        "blocks_per_multiprocessor",
+    )
+    lines += [" | ".join(str(row[name]) for name in names) for row in rows]
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--save", action="store_true", help="write bench/results/predicted.json")
+    save = parser.parse_args().save
+    cells = [cell for cell in gpu_matrix() if cell.dtype == "fp16"]
+    rows = [predict(cell, H100) for cell in cells]
+    others = [resources(cell, c) for c in ARCHITECTURES if c != 90 for cell in cells if cell.rows == 2]
+    print(table(rows))
+    if save:
+        head = {
+            "kind": "predicted from compiled code, not measured on any GPU",
+            "chip": vars(H100) | {"rates": vars(RATES["H100"])},
+            "triton": triton.__version__,
+            "date": results.environment("cpu")["date"],
+        }
+        results.FOLDER.mkdir(exist_ok=True)
+        text = json.dumps(head | {"rows": rows, "other_architectures": others}, indent=1)
+        (results.FOLDER / "predicted.json").write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
