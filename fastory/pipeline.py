@@ -81,14 +81,16 @@ def generate(
     opened = model if isinstance(model, StoryModel) else StoryModel.open(model)
     if batch_size is not None and batch_size < 1:
         raise InputError(f"batch_size: wanted 1 or more, got {batch_size}")
+    if frames is not None and overwrite:
+        raise InputError("frames are redrawn in place, overwrite draws everything anew; give one of the two")
     if frames is not None and output is None and under is None:
         raise InputError("frames are redrawn in a finished run folder; say which with output")
-    stack = ExitStack()
+    stack, taken = ExitStack(), set[Path]()
     try:
         jobs = [prepare(opened, story, settings, preset, frames) for story in read]
         for job, path in zip(jobs, run_paths(read, output), strict=True):
             if path or under:
-                open_folder(job, path, Path(under) if under else None, overwrite, redraw_seed, stack)
+                open_folder(job, path, Path(under) if under else None, overwrite, redraw_seed, stack, taken)
     except BaseException:
         stack.close()
         raise
@@ -134,7 +136,8 @@ def prepare(
             )
     story.prompt(0, settings.style)  # refuses an unknown style
     make_scheduler(model, settings.scheduler)  # refuses one that does not fit this UNet
-    if settings.iterations > 0 or any(character.references for character in story.characters):
+    pictures = any(character.references for character in story.characters)
+    if settings.iterations > 0 or (pictures and settings.reference_start <= settings.iterations):
         model.require_references()
     wanted = None if frames is None else tuple(sorted(set(frames)))
     return Job(model, story, settings, sources, None, None, wanted, [])
@@ -147,11 +150,15 @@ def open_folder(
     overwrite: bool,
     redraw_seed: int | None,
     stack: ExitStack,
+    taken: set[Path],
 ) -> None:
     """Lock and check the job's run folder; begin it, resume it, or take up a redraw."""
     identity = Identity.of(job.story, job.settings, job.model.hashes, job.model.asked_dtype)
     assert path or under
     path = path or (under or Path()) / f"{job.story.slug}-{identity.digest()[:8]}"
+    if path.resolve() in taken:
+        raise InputError(f"{job.story.title!r} was given twice; wanted every story once")
+    taken.add(path.resolve())
     if job.frames is not None and not (path / "manifest.json").exists():
         raise InputError(
             f"there is no run to redraw in {path}; draw the story first, or name its folder with --output "
@@ -161,7 +168,7 @@ def open_folder(
     stack.callback(folder.close)
     exists = folder.read()
     if exists and overwrite:
-        folder.clear()
+        folder.manifest = {}  # the files go when drawing begins: a later story may still be refused
         exists = False
     if exists:
         folder.check(identity, job.frames)
@@ -193,6 +200,7 @@ def draw_story(job: Job, batch_size: int | None) -> Iterator[Event]:
     if folder is not None:
         assert job.identity is not None
         if not folder.manifest:
+            folder.clear()
             machine = {**model.placement.as_dict(), "versions": versions()}
             folder.begin(job.identity, story, job.sources, machine, size)
         stored = folder.batch_sizes()
@@ -315,7 +323,7 @@ def story_notices(model: StoryModel, story: Story, settings: Settings) -> Iterat
 
         names = {character.name: "" for character in story.characters}
         text = " ".join(story.prompt(i, settings.style) for i in range(len(story.frames)))
-        yield from map(str, unknown_words(text, names))
+        yield from map(str, unknown_words(text, names, tokenizer=model.pipeline.tokenizer))
 
 
 def versions() -> dict[str, str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from fastory import Story, StoryModel, generate
+from fastory import InputError, Story, StoryModel, generate
 from fastory.events import FrameDrawn
 from fastory.modes.iterative import frames_seen
 
@@ -91,3 +91,10 @@ def test_weight_of_a_characters_pictures_is_its_own(model: StoryModel, tmp_path:
     assert silent == none
     assert rounds == same
     assert loud[1, 0] != rounds[1, 0] and loud[1, 1] == rounds[1, 1]
+
+
+def test_pictures_that_no_round_shows_need_no_adapter(sd15_folder: Path, tmp_path: Path) -> None:
+    model = StoryModel.open(str(sd15_folder))
+    assert len(pictures(model, story(tmp_path, "red"), iterations=0)) == 4
+    with pytest.raises(InputError, match="has no IP-Adapter"):
+        pictures(model, story(tmp_path, "red"), iterations=0, reference_start=0)

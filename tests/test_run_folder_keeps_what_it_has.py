@@ -179,6 +179,29 @@ def test_overwrite_leaves_files_of_other_names(story: Story, model: StoryModel, 
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
+def test_overwrite_removes_nothing_before_every_story_is_accepted(
+    story: Story, model: StoryModel, tmp_path: Path
+) -> None:
+    list(generate(story, model=model, output=tmp_path / "fox", **FEW))  # type: ignore[arg-type]
+    before = contents(tmp_path)
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two" / "thesis.tex").write_text("years of work")
+    other = Story.from_captions(CAPTIONS, title="Two")
+    with pytest.raises(InputError, match="not a run folder"):
+        generate([story, other], model=model, output=tmp_path, overwrite=True, **FEW)  # type: ignore[arg-type]
+    assert contents(tmp_path / "fox") == {
+        name.removeprefix("fox/"): digest for name, digest in before.items()
+    }
+    with pytest.raises(InputError, match="one of the two"):
+        generate(story, model=model, output=tmp_path / "fox", overwrite=True, frames=[0])
+
+
+def test_the_same_story_twice_is_refused(story: Story, model: StoryModel, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="given twice"):
+        generate([story, story], model=model, under=tmp_path, **FEW)  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("manifest", "said"),
     [('{"schema": 99}', "schema 99"), ("{", "damaged"), ('{"schema": 1}', "damaged"), ("[]", "damaged")],

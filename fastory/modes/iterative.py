@@ -135,10 +135,11 @@ def encode_texts(run: Run) -> Iterator[Event]:
         if lost := model.lost_words(prompt):
             yield Notice(f"frame {i}: the caption is longer than the text encoder reads; left off: {lost!r}")
         run.captions.append(model.encode_caption(prompt))
+    shown = settings.reference_start <= settings.iterations
     for character in run.story.characters:
         run.characters[character.name] = [
             model.encode_reference(open_picture(path), settings.reference_fit)
-            for path in character.references
+            for path in (character.references if shown else ())
         ]
 
 
