@@ -89,6 +89,11 @@ def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
+def _trips(keys: int, block: int) -> list[int]:
+    """Whole tiles, and tiles of 16 for the rest."""
+    return [keys // block, -(-(keys % block) // 16)]
+
+
 def build_grca(cell: Cell, capability: int) -> tuple[Compiled, dict[str, Any], list[int], int]:
     """(kernel, launch settings, trips of its loops, columns of scores that a query computes)."""
     dtype = DTYPES[cell.dtype]
@@ -101,15 +106,12 @@ def build_grca(cell: Cell, capability: int) -> tuple[Compiled, dict[str, Any], l
         _empty(cell.rows, cell.references, dtype=torch.bool),
         _empty(1, cell.groups, cell.queries, dtype=torch.float32) if cell.masked else None, q,
     )  # fmt: skip
-    keys = cell.text + cell.references * TOKENS
-    launch = grca.settings(capability, 8 * dtype.itemsize, cell.width, cell.queries, keys)
+    launch = grca.settings(capability, 8 * dtype.itemsize, cell.width, cell.queries)
     fixed = grca.constants(cell.width, TOKENS, dtype, piece)
     built = compile_for(capability, grca.grca_kernel, arguments, fixed | launch)
-    if launch["ONE_TILE"]:
-        return built, launch, [], launch["BLOCK_N"]
-    per_group = -(-cell.references * TOKENS // cell.groups)
-    trips = [-(-cell.text // launch["BLOCK_N"]), cell.groups * -(-per_group // launch["BLOCK_N"])]
-    return built, launch, trips, sum(trips) * launch["BLOCK_N"]
+    block, per_group = launch["BLOCK_N"], -(-cell.references * TOKENS // cell.groups)
+    trips = [*_trips(cell.text, block), *(cell.groups * n for n in _trips(per_group, block))]
+    return built, launch, trips, block * (trips[0] + trips[2]) + 16 * (trips[1] + trips[3])
 
 
 def build_banded(cell: Cell, capability: int) -> tuple[Compiled, dict[str, Any], list[int], int]:
@@ -124,8 +126,13 @@ def build_banded(cell: Cell, capability: int) -> tuple[Compiled, dict[str, Any],
     launch = banded.settings(capability, 8 * dtype.itemsize, cell.width, cell.queries)
     fixed = banded.constants(cell.width, not cell.self_attention, dtype, piece)
     built = compile_for(capability, banded.banded_kernel, arguments, fixed | launch)
-    trips = [-(-round(cell.keys_read()) // launch["BLOCK_N"])]
-    return built, launch, trips, trips[0] * launch["BLOCK_N"]
+    band = round(cell.keys_read()) - cell.prefix
+    if cell.self_attention:
+        # The queries of a program reach further back than one query does.
+        band = min(band + launch["BLOCK_M"], cell.text)
+    block = launch["BLOCK_N"]
+    trips = [*_trips(cell.prefix, block), *_trips(band, block)]
+    return built, launch, trips, block * (trips[0] + trips[2]) + 16 * (trips[1] + trips[3])
 
 
 def resources(cell: Cell, capability: int) -> dict[str, Any]:

@@ -22,25 +22,24 @@ def _rules(folder: Path, capability: int) -> tuple[dict[str, Any], ...]:
 
 
 @functools.cache
-def lookup(
-    folder: Path, capability: int, path: str, bits: int, width: int, queries: int
-) -> dict[str, Any] | None:
-    """The launch settings of the first rule that fits, the architecture's file before default.json; None where none does.
+def lookup(folder: Path, capability: int, bits: int, width: int, queries: int) -> dict[str, Any]:
+    """The launch settings of the first rule that fits, the architecture's file before default.json.
 
-    capability: 80, 89, 90, ...; path: the kernel's own word for one of its ways; bits: of the element type;
-    width: the head's; queries: L. A rule may say path, bits, up_to_width and from_queries; what it leaves out fits all.
+    capability: 80, 89, 90, ...; bits: of the element type; width: the head's; queries: L. A rule may say bits,
+    up_to_width and from_queries; what it leaves out fits all. default.json has a rule for everything.
     """
     for rule in _rules(folder, capability):
         if (
-            rule.get("path", path) == path
-            and rule.get("bits", bits) == bits
+            rule.get("bits", bits) == bits
             and width <= rule.get("up_to_width", width)
             and queries >= rule.get("from_queries", queries)
         ):
             # Triton 3.10 turns the fusion of multiply and add off unless asked; the exponents count on it.
             sizes = {name: rule[name] for name in SIZES}
             return {**sizes, "PRECISION": rule.get("PRECISION", "ieee"), "enable_fp_fusion": True}
-    return None
+    raise LookupError(
+        f"{folder}: no rule for {bits}-bit heads of {width}; default.json must have one for all"
+    )
 
 
 @functools.cache

@@ -48,15 +48,6 @@ def load_rows(rows, keep, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
 
 
 @triton.jit
-def choose_rows(first, a, b, ALIGNED: tl.constexpr):
-    """Row pointers a where `first`, else b. The choice hides their alignment from the compiler, which is told again."""
-    rows = tl.where(first, a, b)
-    if ALIGNED:
-        rows = tl.multiple_of(rows, 16)
-    return rows
-
-
-@triton.jit
 def multiply(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     """acc + a b in float32. UPCAST is for the interpreter, which multiplies bfloat16 as bit patterns."""
     if UPCAST:
@@ -112,6 +103,69 @@ def rescale(s, top, total, acc0, acc1, SCALE: tl.constexpr, GUARD: tl.constexpr,
     if D1 > 0:
         acc1 = acc1 * fade[:, None]
     return p, new, total * fade + tl.sum(p, 1), acc0, acc1
+
+
+@triton.jit
+def _tile(
+    q0, q1, k, v, flags, start, last, k_token, v_token, top, total, acc0, acc1, group, group_size, window,
+    WHOLE: tl.constexpr, SEEN: tl.constexpr, TOKENS: tl.constexpr, BAND: tl.constexpr, GUARD: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, SCALE: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One step of the online softmax over keys start .. start + BLOCK_N, all of them below `last` where WHOLE."""
+    step = tl.arange(0, BLOCK_N)
+    key = start + step
+    keep = key < last
+    if WHOLE:
+        keep = tl.full((BLOCK_N,), 1, tl.int1)
+    k0, k1 = load_rows(k + step * k_token, keep, D, D0, D1)
+    s = score(q0, q1, k0, k1, D1, PRECISION, UPCAST)
+    if flags is not None:
+        seen = keep & (tl.load(flags + key // TOKENS, mask=keep, other=1 - SEEN).to(tl.int32) == SEEN)
+        s = tl.where(seen[None, :], s, float("-inf"))
+    elif not WHOLE:
+        s = tl.where(keep[None, :], s, float("-inf"))
+    if BAND:
+        owner = (key // group_size)[None, :]
+        inside = (owner <= group[:, None]) & ((window == 0) | (owner > group[:, None] - window))
+        s = tl.where(inside, s, float("-inf"))
+    p, top, total, acc0, acc1 = rescale(s, top, total, acc0, acc1, SCALE, GUARD, D1)
+    v0, v1 = load_rows(v + step * v_token, keep, D, D0, D1)
+    acc0, acc1 = weigh(p, v0, v1, acc0, acc1, D1, PRECISION, UPCAST)
+    return top, total, acc0, acc1
+
+
+@triton.jit
+def attend_keys(
+    q0, q1, k, v, flags, first, last, k_token, v_token, top, total, acc0, acc1, group, group_size, window,
+    SEEN: tl.constexpr, TOKENS: tl.constexpr, BAND: tl.constexpr, GUARD: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, SCALE: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Continues an online softmax over keys first .. last of k and v.
+
+    77 keys are one tile of 64 and one of 16, not two of 64: a score costs issue slots, which these kernels run out of
+    first, and a whole tile needs no mask. A key is seen where flags[key // TOKENS] == SEEN (None: all), and, with
+    BAND, by the queries whose group is at most `window` - 1 after its own. GUARD is for rows that may see nothing.
+    """
+    whole = first + (last - first) // BLOCK_N * BLOCK_N
+    k += first * k_token
+    v += first * v_token
+    for start in range(first, whole, BLOCK_N):
+        top, total, acc0, acc1 = _tile(
+            q0, q1, k, v, flags, start, last, k_token, v_token, top, total, acc0, acc1, group, group_size, window,
+            True, SEEN, TOKENS, BAND, GUARD, D, D0, D1, SCALE, PRECISION, UPCAST, BLOCK_N,
+        )  # fmt: skip
+        k += BLOCK_N * k_token
+        v += BLOCK_N * v_token
+    for start in range(whole, last, 16):
+        top, total, acc0, acc1 = _tile(
+            q0, q1, k, v, flags, start, last, k_token, v_token, top, total, acc0, acc1, group, group_size, window,
+            False, SEEN, TOKENS, BAND, GUARD, D, D0, D1, SCALE, PRECISION, UPCAST, 16,
+        )  # fmt: skip
+        k += 16 * k_token
+        v += 16 * v_token
+    return top, total, acc0, acc1
 
 
 @triton.jit

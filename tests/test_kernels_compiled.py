@@ -42,7 +42,7 @@ def compile_grca(
     visible = _meta(2, references // 4, dtype=torch.bool)
     scale = _meta(2 if grouped else 1, dtype=torch.float32)
     arguments, piece = grca.arguments(q, kt, vt, kr, vr, scale, offsets, visible, mask, q)
-    launch = grca.settings(capability, 8 * dtype.itemsize, width, queries, 77 + references)
+    launch = grca.settings(capability, 8 * dtype.itemsize, width, queries)
     return compile_for(
         capability, grca.grca_kernel, arguments, grca.constants(width, 4, dtype, piece) | launch
     )
@@ -67,8 +67,9 @@ def assert_fit(built: Compiled, dtype: torch.dtype, width: int = 64) -> None:
     assert sum(n for size, n in built.global_loads().items() if size >= widest) >= 3, (
         "q, k and v in wide loads"
     )
-    # What is narrower are flags, offsets and weights: one or four or eight bytes, never one element of q, k or v.
-    assert 2 not in built.global_loads()
+    # Lost alignment would show as hundreds of loads of one element. The last 16 keys times the 16 columns of a split
+    # head are 2 bytes a thread where a program has 256: twice for k and v, in two loops.
+    assert built.global_loads().get(2, 0) <= 4
     if dtype != torch.float32:
         assert built.matrix_instructions >= 2
 
@@ -148,8 +149,3 @@ def test_no_size_or_window_makes_a_new_binary(module: Any) -> None:
     kernel = getattr(module, f"{module.__name__.split('.')[-2]}_kernel")
     free = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
     assert _runtime_integers(kernel) == free
-
-
-def test_number_of_references_chooses_between_two_settings_only() -> None:
-    chosen = {tuple(sorted(grca.settings(90, 16, 64, 4096, 77 + 4 * n).items())) for n in range(1, 200)}
-    assert len(chosen) == 2

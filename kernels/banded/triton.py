@@ -4,8 +4,7 @@
 
 Causal-Story (ICASSP 2024), equation 3. A program computes BLOCK_M queries of one head of one row by online softmax over
 the keys that one of its queries may see: the prefix, then the band from the first query's oldest group to the last
-query's own. Both run in one loop, so that no tile is half empty between them; padding at either end of the band (the
-empty slots of a ring) is not read.
+query's own. Padding at either end of the band (the empty slots of a ring) is not read.
 """
 
 from __future__ import annotations
@@ -22,17 +21,7 @@ from torch import Tensor
 
 from fastory.kernels import choice
 from fastory.kernels.configs import capability, lookup
-from fastory.kernels.tiles import (
-    empty_softmax,
-    load_rows,
-    pieces,
-    rescale,
-    score,
-    seen_range,
-    split,
-    store_rows,
-    weigh,
-)
+from fastory.kernels.tiles import attend_keys, empty_softmax, load_rows, pieces, seen_range, split, store_rows
 
 CONFIGS = Path(__file__).with_name("configs")
 LOG2_E = 1.4426950408889634
@@ -89,24 +78,18 @@ def banded_kernel(
     v += (row * v_row + head * v_head) * PIECE
     q0, q1 = load_rows(q + step * q_token, keep, D, D0, D1)
     top, total, acc0, acc1 = empty_softmax(BLOCK_M, D0, D1)
-    for begin in range(0, prefix + last - first, BLOCK_N):
-        place = begin + tl.arange(0, BLOCK_N)
-        here = place < prefix + last - first
-        key = tl.where(place < prefix, place, place + first)
-        seen = here
-        if key_padding is not None:
-            seen = seen & (tl.load(key_padding + key, mask=here, other=1) == 0)
-        k0, k1 = load_rows(k + key * k_token, here, D, D0, D1)
-        s = score(q0, q1, k0, k1, D1, PRECISION, UPCAST)
-        allowed = seen[None, :]
-        if not ONE_GROUP:
-            owner = ((key - prefix) // group_size)[None, :]
-            band = (owner <= group[:, None]) & ((window == 0) | (owner > group[:, None] - window))
-            allowed = allowed & (band | (place < prefix)[None, :])
-        s = tl.where(allowed, s, float("-inf"))
-        p, top, total, acc0, acc1 = rescale(s, top, total, acc0, acc1, SCALE, True, D1)
-        v0, v1 = load_rows(v + key * v_token, here, D, D0, D1)
-        acc0, acc1 = weigh(p, v0, v1, acc0, acc1, D1, PRECISION, UPCAST)
+    top, total, acc0, acc1 = attend_keys(
+        q0, q1, k, v, key_padding, prefix * 0, prefix, k_token, v_token, top, total, acc0, acc1, None, None, None,
+        0, 1, False, True, D, D0, D1, SCALE, PRECISION, UPCAST, BLOCK_N,
+    )  # fmt: skip
+    history = key_padding
+    if key_padding is not None:
+        history = key_padding + prefix
+    top, total, acc0, acc1 = attend_keys(
+        q0, q1, k + prefix * k_token, v + prefix * v_token, history, first, last, k_token, v_token,
+        top, total, acc0, acc1, group, group_size, window,
+        0, 1, not ONE_GROUP, True, D, D0, D1, SCALE, PRECISION, UPCAST, BLOCK_N,
+    )  # fmt: skip
     total = tl.where(total > 0.0, total, 1.0)[:, None]
     out += row * out_row * PIECE + start * out_token + head * D
     store_rows(out + step * out_token, keep, acc0 / total, acc1 / total, D, D0, D1)
@@ -155,9 +138,7 @@ def constants(width: int, one_group: bool, dtype: torch.dtype, piece: int) -> di
 @functools.cache
 def settings(capability: int, bits: int, width: int, queries: int) -> dict[str, Any]:
     """Launch settings for compute capability 80, 90, ..., element bits, head width and Lq."""
-    launch = lookup(CONFIGS, capability, "online", bits, width, queries)
-    assert launch is not None, "default.json has a rule for everything"
-    return launch
+    return lookup(CONFIGS, capability, bits, width, queries)
 
 
 def banded_triton(

@@ -2,13 +2,9 @@
 
     O[l] = softmax(Q[l] Kt' / sqrt d) Vt + sum_g scale_g mask_g[l] softmax(Q[l] Kg' / sqrt d) Vg
 
-Story-Adapter (arXiv 2410.06244). A program computes BLOCK_M queries of one head of one row. Two ways:
-
-* `one_tile`: text and references fit BLOCK_N keys together. One tile of scores, a maximum and a sum per segment, and one
-  product with [e_text / l_text | gate_g e_g / l_g] as weights: no rescaling, no second accumulator.
-* `online`: the text by online softmax, then each group's references into a second accumulator, added with its gate.
-  A program reads the keys from the first to the last that its row sees in a group: an unconditional row, which sees
-  one null block, does not pay for the references.
+Story-Adapter (arXiv 2410.06244). A program computes BLOCK_M queries of one head of one row: the text by online softmax,
+then each group's references into a second accumulator, added with its gate. In a group it reads the keys from the first
+to the last that its row sees: an unconditional row, which sees one null block, does not pay for the references.
 """
 
 from __future__ import annotations
@@ -25,18 +21,7 @@ from torch import Tensor
 
 from fastory.kernels import choice
 from fastory.kernels.configs import capability, lookup
-from fastory.kernels.tiles import (
-    choose_rows,
-    empty_softmax,
-    load_rows,
-    pieces,
-    rescale,
-    score,
-    seen_range,
-    split,
-    store_rows,
-    weigh,
-)
+from fastory.kernels.tiles import attend_keys, empty_softmax, load_rows, pieces, seen_range, split, store_rows
 
 CONFIGS = Path(__file__).with_name("configs")
 LOG2_E = 1.4426950408889634
@@ -70,111 +55,6 @@ def _gate(scale, mask, group, query, keep, scale_group, mask_group, mask_query):
     return gate
 
 
-@triton.jit
-def _sees(visible, ref, keep, TOKENS: tl.constexpr):
-    """Which reference keys the row sees."""
-    if visible is not None:
-        keep = keep & (tl.load(visible + ref // TOKENS, mask=keep, other=0) != 0)
-    return keep
-
-
-@triton.jit
-def _one_tile(
-    q0, q1, query, keep, k_text, v_text, k_ref, v_ref, scale, ref_offsets, visible, mask,
-    text_keys, ref_keys, groups, kt_token, vt_token, kr_token, vr_token, scale_group, mask_group, mask_query,
-    TOKENS: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, SCALE: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    ALIGNED: tl.constexpr,
-):  # fmt: skip
-    """Segmented softmax over one tile that holds the text keys and, right after them, the reference keys."""
-    key = tl.arange(0, BLOCK_N)
-    text = key < text_keys
-    ref = key - text_keys
-    seen = _sees(visible, ref, (ref >= 0) & (ref < ref_keys), TOKENS)
-    k = choose_rows(text, k_text + key * kt_token, k_ref + ref * kr_token, ALIGNED)
-    k0, k1 = load_rows(k, text | seen, D, D0, D1)
-    s = score(q0, q1, k0, k1, D1, PRECISION, UPCAST)
-    top = tl.max(tl.where(text[None, :], s, float("-inf")), 1)
-    s = tl.where(text[None, :], s * SCALE - (top * SCALE)[:, None], s)
-    for group in range(groups):
-        first, last = _group_bounds(ref_offsets, group, ref_keys)
-        inside = seen & (ref >= first) & (ref < last)
-        top = tl.max(tl.where(inside[None, :], s, float("-inf")), 1)
-        s = tl.where(inside[None, :], s * SCALE - (top * SCALE)[:, None], s)
-    p = tl.where((text | seen)[None, :], tl.exp2(s), 0.0)
-    total = tl.sum(tl.where(text[None, :], p, 0.0), 1)
-    weight = tl.where(text[None, :], (1.0 / total)[:, None], 0.0)
-    for group in range(groups):
-        first, last = _group_bounds(ref_offsets, group, ref_keys)
-        inside = seen & (ref >= first) & (ref < last)
-        total = tl.sum(tl.where(inside[None, :], p, 0.0), 1)
-        gate = _gate(scale, mask, group, query, keep, scale_group, mask_group, mask_query)
-        gate /= tl.where(total > 0.0, total, 1.0)
-        weight = tl.where(inside[None, :], gate[:, None], weight)
-    v = choose_rows(text, v_text + key * vt_token, v_ref + ref * vr_token, ALIGNED)
-    v0, v1 = load_rows(v, text | seen, D, D0, D1)
-    _, _, out0, out1 = empty_softmax(BLOCK_M, D0, D1)
-    return weigh(p * weight, v0, v1, out0, out1, D1, PRECISION, UPCAST)
-
-
-@triton.jit
-def _online_segment(
-    q0, q1, k, v, visible, first, last, k_token, v_token,
-    TOKENS: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, SCALE: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Softmax attention to keys first .. last by online softmax, key `first` being one that is seen: (total, parts)."""
-    top, total, acc0, acc1 = empty_softmax(BLOCK_M, D0, D1)
-    step = tl.arange(0, BLOCK_N)
-    k += first * k_token
-    v += first * v_token
-    for start in range(first, last, BLOCK_N):
-        keep = start + step < last
-        seen = _sees(visible, start + step, keep, TOKENS)
-        k0, k1 = load_rows(k + step * k_token, keep, D, D0, D1)
-        s = score(q0, q1, k0, k1, D1, PRECISION, UPCAST)
-        s = tl.where(seen[None, :], s, float("-inf"))
-        p, top, total, acc0, acc1 = rescale(s, top, total, acc0, acc1, SCALE, False, D1)
-        v0, v1 = load_rows(v + step * v_token, keep, D, D0, D1)
-        acc0, acc1 = weigh(p, v0, v1, acc0, acc1, D1, PRECISION, UPCAST)
-        k += BLOCK_N * k_token
-        v += BLOCK_N * v_token
-    return total, acc0, acc1
-
-
-@triton.jit
-def _online(
-    q0, q1, query, keep, k_text, v_text, k_ref, v_ref, scale, ref_offsets, visible, mask,
-    text_keys, ref_keys, groups, kt_token, vt_token, kr_token, vr_token, scale_group, mask_group, mask_query,
-    TOKENS: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, SCALE: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Text, then one group after another."""
-    total, out0, out1 = _online_segment(
-        q0, q1, k_text, v_text, None, text_keys * 0, text_keys, kt_token, vt_token,
-        TOKENS, D, D0, D1, SCALE, PRECISION, UPCAST, BLOCK_M, BLOCK_N,
-    )  # fmt: skip
-    out0 = out0 / total[:, None]
-    if D1 > 0:
-        out1 = out1 / total[:, None]
-    for group in range(groups):
-        first, last = _group_bounds(ref_offsets, group, ref_keys)
-        if visible is not None:
-            block, end = seen_range(visible, first // TOKENS, tl.cdiv(last, TOKENS), 1, 128)
-            first = tl.maximum(first, block * TOKENS)
-            last = tl.minimum(last, end * TOKENS)
-        total, acc0, acc1 = _online_segment(
-            q0, q1, k_ref, v_ref, visible, first, last, kr_token, vr_token,
-            TOKENS, D, D0, D1, SCALE, PRECISION, UPCAST, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
-        gate = _gate(scale, mask, group, query, keep, scale_group, mask_group, mask_query)
-        gate /= tl.where(total > 0.0, total, 1.0)
-        out0 += acc0 * gate[:, None]
-        if D1 > 0:
-            out1 += acc1 * gate[:, None]
-    return out0, out1
-
-
 @triton.jit(do_not_specialize=RUNTIME)
 def grca_kernel(
     q, k_text, v_text, k_ref, v_ref, scale, ref_offsets, ref_visible, mask, out,
@@ -183,7 +63,7 @@ def grca_kernel(
     kr_row, kr_token, kr_head, vr_row, vr_token, vr_head, out_row, out_token,
     scale_row, scale_group, visible_row, mask_row, mask_group, mask_query,
     TOKENS: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, SCALE: tl.constexpr,
-    PIECE: tl.constexpr, ONE_TILE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    PIECE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Grid (H, ceil(L / BLOCK_M), B): heads fastest, because neighbouring heads share the cache lines of q and out.
@@ -211,38 +91,38 @@ def grca_kernel(
     if mask is not None:
         mask += row * mask_row
     q0, q1 = load_rows(q + step * q_token, keep, D, D0, D1)
-    if ONE_TILE:
-        out0, out1 = _one_tile(
-            q0, q1, query, keep, k_text, v_text, k_ref, v_ref, scale, ref_offsets, ref_visible, mask,
-            text_keys, ref_keys, groups, kt_token, vt_token, kr_token, vr_token,
-            scale_group, mask_group, mask_query,
-            TOKENS, D, D0, D1, SCALE, PRECISION, UPCAST, BLOCK_M, BLOCK_N, PIECE == 8,
+    top, total, out0, out1 = empty_softmax(BLOCK_M, D0, D1)
+    top, total, out0, out1 = attend_keys(
+        q0, q1, k_text, v_text, None, text_keys * 0, text_keys, kt_token, vt_token, top, total, out0, out1,
+        None, None, None, 1, 1, False, False, D, D0, D1, SCALE, PRECISION, UPCAST, BLOCK_N,
+    )  # fmt: skip
+    out0 = out0 / total[:, None]
+    if D1 > 0:
+        out1 = out1 / total[:, None]
+    for group in range(groups):
+        first, last = _group_bounds(ref_offsets, group, ref_keys)
+        if ref_visible is not None:
+            block, end = seen_range(ref_visible, first // TOKENS, tl.cdiv(last, TOKENS), 1, 128)
+            first = tl.maximum(first, block * TOKENS)
+            last = tl.minimum(last, end * TOKENS)
+        top, total, acc0, acc1 = empty_softmax(BLOCK_M, D0, D1)
+        top, total, acc0, acc1 = attend_keys(
+            q0, q1, k_ref, v_ref, ref_visible, first, last, kr_token, vr_token, top, total, acc0, acc1,
+            None, None, None, 1, TOKENS, False, False, D, D0, D1, SCALE, PRECISION, UPCAST, BLOCK_N,
         )  # fmt: skip
-    else:
-        out0, out1 = _online(
-            q0, q1, query, keep, k_text, v_text, k_ref, v_ref, scale, ref_offsets, ref_visible, mask,
-            text_keys, ref_keys, groups, kt_token, vt_token, kr_token, vr_token,
-            scale_group, mask_group, mask_query,
-            TOKENS, D, D0, D1, SCALE, PRECISION, UPCAST, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
+        gate = _gate(scale, mask, group, query, keep, scale_group, mask_group, mask_query)
+        gate /= tl.where(total > 0.0, total, 1.0)
+        out0 += acc0 * gate[:, None]
+        if D1 > 0:
+            out1 += acc1 * gate[:, None]
     out += row * out_row * PIECE + start * out_token + head * D
     store_rows(out + step * out_token, keep, out0, out1, D, D0, D1)
 
 
 @functools.cache
-def ways(capability: int, bits: int, width: int, queries: int) -> tuple[dict[str, Any], ...]:
-    """Launch settings that calls of these widths may use: the one tile's, where there is one, and the loop's."""
-    one_tile = lookup(CONFIGS, capability, "one_tile", bits, width, queries)
-    online = lookup(CONFIGS, capability, "online", bits, width, queries)
-    assert online is not None, "default.json has a rule for everything"
-    looped = {"ONE_TILE": False, **online}
-    return (looped,) if one_tile is None else ({"ONE_TILE": True, **one_tile}, looped)
-
-
-def settings(capability: int, bits: int, width: int, queries: int, keys: int) -> dict[str, Any]:
-    """Launch settings for compute capability 80, 90, ..., element bits, head width, L and the sum of all keys."""
-    first, *_, last = (*ways(capability, bits, width, queries),) * 2
-    return first if first["ONE_TILE"] and keys <= first["BLOCK_N"] else last
+def settings(capability: int, bits: int, width: int, queries: int) -> dict[str, Any]:
+    """Launch settings for compute capability 80, 90, ..., element bits, head width and L."""
+    return lookup(CONFIGS, capability, bits, width, queries)
 
 
 def arguments(
@@ -296,19 +176,6 @@ def constants(width: int, tokens_per_ref: int, dtype: torch.dtype, piece: int) -
     }
 
 
-_compiled: set[tuple] = set()
-
-
-def _compile_all(passed: list, fixed: dict[str, object], launches: tuple[dict[str, Any], ...]) -> None:
-    """Compiles every way once per kind of call, so that a longer story finds its binary and never waits for one."""
-    kinds = [(x.dtype, x.device, x.data_ptr() % 16) if isinstance(x, Tensor) else None for x in passed]
-    key = (*kinds, *fixed.values(), len(launches), *launches[-1].values())
-    if key not in _compiled:
-        for launch in launches:
-            grca_kernel.warmup(*passed, grid=(1,), **fixed, **launch)
-        _compiled.add(key)
-
-
 def grca_triton(
     q: Tensor,
     k_text: Tensor,
@@ -331,12 +198,9 @@ def grca_triton(
     if out.numel() == 0:
         return out
     passed, piece = arguments(q, k_text, v_text, k_ref, v_ref, scale, ref_offsets, ref_visible, mask, out)
-    known = (capability(q.device), 8 * q.element_size(), width, queries)
-    launch = settings(*known, k_text.shape[1] + k_ref.shape[1])
+    launch = settings(capability(q.device), 8 * q.element_size(), width, queries)
     fixed = constants(width, tokens_per_ref, q.dtype, piece)
     grid = (heads, triton.cdiv(queries, launch["BLOCK_M"]), rows)
     with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
-        if not choice.interpreted():
-            _compile_all(passed, fixed, ways(*known))
         grca_kernel[grid](*passed, **fixed, **launch)
     return out
