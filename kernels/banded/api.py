@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -85,7 +87,7 @@ def _run(
     key_padding: Tensor | None,
     prefix: int,
 ) -> Tensor:
-    band = {
+    band: dict[str, Any] = {
         "group_size": group_size,
         "window": window,
         "query_group": query_group,
@@ -118,7 +120,20 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad[:3]
     with torch.enable_grad():
         leaves = [x.detach().requires_grad_(n) for x, n in zip(tensors, needs, strict=True)]
-        out = banded_composed(*leaves, *ctx.band, key_padding, ctx.prefix, attend=attend.sdpa)
+        q, k, v = leaves
+        group_size, window, query_group, query_group_size = ctx.band
+        out = banded_composed(
+            q,
+            k,
+            v,
+            group_size,
+            window,
+            query_group,
+            query_group_size,
+            key_padding,
+            ctx.prefix,
+            attend=attend.sdpa,
+        )
         wanted = [x for x, n in zip(leaves, needs, strict=True) if n]
         grads = iter(torch.autograd.grad(out, wanted, grad))
     return *(next(grads) if n else None for n in needs), *(None,) * 6

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -121,7 +123,7 @@ def _run(
     mask: Tensor | None,
 ) -> Tensor:
     name = choice.pick(q)
-    options = {
+    options: dict[str, Any] = {
         "tokens_per_ref": tokens_per_ref,
         "ref_offsets": ref_offsets,
         "ref_visible": ref_visible,
@@ -148,15 +150,26 @@ def _save_inputs(ctx, inputs: tuple, output: Tensor) -> None:
 
 def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients through the composition, computed anew from the saved inputs."""
-    *tensors, ref_offsets, ref_visible, mask = ctx.saved_tensors
+    *tensors, ref_offsets, ref_visible, saved_mask = ctx.saved_tensors
     needs = [*ctx.needs_input_grad[:6], ctx.needs_input_grad[9]]
     with torch.enable_grad():
-        leaves = [
+        leaves: list[Any] = [
             x if x is None else x.detach().requires_grad_(n)
-            for x, n in zip([*tensors, mask], needs, strict=True)
+            for x, n in zip([*tensors, saved_mask], needs, strict=True)
         ]
+        q, k_text, v_text, k_ref, v_ref, scale, mask = leaves
         out = grca_composed(
-            *leaves[:6], ctx.tokens_per_ref, ref_offsets, ref_visible, leaves[6], attend=attend.sdpa
+            q,
+            k_text,
+            v_text,
+            k_ref,
+            v_ref,
+            scale,
+            ctx.tokens_per_ref,
+            ref_offsets,
+            ref_visible,
+            mask,
+            attend=attend.sdpa,
         )
         wanted = [x for x, n in zip(leaves, needs, strict=True) if n]
         grads = iter(torch.autograd.grad(out, wanted, grad, allow_unused=True))
