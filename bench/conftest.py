@@ -32,8 +32,9 @@ def rows() -> list[dict[str, Any]]:
     return ROWS
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(autouse=True)
 def written(request: pytest.FixtureRequest, device: str) -> Iterator[None]:
+    """Writes what there is after every cell: a run that is cut off keeps its rows."""
     yield
     if ROWS and request.config.getoption("--save"):
         results.write(ROWS, device, note=request.config.getoption("--note"))

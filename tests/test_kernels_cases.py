@@ -31,7 +31,7 @@ GRCA = {
     "rows": ("one for all", "one for each", "every second"),
     "mask": ("none", "zeros", "fractions", "one empty"),
     "scale": ("zero", "0.3", "negative", "per group", "per row"),
-    "layout": ("contiguous", "strided"),
+    "layout": ("contiguous", "strided", "odd"),
     "dtype": tuple(DTYPES),
     "logits": ("usual", "large"),
 }
@@ -46,7 +46,7 @@ BANDED = {
     "prefix": (0, 5, 77),
     "padding": ("none", "random", "tail", "all"),
     "rows": ("one for all", "one for each"),
-    "layout": ("contiguous", "strided"),
+    "layout": ("contiguous", "strided", "odd"),
     "dtype": tuple(DTYPES),
     "logits": ("usual", "large"),
 }
@@ -121,10 +121,13 @@ def _random(generator: torch.Generator, case: Case, device: str) -> Callable[...
 def _heads(
     draw: Callable[..., Tensor], rows: int, tokens: int, heads: int, width: int, layout: str
 ) -> Tensor:
-    """(rows, tokens, H, d): contiguous, or a layer's view of one wide tensor as attention.py hands it over."""
+    """(rows, tokens, H, d): contiguous, or a layer's view of one wide tensor as attention.py hands it over.
+
+    "odd" is such a view whose strides no power of two divides, so that nothing may be loaded 16 bytes at a time.
+    """
     if layout == "contiguous":
         return draw(rows, tokens, heads, width)
-    wide = draw(rows, tokens, 2 * heads * width + 24)
+    wide = draw(rows, tokens, 2 * heads * width + (24 if layout == "strided" else 23))
     return wide[..., 8 : 8 + heads * width].unflatten(-1, (heads, width))
 
 
