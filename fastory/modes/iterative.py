@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
@@ -172,17 +172,24 @@ def draw_round(
 ) -> Generator[Event, None, dict[int, Tensor | None]]:
     """All frames of round k that are not finished, `size` at a time; returns the reference tokens of those drawn."""
     settings, current, started = run.settings, dict[int, Tensor | None](), time.monotonic()
-    todo = [i for i in range(len(run.story.frames)) if not run.finished.has(k, i)]
+    count = len(run.story.frames)
+    todo = {i for i in range(count) if not run.finished.has(k, i)}
     if not todo:
         return current
     yield RoundStarted(k, settings.iterations, settings.reference_scale_of(k) if k else 0.0, len(todo))
     groups = reference_groups(run, k, last)
     sampler = run.sampler_of(size)
     sampler.set_round(share(run, groups))
-    for first in range(0, len(todo), size):
-        rows = [make_row(run, sampler, groups, i) for i in todo[first : first + size]]
-        yield from report_steps(sampler, rows, k)
+    # A frame always has the same place among the same others, finished ones included: where a library's rounding
+    # depends on the place, a resumed run still gives the same bytes.
+    for members in (range(first, min(first + size, count)) for first in range(0, count, size)):
+        if todo.isdisjoint(members):
+            continue
+        rows = [make_row(run, sampler, groups, i) for i in members]
+        yield from report_steps(sampler, rows, k, todo)
         for n, row in enumerate(rows):
+            if row.frame not in todo:
+                continue
             decoded = run.model.decode(sampler.latents[n : n + 1])
             if k < settings.iterations:
                 current[row.frame] = encode_unless_left_out(run, decoded.image, decoded.left_out)
@@ -191,9 +198,9 @@ def draw_round(
     return current
 
 
-def report_steps(sampler: Sampler, rows: Sequence[Row], k: int) -> Iterator[Event]:
-    """Denoise a micro-batch, with an event a step."""
-    frames, before = tuple(row.frame for row in rows), time.monotonic()
+def report_steps(sampler: Sampler, rows: Sequence[Row], k: int, todo: Container[int]) -> Iterator[Event]:
+    """Denoise a micro-batch, with an event a step that names the frames it is for."""
+    frames, before = tuple(row.frame for row in rows if row.frame in todo), time.monotonic()
     for step in sampler.denoise(rows):
         now = time.monotonic()
         yield StepDone(k, frames, step, sampler.settings.steps, now - before)
