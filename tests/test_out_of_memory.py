@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -42,10 +43,14 @@ except FastoryError as error:
 """
 
 
-def run(folder: Path, room: int, batch: int, side: int = 512) -> tuple[int, list[dict[str, object]], str]:
+def run(folder: Path, room: int, batch: int, side: int = 384) -> tuple[int, list[dict[str, object]], str]:
     """Exit code, events and stderr of a process that may use `room` MiB more than the opened model (0: no limit)."""
+    # glibc reserves address space for arenas and keeps freed blocks in it; without that, the limit is met where the
+    # micro-batch's own size says and not by chance
+    steady = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "1048576", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(folder), str(room), str(batch), str(side)],
+        env={**os.environ, **steady},
         capture_output=True,
         text=True,
         timeout=500,
@@ -54,8 +59,8 @@ def run(folder: Path, room: int, batch: int, side: int = 512) -> tuple[int, list
 
 
 def test_micro_batch_is_halved_recorded_and_the_story_finished(tmp_path: Path) -> None:
-    # measured: 8 frames at once reach 600 MiB above the opened model, 4 reach 510, of which 290 stay reserved
-    code, events, err = run(tmp_path / "run", room=590, batch=8)
+    # measured at 512 pixels: 200 MiB are enough for 2 frames at once, 350 for 4, 600 for 8; 384 takes 0.56 of it
+    code, events, err = run(tmp_path / "run", room=235, batch=8)
     assert code == 0, err
     halved = [event for event in events if event["event"] == "BatchHalved"]
     assert halved and halved[0]["round"] == 0 and halved[0]["size"] == 4
@@ -92,7 +97,7 @@ def test_one_frame_that_does_not_fit_ends_with_what_was_needed_and_what_helps(tm
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("room", [100, 250, 400, 500])
+@pytest.mark.parametrize("room", [30, 80, 120, 300])
 def test_any_limit_ends_in_a_finished_story_or_a_clear_error(room: int, tmp_path: Path) -> None:
     """The allocation that fails is another one at every limit: convolution, attention, decoder."""
     code, events, err = run(tmp_path / "run", room=room, batch=8)
