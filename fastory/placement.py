@@ -125,6 +125,9 @@ def is_out_of_memory(error: BaseException) -> bool:
             "bad allocation",
             "std::bad_alloc",
             "out of memory",
+            "could not create a primitive",  # these three: what oneDNN makes of a failed allocation
+            "could not execute a primitive",
+            "could not create a memory",
         )
     )
 
