@@ -223,13 +223,10 @@ class StoryModel:
     @torch.inference_mode()
     def encode_negative(self, negative_prompt: str) -> Caption:
         """The unconditional caption. SDXL without a negative prompt has zeros where its config says so."""
-        if self.family == "sdxl":
-            if not negative_prompt and self.pipeline.config.force_zeros_for_empty_prompt:
-                shape = self.encode_caption("")
-                assert shape.pooled is not None
-                return Caption(torch.zeros_like(shape.tokens), torch.zeros_like(shape.pooled))
-            return self.encode_caption(negative_prompt)
-        return self.encode_caption(negative_prompt)
+        encoded = self.encode_caption(negative_prompt)
+        if encoded.pooled is None or negative_prompt or not self.pipeline.config.force_zeros_for_empty_prompt:
+            return encoded
+        return Caption(torch.zeros_like(encoded.tokens), torch.zeros_like(encoded.pooled))
 
     @torch.inference_mode()
     def encode_reference(self, image: Image.Image, fit: str = "pad") -> Tensor:

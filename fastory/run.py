@@ -233,9 +233,8 @@ class RunFolder:
         buffer = io.BytesIO()
         drawn.image.save(buffer, "PNG", pnginfo=info)
         relative = self._relative(drawn.round, drawn.frame)
-        self._write(relative, buffer.getvalue())
         record = {
-            "sha256": hashlib.sha256(buffer.getvalue()).hexdigest(),
+            "sha256": self._write(relative, buffer.getvalue()),
             "seed": drawn.seed,
             "left_out": drawn.left_out,
             "seconds": round(seconds, 3),
@@ -398,8 +397,7 @@ class RunFolder:
 
     def _write(self, name: str, data: bytes) -> str:
         """Write beside its place, sync, rename. Returns the sha256."""
-        self._write_by(name, lambda path: path.write_bytes(data))
-        return hashlib.sha256(data).hexdigest()
+        return self._write_by(name, lambda path: path.write_bytes(data))
 
     def _write_by(self, name: str, write: Callable[[Path], object]) -> str:
         target = self.path / name
