@@ -9,33 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor
 from torch.nn import functional
 
 from fastory.errors import InputError
+from fastory.kernels.banded import banded_causal_attention
 from fastory.kernels.grca import grca
-
-
-@dataclass(frozen=True)
-class Context:
-    """What the cross-attention layers of one UNet call attend to (algorithms.md, section 1, grouped form).
-
-    text_kv: (B, Lt, W). ref_kv: (1, Lr, W), every row reads it without a copy; Lr = 0 in a call without references.
-    scale: (G,) weight l_g of each group. ref_visible: (B, Lr / tokens_per_ref) bool. ref_offsets: (G + 1,) int32.
-    masks: for a layer of L query tokens, masks[L] is (B or 1, G, L) in [0, 1].
-    """
-
-    text_kv: Tensor
-    ref_kv: Tensor
-    scale: Tensor
-    ref_visible: Tensor
-    ref_offsets: Tensor
-    tokens_per_ref: int
-    masks: dict[int, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +40,167 @@ class Layer:
         return keys.unflatten(-1, shape[2:]), values.unflatten(-1, shape[2:])
 
 
+class Context(Protocol):
+    """What the cross-attention layers of one UNet call attend to.
+
+    per_row: tensors of one row a UNet row, which the sampler fills frame by frame and never replaces.
+    """
+
+    @property
+    def per_row(self) -> tuple[Tensor, ...]: ...
+
+    def attend(self, layer: Layer, query: Tensor) -> Tensor:
+        """query (B, L, H, d) -> (B, L, H, d)."""
+
+
+class Shared(Protocol):
+    """What all frames of a round share of a context: makes contexts of any number of rows, and refills one."""
+
+    def context(self, rows: int) -> Context:
+        """A context with zeros in its per_row tensors."""
+
+    def refill(self, context: Context) -> bool:
+        """Write the shared part where `context` holds it. False, and nothing written, where the shapes differ."""
+
+
+@dataclass(frozen=True)
+class ReferenceContext:
+    """Text, and references with their own weights (algorithms.md, section 1, grouped form).
+
+    text_kv: (B, Lt, W). ref_kv: (1, Lr, W), every row reads it without a copy; Lr = 0 in a call without references.
+    scale: (G,) weight l_g of each group. ref_visible: (B, Lr / tokens_per_ref) bool. ref_offsets: (G + 1,) int32.
+    masks: for a layer of L query tokens, masks[L] is (B or 1, G, L) in [0, 1].
+    """
+
+    text_kv: Tensor
+    ref_kv: Tensor
+    scale: Tensor
+    ref_visible: Tensor
+    ref_offsets: Tensor
+    tokens_per_ref: int
+    masks: dict[int, Tensor] | None = None
+
+    @property
+    def per_row(self) -> tuple[Tensor, ...]:
+        """Text K/V, and which references a row sees."""
+        return self.text_kv, self.ref_visible
+
+    def attend(self, layer: Layer, query: Tensor) -> Tensor:
+        """Global reference cross-attention (Story-Adapter, arXiv 2410.06244, eq. of GRCA)."""
+        k_text, v_text = layer.keys_values(self.text_kv)
+        k_ref, v_ref = layer.keys_values(self.ref_kv)
+        return grca(
+            query,
+            k_text,
+            v_text,
+            k_ref,
+            v_ref,
+            self.scale,
+            tokens_per_ref=self.tokens_per_ref,
+            ref_offsets=self.ref_offsets,
+            ref_visible=self.ref_visible,
+            mask=None if self.masks is None else self.masks[query.shape[1]],
+        )
+
+
+@dataclass(frozen=True)
+class References:
+    """References that all frames of a round share. ref_kv (1, Lr, W), scale (G,), offsets (G + 1,) int32."""
+
+    ref_kv: Tensor
+    scale: Tensor
+    offsets: Tensor
+    tokens_per_ref: int
+    text_tokens: int
+
+    def context(self, rows: int) -> ReferenceContext:
+        """Room for the captions of `rows` rows beside these references."""
+        width, blocks = self.ref_kv.shape[2], self.ref_kv.shape[1] // self.tokens_per_ref
+        return ReferenceContext(
+            text_kv=self.ref_kv.new_zeros(rows, self.text_tokens, width),
+            ref_kv=self.ref_kv,
+            scale=self.scale,
+            ref_visible=torch.zeros(rows, blocks, dtype=torch.bool, device=self.ref_kv.device),
+            ref_offsets=self.offsets,
+            tokens_per_ref=self.tokens_per_ref,
+        )
+
+    def refill(self, context: Context) -> bool:
+        """Other references of the same number, in the same buffers."""
+        if (
+            not isinstance(context, ReferenceContext)
+            or context.ref_kv.shape != self.ref_kv.shape
+            or context.scale.shape != self.scale.shape
+            or context.text_kv.shape[1] != self.text_tokens
+        ):
+            return False
+        context.ref_kv.copy_(self.ref_kv)
+        context.scale.copy_(self.scale)
+        context.ref_offsets.copy_(self.offsets)
+        return True
+
+
+@dataclass(frozen=True)
+class HistoryContext:
+    """A caption and the last L_M frames of a story (Causal-Story; algorithms.md, section 2).
+
+    kv: (B, Lt + L_M * S, W), the caption's tokens, then S tokens a frame, oldest frame first, empty places last.
+    padding: (B, Lt + L_M * S) bool, True for a key that nobody sees.
+    """
+
+    kv: Tensor
+    padding: Tensor
+    caption_tokens: int
+    frame_tokens: int
+
+    @property
+    def per_row(self) -> tuple[Tensor, ...]:
+        """K/V and their padding: every row has a story of its own."""
+        return self.kv, self.padding
+
+    def attend(self, layer: Layer, query: Tensor) -> Tensor:
+        """Every pixel stands after the newest frame of the window and sees the caption and the whole window."""
+        keys, values = layer.keys_values(self.kv)
+        frames = (self.kv.shape[1] - self.caption_tokens) // self.frame_tokens
+        return banded_causal_attention(
+            query,
+            keys,
+            values,
+            group_size=self.frame_tokens,
+            window=frames,
+            query_group=max(0, frames - 1),
+            query_group_size=0,
+            key_padding=self.padding,
+            prefix=self.caption_tokens,
+        )
+
+
+@dataclass(frozen=True)
+class Window:
+    """The sizes of a history window: Lt tokens of the caption, `frames` (L_M) of S tokens each; `like` gives W."""
+
+    caption_tokens: int
+    frame_tokens: int
+    frames: int
+    like: Tensor
+
+    def context(self, rows: int) -> HistoryContext:
+        """An empty window for `rows` rows."""
+        keys = self.caption_tokens + self.frames * self.frame_tokens
+        kv = self.like.new_zeros(rows, keys, self.like.shape[-1])
+        padding = torch.ones(rows, keys, dtype=torch.bool, device=kv.device)
+        return HistoryContext(kv, padding, self.caption_tokens, self.frame_tokens)
+
+    def refill(self, context: Context) -> bool:
+        """Nothing is shared: a context of these sizes is good as it is."""
+        keys = self.caption_tokens + self.frames * self.frame_tokens
+        return (
+            isinstance(context, HistoryContext)
+            and context.kv.shape[1] == keys
+            and context.caption_tokens == self.caption_tokens
+        )
+
+
 class SelfAttention(AttnProcessor2_0):
     """diffusers' self-attention, told to let the context pass: cross_attention_kwargs reach attn1 as well."""
 
@@ -72,7 +217,7 @@ class SelfAttention(AttnProcessor2_0):
 
 
 class CrossAttention:
-    """Global reference cross-attention (Story-Adapter, arXiv 2410.06244, eq. of GRCA) of one layer."""
+    """One cross-attention layer: its queries meet the context of the call."""
 
     def __init__(self, layer: Layer) -> None:
         self.layer = layer
@@ -92,21 +237,7 @@ class CrossAttention:
                 "this UNet draws with projected contexts: pass cross_attention_kwargs={'context': ...}"
             )
         query = attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1))
-        k_text, v_text = self.layer.keys_values(context.text_kv)
-        k_ref, v_ref = self.layer.keys_values(context.ref_kv)
-        mask = None if context.masks is None else context.masks[hidden_states.shape[1]]
-        out = grca(
-            query,
-            k_text,
-            v_text,
-            k_ref,
-            v_ref,
-            context.scale,
-            tokens_per_ref=context.tokens_per_ref,
-            ref_offsets=context.ref_offsets,
-            ref_visible=context.ref_visible,
-            mask=mask,
-        )
+        out = context.attend(self.layer, query)
         return attn.to_out[1](attn.to_out[0](out.flatten(2)))
 
 

@@ -12,7 +12,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from fastory.attention import Context
+from fastory.attention import Context, Shared
 from fastory.errors import FastoryError, InputError
 from fastory.model import Caption, StoryModel
 from fastory.placement import is_out_of_memory
@@ -30,33 +30,20 @@ SCHEDULER_CLASSES = {
 
 
 @dataclass(frozen=True)
-class Shared:
-    """What all frames of a round attend to: unconditional text K/V (1, Lt, W), reference K/V (1, Lr, W) of G groups.
-
-    scale: (G,) weights l_g; offsets: (G + 1,) int32 group bounds in tokens.
-    """
-
-    negative: Caption
-    negative_kv: Tensor
-    ref_kv: Tensor
-    scale: Tensor
-    offsets: Tensor
-
-
-@dataclass(frozen=True)
 class Row:
-    """One frame to denoise. latents (1, c, h, w): its initial noise; text_kv (1, Lt, W).
+    """One frame to denoise. latents (1, c, h, w): its initial noise.
 
-    visible and null_visible: (Lr / T,) bool on the CPU: what the conditional and the unconditional row see.
+    inputs and null_inputs: what the conditional and the unconditional row attend to, a row of each of the context's
+    per_row tensors. caption and negative: whose pooled text SDXL takes.
     """
 
     frame: int
     latents: Tensor
     generator: torch.Generator
     caption: Caption
-    text_kv: Tensor
-    visible: Tensor
-    null_visible: Tensor
+    negative: Caption
+    inputs: tuple[Tensor, ...]
+    null_inputs: tuple[Tensor, ...]
 
 
 class Sampler:
@@ -112,44 +99,28 @@ class Sampler:
     def set_round(self, shared: Shared) -> None:
         """Make `shared` what the next micro-batches attend to.
 
-        Inputs of the same shapes are written where the last round's were, so that a captured graph stays good: a
-        story has two shapes, round 0 without references and every later round.
+        Inputs of the same shapes are written where the last round's were, so that a captured graph stays good: an
+        iterative story has two shapes, round 0 without references and every later round; a causal one has one.
         """
-        blocks = shared.ref_kv.shape[1] // self.model.tokens_per_ref
-        if self.context is None or not _same_shapes(self.context, shared):
+        if self.context is None or not shared.refill(self.context):
             self.graph = None
-            self.context = Context(
-                text_kv=shared.negative_kv.new_zeros(self.rows, *shared.negative_kv.shape[1:]),
-                ref_kv=shared.ref_kv,
-                scale=shared.scale,
-                ref_visible=torch.zeros(self.rows, blocks, dtype=torch.bool, device=self.model.device),
-                ref_offsets=shared.offsets,
-                tokens_per_ref=self.model.tokens_per_ref,
-            )
-        else:
-            self.context.ref_kv.copy_(shared.ref_kv)
-            self.context.scale.copy_(shared.scale)
-            self.context.ref_offsets.copy_(shared.offsets)
-        if self.guided:
-            self.context.text_kv[: self.batch_size] = shared.negative_kv
-            if self.conditions and shared.negative.pooled is not None:
-                self.conditions["text_embeds"][: self.batch_size] = shared.negative.pooled
+            self.context = shared.context(self.rows)
 
     def _load(self, rows: Sequence[Row]) -> list[torch.Generator]:
         """Copy the rows into the static buffers; a short micro-batch is padded with its last frame."""
-        assert self.context is not None
         padded = [*rows, *[rows[-1]] * (self.batch_size - len(rows))]
-        first = self.rows - self.batch_size
         for place, row in enumerate(padded):
             self.latents[place : place + 1] = row.latents
-            self.context.text_kv[first + place : first + place + 1] = row.text_kv
-            if self.conditions is not None:
-                assert row.caption.pooled is not None
-                self.conditions["text_embeds"][first + place : first + place + 1] = row.caption.pooled
-        visible = [row.visible for row in padded]
+        inputs = [(row.inputs, row.caption) for row in padded]
         if self.guided:
-            visible = [row.null_visible for row in padded] + visible
-        self.context.ref_visible.copy_(torch.stack(visible))
+            inputs = [(row.null_inputs, row.negative) for row in padded] + inputs
+        assert self.context is not None
+        for place, (tensors, caption) in enumerate(inputs):
+            for buffer, tensor in zip(self.context.per_row, tensors, strict=True):
+                buffer[place : place + 1] = tensor
+            if self.conditions is not None:
+                assert caption.pooled is not None
+                self.conditions["text_embeds"][place : place + 1] = caption.pooled
         generators = [row.generator for row in rows]
         return generators + [_copy(rows[-1].generator) for _ in range(self.batch_size - len(rows))]
 
@@ -227,15 +198,6 @@ class Sampler:
         shape = (1, *self.latent_shape)
         noise = randn_tensor(shape, generator=generator, device=self.model.device, dtype=self.model.dtype)
         return noise * self.scheduler.init_noise_sigma
-
-
-def _same_shapes(context: Context, shared: Shared) -> bool:
-    """Whether `shared` fits into the buffers of `context`."""
-    return (
-        context.ref_kv.shape == shared.ref_kv.shape
-        and context.scale.shape == shared.scale.shape
-        and context.text_kv.shape[1:] == shared.negative_kv.shape[1:]
-    )
 
 
 def make_scheduler(model: StoryModel, name: str) -> Any:

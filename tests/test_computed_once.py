@@ -15,10 +15,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastory import Story, StoryModel
-from fastory.attention import Context
+from fastory.attention import ReferenceContext, References
 from fastory.events import FrameDrawn, RoundStarted
 from fastory.modes import iterative as mode
-from fastory.sampler import Sampler, Shared
+from fastory.sampler import Sampler
 
 ROUNDS, FRAMES = 2, 5
 
@@ -138,11 +138,11 @@ def test_no_tensor_is_read_on_the_host_inside_the_step_loop(model: StoryModel) -
 def test_step_loop_keeps_its_input_buffers(model: StoryModel) -> None:
     """A CUDA graph can be put around a step only if every step and micro-batch reads the same addresses."""
     sampler, rows = prepared(model, 3)
-    assert sampler.context is not None
+    assert isinstance(sampler.context, ReferenceContext)
 
     def addresses() -> list[int]:
         context = sampler.context
-        assert context is not None
+        assert isinstance(context, ReferenceContext)
         return [
             tensor.data_ptr()
             for tensor in (
@@ -164,24 +164,19 @@ def test_later_rounds_are_read_from_the_buffers_of_the_first(model: StoryModel) 
     """One capture serves all rounds with references: other values, the same addresses."""
     sampler, _ = prepared(model, 3)
     context = sampler.context
-    assert context is not None
+    assert isinstance(context, ReferenceContext)
     before = context.ref_kv.clone()
-    shared = Shared(
-        negative=model.encode_negative("dark"),
-        negative_kv=mode.project(model, model.encode_negative("dark")),
-        ref_kv=before + 1,
-        scale=torch.tensor([0.5]),
-        offsets=context.ref_offsets.clone(),
+    shared = References(
+        before + 1, torch.tensor([0.5]), context.ref_offsets.clone(), 4, context.text_kv.shape[1]
     )
     sampler.set_round(shared)
     assert sampler.context is context
     assert torch.equal(context.ref_kv, before + 1) and context.scale.tolist() == [0.5]
-    assert torch.equal(context.text_kv[0], shared.negative_kv[0])
 
 
 def test_reference_kv_is_one_row_for_all_rows_of_a_batch(model: StoryModel) -> None:
     sampler, _ = prepared(model, 3)
-    assert sampler.context is not None
+    assert isinstance(sampler.context, ReferenceContext)
     keys, values = model.layers.layers[0].keys_values(sampler.context.ref_kv)
     assert sampler.rows == 4
     assert keys.shape[0] == values.shape[0] == 1
@@ -191,7 +186,7 @@ def test_reference_kv_is_one_row_for_all_rows_of_a_batch(model: StoryModel) -> N
 def test_unconditional_rows_see_one_null_block(model: StoryModel) -> None:
     sampler, rows = prepared(model, 3)
     list(sampler.denoise(rows))
-    assert sampler.context is not None
+    assert isinstance(sampler.context, ReferenceContext)
     assert sampler.context.ref_kv.shape[1] == (3 + 1) * model.tokens_per_ref
     assert sampler.context.ref_visible.int().tolist() == [[0, 0, 0, 1]] * 2 + [[1, 1, 1, 0]] * 2
 
@@ -210,7 +205,7 @@ def test_no_recompile_when_scale_or_number_of_references_change(
     sampler, rows = prepared(model, 3)
     list(sampler.denoise(rows))
     context = sampler.context
-    assert context is not None
+    assert isinstance(context, ReferenceContext)
     torch._dynamo.reset()
     compiled = torch.compile(model.unet, backend=backend, fullgraph=True)
     latents = torch.cat([sampler.latents, sampler.latents])
@@ -220,7 +215,7 @@ def test_no_recompile_when_scale_or_number_of_references_change(
         visible = torch.ones(4, blocks, dtype=torch.bool)
         torch._dynamo.mark_dynamic(ref_kv, 1)
         torch._dynamo.mark_dynamic(visible, 1)
-        changed = Context(
+        changed = ReferenceContext(
             text_kv=context.text_kv,
             ref_kv=ref_kv,
             scale=torch.tensor([scale]),

@@ -18,11 +18,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fastory.attention import References
 from fastory.errors import FastoryError
 from fastory.events import BatchHalved, Event, FrameDrawn, Notice, RoundFinished, RoundStarted, StepDone
 from fastory.model import Caption, StoryModel, open_picture
 from fastory.placement import is_out_of_memory, release_memory
-from fastory.sampler import Row, Sampler, Shared
+from fastory.sampler import Row, Sampler
 from fastory.settings import Settings
 from fastory.story import Story
 
@@ -250,8 +251,8 @@ def encode_unless_left_out(run: Run, image: Image.Image, left_out: str | None) -
 
 
 @torch.inference_mode()
-def share(run: Run, groups: Sequence[Group]) -> Shared:
-    """K and V that every row of round k reads: reference K/V once a round, each group ending with its null block."""
+def share(run: Run, groups: Sequence[Group]) -> References:
+    """What every row of round k reads: reference K/V once a round, each group ending with its null block."""
     model = run.model
     blocks: list[Tensor] = []
     if groups:
@@ -268,7 +269,7 @@ def share(run: Run, groups: Sequence[Group]) -> Shared:
         bounds.append(bounds[-1] + (len(group.tokens) + 1) * model.tokens_per_ref)
     scale = torch.tensor([group.scale for group in groups] or [0.0], dtype=torch.float32, device=model.device)
     offsets = torch.tensor(bounds if groups else [0, 0], dtype=torch.int32, device=model.device)
-    return Shared(run.negative, run.negative_kv, ref_kv, scale, offsets)
+    return References(ref_kv, scale, offsets, model.tokens_per_ref, run.negative_kv.shape[1])
 
 
 def make_row(run: Run, sampler: Sampler, groups: Sequence[Group], frame: int) -> Row:
@@ -284,9 +285,9 @@ def make_row(run: Run, sampler: Sampler, groups: Sequence[Group], frame: int) ->
         latents=sampler.initial_noise(generator),
         generator=generator,
         caption=run.captions[frame],
-        text_kv=project(run.model, run.captions[frame]),
-        visible=torch.tensor(visible, dtype=torch.bool),
-        null_visible=torch.tensor(null_visible, dtype=torch.bool),
+        negative=run.negative,
+        inputs=(project(run.model, run.captions[frame]), torch.tensor([visible], dtype=torch.bool)),
+        null_inputs=(run.negative_kv, torch.tensor([null_visible], dtype=torch.bool)),
     )
 
 
