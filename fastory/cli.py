@@ -86,6 +86,12 @@ def generate(
     reference_start: Annotated[
         int | None, option(METHOD, help="First round that sees the pictures of characters (default 1).")
     ] = None,
+    window: Annotated[
+        str | None, option(METHOD, metavar="L_M", help="Causal: earlier frames that a frame sees, or all.")
+    ] = None,
+    first_frame: Annotated[
+        Path | None, option(METHOD, help="Causal: the picture that the story goes on from, as its frame 0.")
+    ] = None,
     model: Annotated[
         str,
         option(MODEL, help="builtin, a diffusers folder, a .safetensors file (with --config), or a hub id."),
@@ -95,6 +101,9 @@ def generate(
     ] = None,
     ip_adapter: Annotated[str | None, option(MODEL, help="IP-Adapter weights (.safetensors).")] = None,
     image_encoder: Annotated[str | None, option(MODEL, help="Folder of the CLIP image encoder.")] = None,
+    adapter: Annotated[
+        str | None, option(MODEL, help="Causal: what `fastory tune` wrote (.safetensors).")
+    ] = None,
     lora: Annotated[
         list[str] | None, option(MODEL, metavar="PATH[:WEIGHT]", help="LoRA file; repeatable.")
     ] = None,
@@ -126,7 +135,11 @@ def generate(
     overwrite: Annotated[bool, option(OUTPUT, help="Draw anew what the run folder holds.")] = False,
     frames: Annotated[
         str | None,
-        option(OUTPUT, metavar="3,7-9", help="Redraw only these frames of a finished run; counted from 0."),
+        option(
+            OUTPUT,
+            metavar="3,7-9",
+            help="Redraw only these frames of a finished run; counted from 0. 5- is all from 5 on.",
+        ),
     ] = None,
     redraw_seed: Annotated[
         int | None, option(OUTPUT, help="Another seed for the frames of --frames.")
@@ -145,6 +158,7 @@ def generate(
         "references": references,
         "reference_fit": reference_fit,
         "reference_start": reference_start,
+        "window": window,
         "steps": steps,
         "guidance_scale": guidance_scale,
         "scheduler": scheduler,
@@ -161,7 +175,7 @@ def generate(
         chosen = parse_frames(frames)
         read = read_stories(stories or [])
         opened = open_model(
-            model, config, ip_adapter, image_encoder, lora or [], device, dtype, graphs, offline
+            model, config, ip_adapter, image_encoder, adapter, lora or [], device, dtype, graphs, offline
         )
         from fastory.pipeline import generate as draw
 
@@ -175,6 +189,7 @@ def generate(
             frames=chosen,
             redraw_seed=redraw_seed,
             batch_size=batch_size,
+            first_frame=first_frame,
             **settings,
         )
         show(events, quiet=quiet, json_lines=json_lines)
@@ -206,15 +221,19 @@ def convert(
         typer.echo(str(convert_pickle(path, output, overwrite=overwrite)))
 
 
-def parse_frames(text: str | None) -> list[int] | None:
-    """Frame numbers of 3,7-9. Raises InputError."""
+def parse_frames(text: str | None) -> list[int] | slice | None:
+    """Frame numbers of 3,7-9, or a slice for 5-. Raises InputError."""
     if text is None:
         return None
+    if text.endswith("-") and text[:-1].strip().isdecimal():
+        return slice(int(text[:-1]), None)
     chosen: set[int] = set()
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
-            raise InputError(f"--frames: wanted numbers and ranges such as 3,7-9, got {text!r}")
+            raise InputError(
+                f"--frames: wanted numbers and ranges such as 3,7-9, or 5- for all from 5 on, got {text!r}"
+            )
         chosen.update(range(int(first), int(last or first) + 1))
     return sorted(chosen)
 
@@ -236,6 +255,7 @@ def open_model(
     config: Path | None,
     ip_adapter: str | None,
     image_encoder: str | None,
+    adapter: str | None,
     loras: list[str],
     device: str,
     dtype: str,
@@ -253,6 +273,7 @@ def open_model(
         config=config,
         ip_adapter=ip_adapter,
         image_encoder=image_encoder,
+        adapter=adapter,
         loras=[parse_lora(text) for text in loras],
         device=device,
         dtype=dtype,
@@ -300,7 +321,9 @@ class Screen:
             speed_estimate_period=120,
         )
         self.task = self.progress.add_task("", visible=False)
-        self.done_in_round = 0
+        self.round, self.frame, self.done_in_round = "", -1, 0
+        self.titles: dict[int, str] = {}  # stories that are being drawn, by their place in the call
+        self.total = 0
 
     def __enter__(self) -> Screen:
         self.progress.start()
@@ -321,11 +344,14 @@ class Screen:
         match event:
             case events.StoryStarted():
                 state = f"; {event.finished} of {event.total} pictures are finished" if event.finished else ""
-                self.note(
-                    f"[bold]{_plain(event.story)}[/]: {event.frames} frames, {event.rounds - 1} rounds{state}"
-                )
-                total = (event.total - event.finished) * event.steps
-                self.progress.reset(self.task, total=total, visible=total > 0)
+                rounds = f", {event.rounds - 1} rounds" if event.rounds > 1 else ""
+                self.note(f"[bold]{_plain(event.story)}[/]: {event.frames} frames{rounds}{state}")
+                self.total += (event.total - event.finished) * event.steps
+                if self.titles:  # drawn side by side with others
+                    self.progress.update(self.task, total=self.total, visible=self.total > 0)
+                else:
+                    self.progress.reset(self.task, total=self.total, visible=self.total > 0)
+                self.titles[event.place] = event.story
             case events.BatchChosen():
                 self.note(_plain(event.reason))
             case events.Notice():
@@ -335,19 +361,27 @@ class Screen:
             case events.StepDone():
                 first, last = event.frames[0], event.frames[-1]
                 which = f"frame {first}" if first == last else f"frames {first}-{last}"
-                described = f"{self.round}, {which}, step {event.step} of {event.steps}"
+                if not self.round and first != self.frame:  # causal: what memory may cost is one frame
+                    self.frame, self.done_in_round = first, 0
+                title = self.titles[event.place] if len(self.titles) > 1 else ""
+                parts = [title, self.round, which, f"step {event.step} of {event.steps}"]
+                described = _plain(", ".join(part for part in parts if part))
                 self.done_in_round += len(event.frames)
                 self.progress.update(self.task, advance=len(event.frames), description=described)
             case events.FrameDrawn() if event.left_out:
-                which = f"frame {event.frame} of round {event.round}"
+                which = (
+                    f"frame {event.frame} of round {event.round}" if self.round else f"frame {event.frame}"
+                )
                 self.note(f"[yellow]note:[/] {which} {event.left_out}; it is left out as a reference")
             case events.BatchHalved():
                 self.progress.update(self.task, advance=-self.done_in_round)
-                again = f"round {event.round} again, {event.size} at once"
+                what = f"round {event.round}" if event.frame is None else f"frame {event.frame}"
+                again = f"{what} again, {event.size} at once"
                 self.note(f"[yellow]out of memory[/] ({_plain(event.needed)}); {again}")
             case events.RoundFinished():
                 self.note(f"round {event.round} of {event.rounds}: {event.seconds:.1f} s")
             case events.StoryFinished():
+                self.titles, self.total, self.round = {}, 0, ""
                 self.note(f"sheet      {_plain(event.sheet)}")
                 self.note(f"storybook  {_plain(event.storybook)}")
                 self.progress.update(self.task, visible=False)

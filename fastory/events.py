@@ -14,7 +14,7 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class StoryStarted:
-    """A story begins (or is taken up again: `finished` pictures of `total` lie in the run folder)."""
+    """A story begins (or is taken up again: `finished` pictures of `total` lie in the run folder). place: in the call."""
 
     story: str
     frames: int
@@ -23,6 +23,7 @@ class StoryStarted:
     finished: int
     total: int
     folder: Path | None
+    place: int = 0
 
 
 @dataclass(frozen=True)
@@ -52,18 +53,22 @@ class RoundStarted:
 
 @dataclass(frozen=True)
 class StepDone:
-    """One denoising step of one micro-batch: `frames` are the story's frames in it, `step` counts from 1."""
+    """One denoising step of one micro-batch: `frames` are the story's frames in it, `step` counts from 1.
+
+    place: of the story in the call; causal mode draws several side by side.
+    """
 
     round: int
     frames: tuple[int, ...]
     step: int
     steps: int
     seconds: float
+    place: int = 0
 
 
 @dataclass(frozen=True)
 class FrameDrawn:
-    """A finished picture, 8-bit RGB. `left_out` says why it is never a reference, or is None."""
+    """A finished picture, 8-bit RGB. `left_out` says why it is never a reference, or is None. place: as in StepDone."""
 
     round: int
     frame: int
@@ -71,15 +76,20 @@ class FrameDrawn:
     seed: int
     left_out: str | None
     path: Path | None = None
+    place: int = 0
 
 
 @dataclass(frozen=True)
 class BatchHalved:
-    """Memory ran out: the round starts again with `size` frames at once. `needed` quotes the allocator."""
+    """Memory ran out: the round starts again with `size` frames at once. `needed` quotes the allocator.
+
+    frame: in causal mode, the frame that starts again, with `size` stories at once.
+    """
 
     round: int
     size: int
     needed: str
+    frame: int | None = None
 
 
 @dataclass(frozen=True)

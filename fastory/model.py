@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,9 @@ from torch import Tensor, nn
 
 from fastory.attention import CrossAttentionLayers
 from fastory.checkpoints import Checkpoint, IPAdapter, model_hashes, open_checkpoint
+from fastory.checkpoints.history import ENC, History
 from fastory.errors import FastoryError, InputError
+from fastory.history import Seen
 from fastory.kernels import choice
 from fastory.placement import Placement, place
 
@@ -80,6 +84,8 @@ class StoryModel:
                 if type(module) is nn.Linear:
                     module.__class__ = RowByRow
         self._place_references(checkpoint.adapter)
+        if checkpoint.history is not None:
+            checkpoint.history.encoder.to(self.device)
 
     @classmethod
     def open(
@@ -89,6 +95,7 @@ class StoryModel:
         config: Path | None = None,
         ip_adapter: str | None = None,
         image_encoder: str | None = None,
+        adapter: str | None = None,
         loras: Sequence[tuple[str, float]] = (),
         device: str = "auto",
         dtype: str = "auto",
@@ -97,6 +104,7 @@ class StoryModel:
     ) -> StoryModel:
         """Open `builtin`, a diffusers folder, a .safetensors file (with `config`) or a hub id.
 
+        adapter: a file that `fastory tune` wrote, for causal mode.
         loras: (path, weight) pairs, in effect before any K and V are projected. device: auto, cpu, cuda or cuda:N.
         dtype: auto, float32, float16 or bfloat16. graphs: auto (CUDA graphs on CUDA) or off.
         Raises InputError for anything that cannot be used.
@@ -107,6 +115,7 @@ class StoryModel:
             "config": config,
             "ip_adapter": ip_adapter,
             "image_encoder": image_encoder,
+            "adapter": adapter,
             "loras": loras,
             "offline": offline,
         }
@@ -139,7 +148,7 @@ class StoryModel:
         return {
             k: v
             for k, v in self.checkpoint.defaults.items()
-            if k not in ("schema", "ip_adapter", "image_encoder")
+            if k not in ("schema", "ip_adapter", "image_encoder", "adapter")
         }
 
     @property
@@ -271,6 +280,69 @@ class StoryModel:
     def require_references(self) -> None:
         """InputError where this model cannot take references."""
         self._need_adapter()
+
+    @cached_property
+    def causal(self) -> StoryModel:
+        """This model as causal mode draws with it: its low-rank updates in a UNet that shares all other weights."""
+        updates = self.require_history().updates
+        if not updates:
+            return self
+        changed = {f"{name}.weight" for name in updates}
+        shared = {id(p): p for name, p in self.unet.named_parameters() if name not in changed}
+        twin = copy.copy(self)
+        twin.unet = copy.deepcopy(self.unet, memo=dict(shared))
+        for name, update in updates.items():
+            weight = twin.unet.get_submodule(name).weight
+            weight.data.add_(update.to(weight.device))
+        twin.layers = CrossAttentionLayers(twin.unet)
+        return twin
+
+    def require_history(self) -> History:
+        """The history encoder. InputError where this model cannot draw frame after frame."""
+        history = self.checkpoint.history
+        if history is None:
+            raise InputError(
+                f"{self.name} has no history encoder, and causal mode needs one; wanted: --adapter FILE.safetensors "
+                "(made by `fastory tune`), or a model folder that `fastory convert` made of an AR-LDM checkpoint"
+            )
+        if self.family != "sd15":
+            raise InputError(
+                f"{self.name} is an SDXL model; wanted a UNet of the SD1.5 family for causal mode"
+            )
+        return history
+
+    def caption_padding(self, prompt: str) -> Tensor:
+        """(1, Lt) bool: True where the tokens of `prompt` are padding, which causal mode never looks at."""
+        tokenizer = self.pipeline.tokenizer
+        mask = tokenizer(
+            prompt,
+            padding="max_length",
+            truncation=True,
+            max_length=tokenizer.model_max_length,
+            return_tensors="pt",
+        ).attention_mask
+        return (mask == 0).to(self.device)
+
+    @torch.inference_mode()
+    def encode_frame(self, prompt: str, image: Image.Image) -> Seen:
+        """A caption and its 8-bit RGB picture as the history takes them: m_n (1, S, C_x) and its padding."""
+        history = self.require_history()
+        size = history.encoder.config.frame_tokens
+        text = history.tokenizer(
+            prompt, padding="max_length", truncation=True, max_length=size, return_tensors="pt"
+        )
+        ids = text.input_ids
+        if ENC in history.tokenizer.get_vocab():
+            ids[:, 0] = history.tokenizer.convert_tokens_to_ids(ENC)
+        pixels = history.image_processor(image.convert("RGB"), return_tensors="pt").pixel_values
+        mask = text.attention_mask.to(self.device)
+        tokens = history.encoder.multimodal(ids.to(self.device), mask, pixels.to(self.device, self.dtype))
+        return Seen(tokens, mask == 0)
+
+    def null_frame(self) -> Seen:
+        """What the unconditional row has in place of every frame: an empty caption and a black picture (AR-LDM)."""
+        side = self.require_history().encoder.config.vision["image_size"]
+        return self.encode_frame("", Image.new("RGB", (side, side)))
 
     def added_conditions(self, pooled: Tensor, width: int, height: int) -> dict[str, Tensor]:
         """SDXL's text_embeds and time_ids of one row: original and target size are the picture's, nothing cropped."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from fastory import __version__
-from fastory.errors import InputError
+from fastory.errors import FastoryError, InputError
 from fastory.events import (
     BatchChosen,
     BatchHalved,
@@ -23,10 +23,12 @@ from fastory.events import (
     Notice,
     RoundFinished,
     RoundStarted,
+    StepDone,
     StoryFinished,
     StoryStarted,
 )
-from fastory.model import StoryModel
+from fastory.model import StoryModel, open_picture
+from fastory.modes.causal import Telling, causal, window_of
 from fastory.modes.iterative import iterative
 from fastory.placement import choose_batch
 from fastory.run import Identity, RunFolder
@@ -59,16 +61,19 @@ def generate(
     output: str | Path | None = None,
     under: str | Path | None = None,
     overwrite: bool = False,
-    frames: Sequence[int] | None = None,
+    frames: Sequence[int] | slice | None = None,
     redraw_seed: int | None = None,
     batch_size: int | None = None,
+    first_frame: str | Path | None = None,
     **settings: Any,
 ) -> Iterator[Event]:
     """Draw one story or many; yields events, among them every picture as it is finished.
 
     stories: Story objects or story files. model: an opened StoryModel, or what StoryModel.open takes. output: the run
     folder (with several stories, the folder of their run folders); under: a folder in which run folders are named by
-    story and settings. Without both, nothing is written. frames: only redraw these, in a finished run folder.
+    story and settings. Without both, nothing is written. frames: only redraw these, in a finished run folder; in causal
+    mode all from one on, as a slice(k, None). Causal stories with the same settings are drawn side by side, and
+    first_frame of a story (or of all, as an argument) is its given frame 0.
     settings: fields of Settings, over those of the story file, the preset and the model's folder.
 
     Everything is checked before the first event: raises InputError for what cannot be used. While drawing, raises
@@ -78,6 +83,12 @@ def generate(
     if not given:
         raise InputError("no story was given; wanted at least one story file")
     read = [story if isinstance(story, Story) else Story.read(story) for story in given]
+    if first_frame is not None:
+        try:
+            open_picture(Path(first_frame))
+        except FastoryError as error:
+            raise InputError(f"--first-frame: {error}; wanted a picture") from None
+        read = [replace(story, first_frame=Path(first_frame).resolve()) for story in read]
     opened = model if isinstance(model, StoryModel) else StoryModel.open(model)
     if batch_size is not None and batch_size < 1:
         raise InputError(f"batch_size: wanted 1 or more, got {batch_size}")
@@ -117,7 +128,7 @@ def prepare(
     story: Story,
     flags: Mapping[str, Any],
     preset: str | None,
-    frames: Sequence[int] | None,
+    frames: Sequence[int] | slice | None,
 ) -> Job:
     """Resolve a story's settings and check them against the model."""
     for name, value in story.settings.items():
@@ -136,11 +147,33 @@ def prepare(
             )
     story.prompt(0, settings.style)  # refuses an unknown style
     make_scheduler(model, settings.scheduler)  # refuses one that does not fit this UNet
-    pictures = any(character.references for character in story.characters)
-    if settings.iterations > 0 or (pictures and settings.reference_start <= settings.iterations):
-        model.require_references()
-    wanted = None if frames is None else tuple(sorted(set(frames)))
-    return Job(model, story, settings, sources, None, None, wanted, [])
+    if settings.mode == "causal":
+        window_of(model.require_history().encoder.config, settings, len(story.frames))
+    else:
+        pictures = any(character.references for character in story.characters)
+        if settings.iterations > 0 or (pictures and settings.reference_start <= settings.iterations):
+            model.require_references()
+    return Job(model, story, settings, sources, None, None, frames_to_redraw(frames, story, settings), [])
+
+
+def frames_to_redraw(
+    frames: Sequence[int] | slice | None, story: Story, settings: Settings
+) -> tuple[int, ...] | None:
+    """The frames' numbers. Raises InputError for an empty choice, and in causal mode for one that does not run to the end."""
+    if frames is None:
+        return None
+    count = len(story.frames)
+    wanted = tuple(range(count))[frames] if isinstance(frames, slice) else tuple(sorted(set(frames)))
+    if not wanted:
+        raise InputError(
+            f"--frames: {story.title!r} has the frames 0 to {count - 1}, and none of them was chosen"
+        )
+    if settings.mode == "causal" and wanted != tuple(range(wanted[0], max(count, wanted[-1] + 1))):
+        raise InputError(
+            f"--frames: in causal mode every later frame depends on an earlier one; wanted a first frame to redraw "
+            f"from, such as {wanted[0]}-"
+        )
+    return wanted
 
 
 def open_folder(
@@ -175,83 +208,155 @@ def open_folder(
         job.model = job.model.on(folder.manifest["machine"])
         job.notices += version_notices(folder.manifest["machine"]["versions"])
     job.folder, job.identity = folder, identity
-    if job.frames is not None and exists:
-        rounds = job.settings.iterations + 1
-        if not folder.begin_redraw(identity, job.frames, redraw_seed, rounds):
-            job.notices.append("nothing to redraw: neither caption nor seed of these frames changed")
+    if (
+        job.frames is not None
+        and exists
+        and not folder.begin_redraw(identity, job.frames, redraw_seed, job.settings.rounds)
+    ):
+        job.notices.append("nothing to redraw: neither caption nor seed of these frames changed")
 
 
 def run_jobs(jobs: Sequence[Job], batch_size: int | None, stack: ExitStack) -> Iterator[Event]:
-    """Draw story after story, with the run's own number of threads."""
+    """Draw story after story, causal ones side by side, with the run's own number of threads."""
     threads = torch.get_num_threads()
     try:
-        for job in jobs:
-            yield from draw_story(job, batch_size)
+        for group in side_by_side([begin(job, place, batch_size, jobs) for place, job in enumerate(jobs)]):
+            yield from draw_stories(group)
     finally:
         torch.set_num_threads(threads)
         stack.close()
 
 
-def draw_story(job: Job, batch_size: int | None) -> Iterator[Event]:
-    """One story: what is missing is drawn, then the final pictures, the sheet and the storybook are written."""
-    model, story, settings, folder, started = job.model, job.story, job.settings, job.folder, time.monotonic()
-    rounds, count = settings.iterations + 1, len(job.story.frames)
-    size, reason = micro_batch(model, settings, count, batch_size)
-    if folder is not None:
-        assert job.identity is not None
-        if not folder.manifest:
-            folder.clear()
-            machine = {**model.placement.as_dict(), "versions": versions()}
-            folder.begin(job.identity, story, job.sources, machine, size)
-        stored = folder.batch_sizes()
-        if stored[-1] != size:
-            reason = f"{stored[-1]} frames at once, as this run folder began"
-        sizes = stored
-        torch.set_num_threads(folder.manifest["machine"]["threads"])
-    else:
-        sizes = [size]
-    done = folder.count(rounds, count) if folder else 0
-    yield StoryStarted(
-        story.title, count, rounds, settings.steps, done, rounds * count, folder.path if folder else None
-    )
-    for notice in [*job.notices, *story_notices(model, story, settings)]:
-        yield Notice(notice)
-    if done < rounds * count:
-        yield BatchChosen(sizes[-1], reason)
-        events = iterative(
-            model,
-            story,
-            settings,
-            batch_sizes=sizes,
-            finished=folder,
-            seeds=folder.seeds() if folder else None,
+@dataclass
+class Begun:
+    """A job whose run folder stands. sizes: its micro-batches by round (iterative) or by frame (causal)."""
+
+    job: Job
+    place: int
+    sizes: list[int]
+    reason: str
+    threads: int
+    started: float = 0.0
+
+    def company(self) -> tuple[Any, ...]:
+        """Equal for causal stories that can be drawn in one batch."""
+        settings = self.job.settings
+        if settings.mode != "causal":
+            return (self.place,)
+        shared = replace(settings, seed=0, noise="", style=None, negative_prompt="")
+        window = settings.window if settings.window != "all" else ("all", len(self.job.story.frames))
+        return (id(self.job.model), shared, window, tuple(self.sizes), self.threads)
+
+
+def begin(job: Job, place: int, batch_size: int | None, jobs: Sequence[Job]) -> Begun:
+    """Choose the micro-batch and write the manifest of a new run; a resumed one keeps its sizes and threads."""
+    causal_jobs = sum(other.settings.mode == "causal" for other in jobs)
+    count = causal_jobs if job.settings.mode == "causal" else len(job.story.frames)
+    size, reason = micro_batch(job.model, job.settings, count, batch_size)
+    folder = job.folder
+    if folder is None:
+        return Begun(job, place, [size], reason, torch.get_num_threads())
+    assert job.identity is not None
+    if not folder.manifest:
+        folder.clear()
+        machine = {**job.model.placement.as_dict(), "versions": versions()}
+        folder.begin(job.identity, job.story, job.sources, machine, size)
+    stored = folder.batch_sizes()
+    if stored[-1] != size:
+        reason = f"{stored[-1]} at once, as this run folder began"
+    return Begun(job, place, stored, reason, folder.manifest["machine"]["threads"])
+
+
+def side_by_side(begun: Sequence[Begun]) -> list[list[Begun]]:
+    """Stories that are drawn together, in the order of the first of each group."""
+    groups: dict[tuple[Any, ...], list[Begun]] = {}
+    for one in begun:
+        groups.setdefault(one.company(), []).append(one)
+    return list(groups.values())
+
+
+def draw_stories(group: Sequence[Begun]) -> Iterator[Event]:
+    """What is missing of these stories is drawn, then final pictures, sheets and storybooks are written."""
+    torch.set_num_threads(group[0].threads)
+    missing: list[Begun] = []
+    for one in group:
+        job, folder, rounds, count = (
+            one.job,
+            one.job.folder,
+            one.job.settings.rounds,
+            len(one.job.story.frames),
         )
-        yield from events if folder is None else record(folder, story, settings, model, events)
-    yield finish(folder, model, story, settings, started)
+        one.started = time.monotonic()
+        done = folder.count(rounds, count) if folder else 0
+        path = folder.path if folder else None
+        yield StoryStarted(
+            job.story.title, count, rounds, job.settings.steps, done, rounds * count, path, one.place
+        )
+        for notice in [*job.notices, *story_notices(job.model, job.story, job.settings)]:
+            yield Notice(notice)
+        if done < rounds * count:
+            missing.append(one)
+    if missing:
+        yield BatchChosen(group[0].sizes[-1], group[0].reason)
+        yield from record({one.place: one.job for one in group}, events_of(group))
+    for one in group:
+        yield finish(one.job.folder, one.job.model, one.job.story, one.job.settings, one.started)
 
 
-def micro_batch(model: StoryModel, settings: Settings, frames: int, asked: int | None) -> tuple[int, str]:
-    """Frames at once, and why."""
+def events_of(group: Sequence[Begun]) -> Iterator[Event]:
+    """The mode's events. All stories of a group take part, finished ones too: they keep the others' places."""
+    first = group[0].job
+    if first.settings.mode == "causal":
+        tellings = [telling_of(one) for one in group]
+        size = (first.settings.width or 0, first.settings.height or 0)
+        yield from causal(first.model, tellings, batch_sizes=group[0].sizes, size=size)
+        return
+    seeds = first.folder.seeds() if first.folder else None
+    for event in iterative(
+        first.model,
+        first.story,
+        first.settings,
+        batch_sizes=group[0].sizes,
+        finished=first.folder,
+        seeds=seeds,
+    ):
+        placed = isinstance(event, (StepDone, FrameDrawn))
+        yield replace(event, place=group[0].place) if placed else event  # type: ignore[call-arg]
+
+
+def telling_of(one: Begun) -> Telling:
+    """A story as causal mode takes it."""
+    folder = one.job.folder
+    if folder is None:
+        return Telling(one.place, one.job.story, one.job.settings)
+    return Telling(one.place, one.job.story, one.job.settings, folder, folder.seeds())
+
+
+def micro_batch(model: StoryModel, settings: Settings, count: int, asked: int | None) -> tuple[int, str]:
+    """How many of `count` are denoised at once, frames of a round or stories side by side, and why."""
+    what = "stories" if settings.mode == "causal" else "frames"
     if asked is not None:
-        return min(asked, frames), f"{min(asked, frames)} of {frames} frames at once, as asked for"
+        return min(asked, count), f"{min(asked, count)} of {count} {what} at once, as asked for"
     factor = model.vae_factor
     width, height = (settings.width or 0) // factor, (settings.height or 0) // factor
-    return choose_batch(model.unet, model.placement, width, height, settings.guidance_scale > 1, frames)
+    return choose_batch(model.unet, model.placement, width, height, settings.guidance_scale > 1, count, what)
 
 
-def record(
-    folder: RunFolder, story: Story, settings: Settings, model: StoryModel, events: Iterator[Event]
-) -> Iterator[Event]:
-    """Pass events on; pictures and halvings go into the run folder first."""
+def record(jobs: Mapping[int, Job], events: Iterator[Event]) -> Iterator[Event]:
+    """Pass events on; pictures and halvings go into the run folders first. jobs: by the story's place in the call."""
     before = time.monotonic()
     for event in events:
         match event:
-            case FrameDrawn():
-                now = time.monotonic()
-                path = folder.save(event, png_chunks(story, settings, model, event), now - before)
-                before, event = now, replace(event, path=path)
+            case FrameDrawn() if (folder := jobs[event.place].folder) is not None:
+                now, job = time.monotonic(), jobs[event.place]
+                chunks = png_chunks(job.story, job.settings, job.model, event)
+                before, event = now, replace(event, path=folder.save(event, chunks, now - before))
             case BatchHalved():
-                folder.halve(event.round, event.size)
+                for job in jobs.values():
+                    if job.folder is not None and event.frame is None:
+                        job.folder.halve(event.round, event.size)
+                    elif job.folder is not None and event.frame is not None:
+                        job.folder.halve_from(event.frame, event.size)
             case RoundStarted() | RoundFinished():
                 before = time.monotonic()
         yield event
@@ -266,7 +371,7 @@ def finish(
     if folder.manifest.get("redraw"):
         folder.end_redraw(story)
     if not folder.complete():
-        folder.finish(story, settings.iterations + 1, footer(model, settings))
+        folder.finish(story, settings.rounds, footer(model, settings))
     path = folder.path
     return StoryFinished(
         story.title, path, path / "sheet.png", path / "storybook.html", time.monotonic() - started
@@ -276,10 +381,15 @@ def finish(
 def footer(model: StoryModel, settings: Settings) -> dict[str, str]:
     """The settings as the storybook prints them."""
     first, last = settings.reference_scale
+    if settings.mode == "causal":
+        method = {"Window": f"{settings.window} frames" if settings.window != "all" else "all earlier frames"}
+    else:
+        scale = f"reference scale {first:g} to {last:g}"
+        method = {"Rounds": f"{settings.iterations}, {scale}, references {settings.references}"}
     return {
         "Model": Path(model.name).name,
         "Mode": settings.mode,
-        "Rounds": f"{settings.iterations}, reference scale {first:g} to {last:g}, references {settings.references}",
+        **method,
         "Sampling": f"{settings.scheduler}, {settings.steps} steps, guidance {settings.guidance_scale:g}",
         "Noise": f"{settings.noise}, seed {settings.seed}",
         "Size": f"{settings.width} x {settings.height}",
@@ -302,22 +412,30 @@ def png_chunks(story: Story, settings: Settings, model: StoryModel, drawn: Frame
         "story": story.title,
         "frame": drawn.frame,
         "round": drawn.round,
-        "rounds": settings.iterations,
+        "mode": settings.mode,
+        "rounds": settings.rounds - 1,
         "prompt": prompt,
         "seed": drawn.seed,
-        "reference_scale": settings.reference_scale_of(drawn.round) if drawn.round else 0.0,
-        "references": settings.references,
         "left_out": drawn.left_out,
     }
+    if settings.mode == "causal":
+        values["window"] = settings.window
+    else:
+        values["reference_scale"] = settings.reference_scale_of(drawn.round) if drawn.round else 0.0
+        values["references"] = settings.references
     return {"parameters": "\n".join(lines), "fastory": json.dumps(values, ensure_ascii=False)}
 
 
 def story_notices(model: StoryModel, story: Story, settings: Settings) -> Iterator[str]:
     """What the user should know before drawing begins."""
-    if not settings.iterations:
+    if settings.mode == "iterative" and not settings.iterations:
         yield "0 iterations: every frame is drawn from its caption alone"
-    if story.first_frame is not None or any(frame.boxes for frame in story.frames):
-        yield "`first_frame` and `boxes` are reserved: this version checks them and does not use them"
+    if any(frame.boxes for frame in story.frames):
+        yield "`boxes` are reserved: this version checks them and does not use them"
+    if story.first_frame is not None and settings.mode != "causal":
+        yield "`first_frame` is read by causal mode alone; this story is drawn without it"
+    if settings.mode == "causal" and any(character.references for character in story.characters):
+        yield "pictures of characters are read by iterative mode alone; causal mode goes by earlier frames"
     if model.name == "builtin":
         from fastory.builtin.captions import unknown_words
 

@@ -79,15 +79,21 @@ def place(device: str = "auto", dtype: str = "auto", graphs: str = "auto") -> Pl
 
 
 def choose_batch(
-    unet: UNet2DConditionModel, placement: Placement, width: int, height: int, guided: bool, frames: int
+    unet: UNet2DConditionModel,
+    placement: Placement,
+    width: int,
+    height: int,
+    guided: bool,
+    frames: int,
+    what: str = "frames",
 ) -> tuple[int, str]:
-    """Frames per micro-batch and the line that says why. width, height: of the latents."""
+    """Frames per micro-batch and the line that says why. width, height: of the latents. what: frames, or stories."""
     needed = frame_bytes(unet, placement.dtype, width, height, guided)
     free = free_bytes(placement.device)
     most = min(frames, MOST_FRAMES[placement.device.type])
     size = max(1, min(most, int(0.7 * free / needed)))
     reason = (
-        f"{size} of {frames} frames at once: about {_size(needed)} a frame, {_size(free)} free on {placement.device}, "
+        f"{size} of {frames} {what} at once: about {_size(needed)} each, {_size(free)} free on {placement.device}, "
         f"at most {MOST_FRAMES[placement.device.type]} there"
     )
     return size, reason

@@ -19,7 +19,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ class Identity:
     def of(cls, story: Story, settings: Settings, models: Mapping[str, str], dtype: str | None) -> Identity:
         """The identity of a story under resolved settings."""
         frames = tuple(story.frame_digest(i) for i in range(len(story.frames)))
-        plain = json.loads(json.dumps(asdict(settings)))
+        plain = json.loads(json.dumps(settings.identity()))
         return cls(
             story.title, story.digest(), story.digest_without_frames(), frames, plain, dict(models), dtype
         )
@@ -245,7 +245,10 @@ class RunFolder:
         return self.path / relative
 
     def halve(self, round: int, size: int) -> None:
-        """Record the smaller micro-batch from `round` on, and forget that round's pictures drawn with the larger one."""
+        """Record the smaller micro-batch from `round` on, and forget that round's pictures drawn with the larger one.
+
+        A causal story has one round, in which every frame has a size of its own: see halve_from.
+        """
         sizes = self.manifest["batch_sizes"]
         sizes += [sizes[-1]] * (round + 1 - len(sizes))
         sizes[round:] = [size]
@@ -255,8 +258,17 @@ class RunFolder:
             self._trusted.pop((round, frame), None)
         self._save()
 
+    def halve_from(self, frame: int, size: int) -> None:
+        """Causal mode: the smaller micro-batch of stories from `frame` on; that frame is drawn again."""
+        sizes = self.manifest["batch_sizes"]
+        sizes += [sizes[-1]] * (frame + 1 - len(sizes))
+        sizes[frame:] = [size]
+        self._pictures().get("0", {}).pop(str(frame), None)
+        self._trusted.pop((0, frame), None)
+        self._save()
+
     def batch_sizes(self) -> list[int]:
-        """Frames at once in round 0, 1, ..; the last entry stands for all later rounds."""
+        """Frames at once in round 0, 1, .., or stories at once at frame 0, 1, ..; the last entry stands for all later ones."""
         return list(self.manifest["batch_sizes"])
 
     def count(self, rounds: int, frames: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -215,6 +216,15 @@ def make_scheduler(model: StoryModel, name: str) -> Any:
         # DDIM clips by default, which is for pixels. A checkpoint that came with another scheduler does not say so.
         config.setdefault("clip_sample", False)
     return kind.from_config(config)
+
+
+def noise_seed(own: int | None, seed: int, noise: str, frame: int) -> int:
+    """The generator's seed: the frame's own; else `seed` (shared), or the first 8 bytes of sha256("seed:frame")."""
+    if own is not None:
+        return own
+    if noise == "shared":
+        return seed
+    return int.from_bytes(hashlib.sha256(f"{seed}:{frame}".encode()).digest()[:8], "big")
 
 
 def _copy(generator: torch.Generator) -> torch.Generator:

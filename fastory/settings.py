@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, get_args, get_type_hints
 
 from fastory.errors import InputError
@@ -16,6 +16,7 @@ REFERENCE_FITS = ("pad", "squash", "crop")
 NOISES = ("shared", "per-frame")
 MODES = ("iterative", "causal")
 SEED_LIMIT = 2**63
+ITERATIVE_ALONE = ("iterations", "reference_scale", "references", "reference_fit", "reference_start")
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class Settings:
     """Every value that changes a picture. The defaults are the paper's (Story-Adapter, arXiv 2410.06244).
 
     width, height: pixels; None is the model's own size. reference_scale: l_1 and l_K of the linear weighting.
-    reference_start: the first round in which pictures given for a character are references.
+    reference_start: the first round in which pictures given for a character are references. window: L_M of causal mode,
+    the frames before it that a frame sees, or "all" (AR-LDM).
     """
 
     mode: str = "iterative"
@@ -41,6 +43,17 @@ class Settings:
     negative_prompt: str = ""
     width: int | None = None
     height: int | None = None
+    window: int | str = "all"
+
+    @property
+    def rounds(self) -> int:
+        """How often every frame is drawn: round 0 and the iterations, or once in causal mode."""
+        return 1 if self.mode == "causal" else self.iterations + 1
+
+    def identity(self) -> dict[str, Any]:
+        """The values that this mode reads, as a manifest holds them."""
+        other = ("window",) if self.mode == "iterative" else ITERATIVE_ALONE
+        return {name: value for name, value in asdict(self).items() if name not in other}
 
     def reference_scale_of(self, round: int) -> float:
         """l_k of round k >= 1: linear from l_1 to l_K; K = 1 uses l_1 (Story-Adapter, section 3.3)."""
@@ -74,7 +87,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "guidance_scale": 5.0,
         "reference_fit": "squash",
     },
-    "ar-ldm": {"mode": "causal", "scheduler": "ddim", "steps": 250, "guidance_scale": 6.0},
+    "ar-ldm": {"mode": "causal", "scheduler": "ddim", "steps": 250, "guidance_scale": 6.0, "window": "all"},
 }
 
 _CHOICES = {
@@ -121,10 +134,6 @@ def resolve(
                 values[name] = check(name, value, origin)
                 sources[name] = origin
     settings = replace(Settings(), **values)
-    if settings.mode == "causal":
-        raise InputError(
-            "causal mode needs a trained causal checkpoint, which this version does not draw; use --mode iterative"
-        )
     return settings, sources
 
 
@@ -137,6 +146,8 @@ def check(name: str, value: Any, origin: str) -> Any:
         raise InputError(f"unknown setting {name!r} ({origin}){hint}")
     if name == "reference_scale":
         return _scale(value, origin)
+    if name == "window":
+        return _window(value, origin)
     kinds = tuple(kind for kind in (get_args(hints[name]) or (hints[name],)) if kind is not type(None))
     if kinds == (float,) and type(value) is int:
         value = float(value)
@@ -165,3 +176,13 @@ def _scale(value: Any, origin: str) -> tuple[float, float]:
             f"reference_scale ({origin}): wanted FIRST:LAST such as 0.3:0.5, or one number, got {value!r}"
         )
     return numbers[0], numbers[-1]
+
+
+def _window(value: Any, origin: str) -> int | str:
+    """L_M: a number of frames from 1 on, or "all"."""
+    if value == "all":
+        return "all"
+    number = int(value) if isinstance(value, str) and value.isdecimal() else value
+    if type(number) is not int or not 1 <= number <= 1000:
+        raise InputError(f"window ({origin}): wanted 1 to 1000 frames, or all, got {value!r}")
+    return number

@@ -12,6 +12,7 @@ import torch
 from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 
 from fastory.checkpoints.folder import Family, Pipeline, open_folder
+from fastory.checkpoints.history import History, open_history, read_adapter_config
 from fastory.checkpoints.hub import encoder_path, model_path, weight_path
 from fastory.checkpoints.image_encoder import find_image_encoder, image_processor, load_image_encoder
 from fastory.checkpoints.ip_adapter import (
@@ -44,6 +45,7 @@ class Checkpoint:
     image_encoder: CLIPVisionModelWithProjection | None
     image_processor: CLIPImageProcessorPil
     adapter: IPAdapter | None
+    history: History | None
     defaults: Mapping[str, object]
     sources: tuple[Path, ...]
 
@@ -54,6 +56,7 @@ def open_checkpoint(
     config: Path | None = None,
     ip_adapter: str | None = None,
     image_encoder: str | None = None,
+    adapter: str | None = None,
     loras: Sequence[tuple[str, float]] = (),
     dtype: torch.dtype = torch.float32,
     offline: bool = False,
@@ -62,34 +65,48 @@ def open_checkpoint(
     folder), or a hub id.
 
     `ip_adapter` and each LoRA are a .safetensors file or `owner/name/path` of the hub, `image_encoder` a
-    folder or `owner/name/folder`; a folder's own adapter (the key ip_adapter of its fastory_defaults.json)
-    is used when none is given. Everything small is looked at before anything large is read. Raises
-    InputError for whatever cannot be used.
+    folder or `owner/name/folder`; `adapter` is a .safetensors file that `fastory tune` wrote. A folder's own
+    ones (the keys ip_adapter and adapter of its fastory_defaults.json) are used when none is given.
+    Everything small is looked at before anything large is read. Raises InputError for whatever cannot be used.
     """
     with enough_memory(f"the model {model}"):
         path = builtin_folder() if model == "builtin" else model_path(model, offline=offline)
         configs = path if path.is_dir() else config
         defaults = read_defaults(path) if path.is_dir() else {}
-        header = _adapter_header(path, defaults, ip_adapter, offline)
+        ip_adapter_file = _named_file(path, defaults, "ip_adapter", ip_adapter, "IP-Adapter", offline)
+        header = read_adapter_header(ip_adapter_file) if ip_adapter_file else None
+        causal_file = _named_file(path, defaults, "adapter", adapter, "Adapter", offline)
+        if causal_file:
+            read_adapter_config(causal_file)
         lora_files = _lora_files(loras, offline)
         encoder_folder = _encoder_folder(image_encoder, configs, header, offline)
 
         pipeline, family, sources = _open_model(path, config, dtype, offline)
         fuse_loras(pipeline, family, lora_files)
-        adapter = load_adapter(header, pipeline.unet, dtype) if header else None
+        references = load_adapter(header, pipeline.unet, dtype) if header else None
+        history = open_history(
+            path if path.is_dir() else None,
+            causal_file,
+            pipeline.tokenizer,
+            pipeline.unet,
+            int(pipeline.unet.config.cross_attention_dim),
+            dtype,
+        )
         encoder, encoder_sources = load_image_encoder(encoder_folder, dtype) if encoder_folder else (None, ())
     return Checkpoint(
         pipeline=pipeline,
         family=family.name,
         image_encoder=encoder,
         image_processor=image_processor(pipeline.feature_extractor, encoder),
-        adapter=adapter,
+        adapter=references,
+        history=history,
         defaults=defaults,
         sources=(
             *sources,
             *((header.path,) if header else ()),
             *encoder_sources,
             *(file for file, _ in lora_files),
+            *(history.sources if history else ()),
         ),
     )
 
@@ -120,20 +137,19 @@ def read_defaults(folder: Path) -> Mapping[str, object]:
     return defaults
 
 
-def _adapter_header(
-    model: Path, defaults: Mapping[str, object], given: str | None, offline: bool
-) -> AdapterHeader | None:
+def _named_file(
+    model: Path, defaults: Mapping[str, object], key: str, given: str | None, what: str, offline: bool
+) -> Path | None:
+    """A weight file: the given one, else the one that the model's folder names under `key`."""
     if given is not None:
-        return read_adapter_header(weight_path(given, what="IP-Adapter", offline=offline))
-    named = defaults.get("ip_adapter")
+        return weight_path(given, what=what, offline=offline)
+    named = defaults.get(key)
     if named is None:
         return None
     # The name comes with the folder, perhaps from a stranger: it may not lead out of it.
     if not isinstance(named, str) or PurePosixPath(named).is_absolute() or ".." in PurePosixPath(named).parts:
-        raise InputError(
-            f"{model / DEFAULTS_FILE}: ip_adapter is {named!r}; wanted a file inside the folder."
-        )
-    return read_adapter_header(model / named)
+        raise InputError(f"{model / DEFAULTS_FILE}: {key} is {named!r}; wanted a file inside the folder.")
+    return model / named
 
 
 def _lora_files(loras: Sequence[tuple[str, float]], offline: bool) -> list[tuple[Path, float]]:

@@ -7,12 +7,10 @@ x_i^k = D(c_i, z, R, l_k)                             rounds k = 1 .. K, every f
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Container, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol
 
 import torch
 from PIL import Image
@@ -22,32 +20,11 @@ from fastory.attention import References
 from fastory.errors import FastoryError
 from fastory.events import BatchHalved, Event, FrameDrawn, Notice, RoundFinished, RoundStarted, StepDone
 from fastory.model import Caption, StoryModel, open_picture
+from fastory.modes.finished import Finished, Nothing
 from fastory.placement import is_out_of_memory, release_memory
-from fastory.sampler import Row, Sampler
+from fastory.sampler import Row, Sampler, noise_seed
 from fastory.settings import Settings
 from fastory.story import Story
-
-
-class Finished(Protocol):
-    """Pictures of this story that exist already: of an interrupted run, or those that a redraw leaves alone."""
-
-    def has(self, round: int, frame: int) -> bool:
-        """True where the picture of `frame` in `round` need not be drawn."""
-
-    def load(self, round: int, frame: int) -> tuple[Image.Image, str | None]:
-        """That picture, and why it is left out as a reference (None where it is not)."""
-
-
-class Nothing:
-    """No picture exists yet."""
-
-    def has(self, round: int, frame: int) -> bool:
-        """False."""
-        return False
-
-    def load(self, round: int, frame: int) -> tuple[Image.Image, str | None]:
-        """Nothing to load."""
-        raise KeyError((round, frame))
 
 
 @dataclass(frozen=True)
@@ -295,15 +272,6 @@ def make_row(run: Run, sampler: Sampler, groups: Sequence[Group], frame: int) ->
 def project(model: StoryModel, caption: Caption) -> Tensor:
     """Text K/V (1, Lt, W) of a caption."""
     return model.layers.project_text(caption.tokens)
-
-
-def noise_seed(own: int | None, seed: int, noise: str, frame: int) -> int:
-    """The generator's seed: the frame's own; else `seed` (shared), or the first 8 bytes of sha256("seed:frame")."""
-    if own is not None:
-        return own
-    if noise == "shared":
-        return seed
-    return int.from_bytes(hashlib.sha256(f"{seed}:{frame}".encode()).digest()[:8], "big")
 
 
 def picture_size(run: Run) -> tuple[int, int]:

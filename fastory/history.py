@@ -1,0 +1,263 @@
+"""The multimodal history of causal mode: what a frame sees of the frames before it (algorithms.md, section 2).
+
+m_n = BLIP(caption_n, picture_n)              S tokens of width C_x (AR-LDM, WACV 2024, section 3.2)
+h_n = adapter(CA(m_{n-L+1} .. m_n))           local causal attention (Causal-Story, ICASSP 2024, eq. 3) and its adapter
+context of frame t = [CLIP(c_t) + type_0 ; h_{t-L} + type_1 + time_0 ; ... ; h_{t-1} + type_1 + time_{L-1}]
+
+h_n never changes when later frames arrive, and to_k and to_v are linear without bias: their K and V are kept, and the
+positions, which slide, are added from a table. So a frame costs the same however many came before it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
+
+from fastory.errors import InputError
+from fastory.kernels.banded import banded_causal_attention
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class HistoryConfig:
+    """Sizes of a history encoder, as history/config.json has them.
+
+    vision, text: the configurations of the Blip classes; text.hidden_size is C_x. frame_tokens: S. positions: most
+    frames in a window, one time embedding each. local_heads: heads of the local causal attention, 0 without one.
+    bottleneck: width of the adapter behind it, 0 without one.
+    """
+
+    vision: Mapping[str, Any]
+    text: Mapping[str, Any]
+    frame_tokens: int
+    positions: int
+    local_heads: int = 0
+    bottleneck: int = 0
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any], where: str) -> HistoryConfig:
+        """The sizes of a config.json. Raises InputError for a newer schema, and for names or values that do not fit."""
+        schema = values.get("schema")
+        if type(schema) is not int or not 1 <= schema <= SCHEMA:
+            raise InputError(f"{where}: wanted schema {SCHEMA}, got {schema!r}; a newer fastory may read it")
+        names = ("vision", "text", "frame_tokens", "positions", "local_heads", "bottleneck")
+        if missing := [name for name in names if name not in values]:
+            raise InputError(f"{where}: {missing[0]!r} is missing; wanted {', '.join(names)}")
+        given = {name: values[name] for name in names}
+        least = {"frame_tokens": 1, "positions": 1, "local_heads": 0, "bottleneck": 0}
+        for name, smallest in least.items():
+            if type(given[name]) is not int or given[name] < smallest:
+                raise InputError(f"{where}: {name}: wanted {smallest} or more, got {given[name]!r}")
+        for name, size in (("vision", "image_size"), ("text", "hidden_size")):
+            if not isinstance(given[name], dict) or type(given[name].get(size)) is not int:
+                raise InputError(
+                    f"{where}: {name}: wanted the configuration of a Blip class, got {given[name]!r}"
+                )
+        config = cls(**given)
+        heads = config.local_heads
+        if heads and config.width % (8 * heads):
+            raise InputError(
+                f"{where}: local_heads: wanted heads whose width is a multiple of 8, got {heads} for {config.width}"
+            )
+        return config
+
+    def as_dict(self) -> dict[str, Any]:
+        """The contents of config.json."""
+        return {
+            "schema": SCHEMA,
+            "vision": dict(self.vision),
+            "text": dict(self.text),
+            "frame_tokens": self.frame_tokens,
+            "positions": self.positions,
+            "local_heads": self.local_heads,
+            "bottleneck": self.bottleneck,
+        }
+
+    @property
+    def width(self) -> int:
+        """C_x: width of the tokens."""
+        return int(self.text["hidden_size"])
+
+
+class LocalCausalAttention(nn.Module):
+    """Self-attention of history tokens within a band of frames, with a residual (Causal-Story, eq. 3)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        """width: C_x. The last layer begins at zero, so that an untrained module changes nothing."""
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(width)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(width, width, bias=False) for _ in range(3))
+        self.to_out = nn.Linear(width, width)
+        nn.init.zeros_(self.to_out.weight)
+        nn.init.zeros_(self.to_out.bias)
+
+    def keys_values(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """tokens (B, n, C_x) -> K and V (B, n, H, d)."""
+        normed = self.norm(tokens)
+        return self._split(self.to_k(normed)), self._split(self.to_v(normed))
+
+    def _split(self, projected: Tensor) -> Tensor:
+        return projected.unflatten(-1, (self.heads, -1))
+
+    def forward(
+        self,
+        tokens: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        padding: Tensor,
+        *,
+        frame_tokens: int,
+        window: int,
+        first_frame: int = 0,
+    ) -> Tensor:
+        """tokens (B, n * S, C_x) of frames first_frame .., among the keys (B, Lk * S, H, d); padding (B, Lk * S).
+
+        window: frames a token sees, its own among them; 0 is all up to its own.
+        """
+        seen = banded_causal_attention(
+            self._split(self.to_q(self.norm(tokens))),
+            keys,
+            values,
+            group_size=frame_tokens,
+            window=window,
+            query_group=first_frame,
+            key_padding=padding,
+        )
+        return tokens + self.to_out(seen.flatten(2))
+
+
+class BottleneckAdapter(nn.Module):
+    """Down-projection, non-linearity, up-projection, residual (Causal-Story, section 2.3)."""
+
+    def __init__(self, width: int, bottleneck: int) -> None:
+        """The up-projection begins at zero: an untrained adapter changes nothing."""
+        super().__init__()
+        self.down, self.up = nn.Linear(width, bottleneck), nn.Linear(bottleneck, width)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(..., C_x) -> (..., C_x)."""
+        return tokens + self.up(nn.functional.gelu(self.down(tokens)))
+
+
+class HistoryEncoder(nn.Module):
+    """(caption, picture) of a frame -> its history tokens; type and time embeddings beside them."""
+
+    def __init__(self, config: HistoryConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.width
+        self.vision = BlipVisionModel(BlipVisionConfig(**config.vision))
+        # Only as a decoder has it cross-attention to the picture; multimodal() calls it without the causal mask.
+        text = BlipTextConfig(**{**config.text, "is_decoder": True})
+        self.text = BlipTextModel(text, add_pooling_layer=False)
+        self.type_embeddings = nn.Embedding(2, width)
+        self.time_embeddings = nn.Embedding(config.positions, width)
+        self.local_attention = LocalCausalAttention(width, config.local_heads) if config.local_heads else None
+        self.adapter = BottleneckAdapter(width, config.bottleneck) if config.bottleneck else None
+
+    def multimodal(self, ids: Tensor, mask: Tensor, pixels: Tensor) -> Tensor:
+        """m_n: captions' ids and mask (B, S), 1 for a word, and their pictures (B, 3, h, w) -> (B, S, C_x)."""
+        picture = self.vision(pixel_values=pixels).last_hidden_state
+        tokens: Tensor = self.text(
+            input_ids=ids, attention_mask=mask, encoder_hidden_states=picture, is_decoder=False
+        ).last_hidden_state
+        return tokens
+
+    def forward(self, tokens: Tensor, padding: Tensor, window: int) -> Tensor:
+        """All of a story at once: m (B, N * S, C_x), padding (B, N * S) -> h (B, N * S, C_x). window 0 is all."""
+        if self.local_attention is not None:
+            tokens = self.local_attention(
+                tokens,
+                *self.local_attention.keys_values(tokens),
+                padding,
+                frame_tokens=self.config.frame_tokens,
+                window=window,
+            )
+        return tokens if self.adapter is None else self.adapter(tokens)
+
+    def positions(self) -> Tensor:
+        """type_1 + time_p for every position p of a window: (P, C_x)."""
+        return self.type_embeddings.weight[1] + self.time_embeddings.weight
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A frame as the history takes it. tokens: m_n (1, S, C_x); padding (1, S) bool, True where the caption has ended."""
+
+    tokens: Tensor
+    padding: Tensor
+
+
+class Ring:
+    """The last L_M frames of one story, oldest first: what the local causal attention and the UNet need of them.
+
+    Its size does not depend on how many frames came before. `project` turns tokens (1, S, C_x) into the UNet's K and V
+    (1, S, W); `table` (P, W) are those of the positions.
+    """
+
+    def __init__(
+        self, encoder: HistoryEncoder, project: Callable[[Tensor], Tensor], table: Tensor, window: int
+    ) -> None:
+        """window: L_M, in frames, at least 1."""
+        self.encoder, self.project, self.table, self.window = encoder, project, table, window
+        self.kv = deque[Tensor](maxlen=window)
+        self.padding = deque[Tensor](maxlen=window)
+        self.local = deque[tuple[Tensor, Tensor]](maxlen=window)
+
+    def append(self, seen: Seen) -> None:
+        """Take in the newest frame; the oldest one leaves a full ring."""
+        encoder, tokens = self.encoder, seen.tokens
+        self.padding.append(seen.padding)
+        if encoder.local_attention is not None:
+            self.local.append(encoder.local_attention.keys_values(tokens))
+            keys, values = (torch.cat(parts, dim=1) for parts in zip(*self.local, strict=True))
+            tokens = encoder.local_attention(
+                tokens,
+                keys,
+                values,
+                torch.cat(list(self.padding), dim=1),
+                frame_tokens=encoder.config.frame_tokens,
+                window=self.window,
+                first_frame=len(self.local) - 1,
+            )
+        self.kv.append(self.project(tokens if encoder.adapter is None else encoder.adapter(tokens)))
+
+    def keys_values(self) -> tuple[Tensor, Tensor]:
+        """K and V (1, L_M * S, W) with their positions, and padding (1, L_M * S) bool."""
+        return arrange(self.kv, self.padding, self.table, self.window, self.encoder.config.frame_tokens)
+
+    def null_keys_values(self, kv: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
+        """The same for the unconditional row: the null frame, kv (1, S, W), in every place that is taken."""
+        taken, size = len(self.kv), self.encoder.config.frame_tokens
+        return arrange([kv] * taken, [padding] * taken, self.table, self.window, size)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes held."""
+        held = [*self.kv, *self.padding, *(tensor for pair in self.local for tensor in pair)]
+        return sum(tensor.nbytes for tensor in held)
+
+
+def arrange(
+    kv: Sequence[Tensor], padding: Sequence[Tensor], table: Tensor, window: int, size: int
+) -> tuple[Tensor, Tensor]:
+    """Frames' K and V (1, S, W), oldest first, with the table's positions (P, W) added; empty, padded places behind.
+
+    size: S. Returns (1, window * S, W) and padding (1, window * S).
+    """
+    out = table.new_zeros(1, window * size, table.shape[-1])
+    hidden = torch.ones(1, window * size, dtype=torch.bool, device=table.device)
+    for place, (frame, mask) in enumerate(zip(kv, padding, strict=True)):
+        out[:, place * size : (place + 1) * size] = frame + table[place]
+        hidden[:, place * size : (place + 1) * size] = mask
+    return out, hidden
