@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fastory.kernels.banded import triton as banded
 from fastory.kernels.grca import triton as grca
+from fastory.kernels.tiles import SLOT
 from fastory.kernels.offline import ARCHITECTURES, Compiled, compile_for
 
 
@@ -48,36 +49,87 @@ class Loop:
     last: int
 
 
-def parse(sass: str) -> tuple[list[str], list[Loop]]:
-    """Operation codes in order, and the loops: from a branch backwards to its label."""
+def parse(sass: str) -> tuple[list[str], list[Loop], list[Loop]]:
+    """Operation codes in order, the loops (a branch backwards to its label), and what conditional branches jump over."""
     codes: list[str] = []
     labels: dict[str, int] = {}
-    branches: list[tuple[int, str]] = []
+    branches: list[tuple[int, str, bool]] = []
     for line in sass.splitlines():
         if label := re.match(r"^\s*(\.L_x_\d+):", line):
             labels[label[1]] = len(codes)
         elif found := INSTRUCTION.match(line):
             if found[1].startswith("BRA") and (target := re.search(r"\.L_x_\d+", found[2])):
-                branches.append((len(codes), target[0]))
+                branches.append((len(codes), target[0], "@" in line))
             codes.append(found[1])
     # A branch to itself ends every program: not a loop.
-    return codes, [Loop(labels[to], at) for at, to in branches if labels[to] < at - 1]
+    loops = [Loop(labels[to], at) for at, to, _ in branches if labels[to] < at - 1]
+    return (
+        codes,
+        loops,
+        [Loop(at + 1, labels[to] - 1) for at, to, asked in branches if asked and labels[to] > at + 1],
+    )
 
 
-def weights(codes: list[str], loops: list[Loop], trips: list[int]) -> list[float]:
-    """How often each instruction runs: the innermost loops with matrix instructions, in order, take the trips given."""
+# How often loops run, in the order of the code; a pair is a loop and the loops in it.
+Trips = list[Any]  # of int or tuple[int, Trips]
+
+
+def weights(
+    codes: list[str], loops: list[Loop], skips: list[Loop], trips: Trips, masked: float, searched: bool
+) -> list[float]:
+    """How often each instruction runs.
+
+    The loops with matrix instructions take the trips given, others run once for each time they are reached. What the
+    innermost of them jump over is the masking of a tile, which the share `masked` of the tiles needs. What jumps over
+    another loop and that loop's own guard is the search for unseen keys in a range of a tile or more: `searched`.
+    """
     busy = [loop for loop in loops if any(c.startswith(MATRIX) for c in codes[loop.first : loop.last])]
-    inner = [
-        loop
-        for loop in busy
-        if not any(o is not loop and loop.first <= o.first and o.last <= loop.last for o in busy)
-    ]
-    inner.sort(key=lambda loop: loop.first)
     weight = [1.0] * len(codes)
-    for loop, count in zip(inner, trips, strict=False):
+
+    def within(outer: Loop, inside: list[Loop]) -> list[Loop]:
+        return [o for o in inside if o is not outer and outer.first <= o.first and o.last <= outer.last]
+
+    def scale(loop: Loop, by: float) -> None:
         for index in range(loop.first, loop.last + 1):
-            weight[index] *= count
+            weight[index] *= by
+
+    def enter(inside: list[Loop], trips: Trips) -> None:
+        outermost = [loop for loop in inside if not any(loop in within(o, inside) for o in inside)]
+        for loop, trip in zip(sorted(outermost, key=lambda loop: loop.first), trips, strict=True):
+            count, nested = trip if isinstance(trip, tuple) else (trip, [])
+            scale(loop, count)
+            enter(within(loop, inside), nested)
+
+    enter(busy, trips)
+    plain = [
+        skip
+        for skip in skips
+        if not any(c.startswith((*MATRIX, "MUFU.EX2")) for c in codes[skip.first : skip.last + 1])
+    ]
+    for loop in busy:
+        for skip in [] if within(loop, busy) else within(loop, plain):
+            scale(skip, masked)
+    for skip in plain:
+        if any(within(guard, loops) for guard in within(skip, plain)):
+            scale(skip, searched)
     return weight
+
+
+def _masked_share(cell: Cell, block_m: int, block_n: int) -> float:
+    """The share of a loop's whole tiles that is masked: none unless keys are padded at random or a band has edges."""
+    if not cell.self_attention or cell.padded:
+        return float(cell.self_attention)
+    edges = tiles = 0
+    for start in range(0, cell.queries, block_m):
+        low, high = start // cell.group_size, (min(start + block_m, cell.queries) - 1) // cell.group_size
+        oldest = [
+            max(group - cell.window + 1, 0) * cell.group_size if cell.window else 0 for group in (low, high)
+        ]
+        newest = [min((group + 1) * cell.group_size, cell.text) for group in (low, high)]
+        for key in range(oldest[0], newest[1] - block_n + 1, block_n):
+            tiles += 1
+            edges += key < oldest[1] or key + block_n > newest[0]
+    return edges / tiles
 
 
 def _views(cell: Cell, rows: int, tokens: int) -> list[Tensor]:
@@ -94,7 +146,11 @@ def _trips(keys: int, block: int) -> list[int]:
     return [keys // block, -(-(keys % block) // 16)]
 
 
-def build_grca(cell: Cell, capability: int) -> tuple[Compiled, dict[str, Any], list[int], int]:
+def _columns(trips: list[int], block: int) -> int:
+    return block * trips[0] + 16 * trips[1]
+
+
+def build_grca(cell: Cell, capability: int) -> tuple[Compiled, dict[str, Any], Trips, int]:
     """(kernel, launch settings, trips of its loops, columns of scores that a query computes)."""
     dtype = DTYPES[cell.dtype]
     q = _empty(cell.rows, cell.queries, cell.heads, cell.width, dtype=dtype)
@@ -107,14 +163,21 @@ def build_grca(cell: Cell, capability: int) -> tuple[Compiled, dict[str, Any], l
         _empty(1, cell.groups, cell.queries, dtype=torch.float32) if cell.masked else None, q,
     )  # fmt: skip
     launch = grca.settings(capability, 8 * dtype.itemsize, cell.width, cell.queries)
-    fixed = grca.constants(cell.width, TOKENS, dtype, piece)
+    slots = grca.slots(cell.groups, dtype, launch["BLOCK_N"])
+    fixed = grca.constants(cell.width, TOKENS, dtype, piece, slots)
     built = compile_for(capability, grca.grca_kernel, arguments, fixed | launch)
     block, per_group = launch["BLOCK_N"], -(-cell.references * TOKENS // cell.groups)
-    trips = [*_trips(cell.text, block), *(cell.groups * n for n in _trips(per_group, block))]
-    return built, launch, trips, block * (trips[0] + trips[2]) + 16 * (trips[1] + trips[3])
+    text, group = _trips(cell.text, block), _trips(per_group, block)
+    columns, group_columns = _columns(text, block), _columns(group, block)
+    if slots == 0:
+        return built, launch, [*text, (cell.groups, group)], columns + cell.groups * group_columns
+    tiles = -(-cell.groups // slots)
+    if per_group <= SLOT.value:
+        return built, launch, [*text, tiles, (0, [0, 0])], columns + tiles * SLOT.value * slots
+    return built, launch, [*text, 0, (cell.groups, group)], columns + cell.groups * group_columns
 
 
-def build_banded(cell: Cell, capability: int) -> tuple[Compiled, dict[str, Any], list[int], int]:
+def build_banded(cell: Cell, capability: int) -> tuple[Compiled, dict[str, Any], Trips, int]:
     dtype = DTYPES[cell.dtype]
     q = _empty(cell.rows, cell.queries, cell.heads, cell.width, dtype=dtype)
     k = _empty(cell.rows, cell.text, cell.heads, cell.width, dtype=dtype)
@@ -131,8 +194,8 @@ def build_banded(cell: Cell, capability: int) -> tuple[Compiled, dict[str, Any],
         # The queries of a program reach further back than one query does.
         band = min(band + launch["BLOCK_M"], cell.text)
     block = launch["BLOCK_N"]
-    trips = [*_trips(cell.prefix, block), *_trips(band, block)]
-    return built, launch, trips, block * (trips[0] + trips[2]) + 16 * (trips[1] + trips[3])
+    prefix, history = _trips(cell.prefix, block), _trips(band, block)
+    return built, launch, [*prefix, *history], _columns(prefix, block) + _columns(history, block)
 
 
 def resources(cell: Cell, capability: int) -> dict[str, Any]:
@@ -140,8 +203,10 @@ def resources(cell: Cell, capability: int) -> dict[str, Any]:
     built, launch, trips, columns = (build_grca if cell.operator == "grca" else build_banded)(
         cell, capability
     )
-    codes, loops = parse(built.sass())
-    weight = weights(codes, loops, trips)
+    codes, loops, skips = parse(built.sass())
+    masked = _masked_share(cell, launch["BLOCK_M"], launch["BLOCK_N"])
+    searched = cell.operator == "banded" or cell.references * TOKENS // cell.groups >= launch["BLOCK_N"]
+    weight = weights(codes, loops, skips, trips, masked, searched)
     tiles = -(-cell.queries // launch["BLOCK_M"]) * cell.heads * cell.rows
     exps = sum(w for c, w in zip(codes, weight, strict=True) if c.startswith("MUFU.EX2"))
     return {

@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+SLOT: tl.constexpr = tl.constexpr(8)  # keys of a group that shares a tile with others; see by_slot
+
 
 def split(width: int) -> tuple[int, int]:
     """(D0, D1) for a head of `width`; a product of tiles needs at least 16 columns."""
@@ -107,8 +109,9 @@ def rescale(s, top, total, acc0, acc1, SCALE: tl.constexpr, GUARD: tl.constexpr,
 
 @triton.jit
 def _tile(
-    q0, q1, k, v, flags, start, last, k_token, v_token, top, total, acc0, acc1, group, group_size, window,
-    WHOLE: tl.constexpr, SEEN: tl.constexpr, TOKENS: tl.constexpr, BAND: tl.constexpr, GUARD: tl.constexpr,
+    q0, q1, k, v, flags, gap, gap_end, low, high, inner, inner_end, start, last, k_token, v_token,
+    top, total, acc0, acc1,
+    WHOLE: tl.constexpr, SEEN: tl.constexpr, TOKENS: tl.constexpr, GUARD: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, SCALE: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -120,15 +123,19 @@ def _tile(
         keep = tl.full((BLOCK_N,), 1, tl.int1)
     k0, k1 = load_rows(k + step * k_token, keep, D, D0, D1)
     s = score(q0, q1, k0, k1, D1, PRECISION, UPCAST)
-    if flags is not None:
-        seen = keep & (tl.load(flags + key // TOKENS, mask=keep, other=1 - SEEN).to(tl.int32) == SEEN)
+    if not WHOLE:
+        seen = keep
+        if flags is not None:
+            seen = keep & (tl.load(flags + key // TOKENS, mask=keep, other=1 - SEEN).to(tl.int32) == SEEN)
         s = tl.where(seen[None, :], s, float("-inf"))
-    elif not WHOLE:
-        s = tl.where(keep[None, :], s, float("-inf"))
-    if BAND:
-        owner = (key // group_size)[None, :]
-        inside = (owner <= group[:, None]) & ((window == 0) | (owner > group[:, None] - window))
-        s = tl.where(inside, s, float("-inf"))
+    elif flags is not None:
+        if (start < gap_end) & (start + BLOCK_N > gap):
+            seen = tl.load(flags + key // TOKENS).to(tl.int32) == SEEN
+            s = tl.where(seen[None, :], s, float("-inf"))
+    if low is not None:
+        if (start < inner) | (start + BLOCK_N > inner_end):
+            inside = (key[None, :] >= low[:, None]) & (key[None, :] < high[:, None])
+            s = tl.where(inside, s, float("-inf"))
     p, top, total, acc0, acc1 = rescale(s, top, total, acc0, acc1, SCALE, GUARD, D1)
     v0, v1 = load_rows(v + step * v_token, keep, D, D0, D1)
     acc0, acc1 = weigh(p, v0, v1, acc0, acc1, D1, PRECISION, UPCAST)
@@ -137,31 +144,38 @@ def _tile(
 
 @triton.jit
 def attend_keys(
-    q0, q1, k, v, flags, first, last, k_token, v_token, top, total, acc0, acc1, group, group_size, window,
-    SEEN: tl.constexpr, TOKENS: tl.constexpr, BAND: tl.constexpr, GUARD: tl.constexpr,
+    q0, q1, k, v, flags, gap, gap_end, low, high, first, last, k_token, v_token, top, total, acc0, acc1,
+    SEEN: tl.constexpr, TOKENS: tl.constexpr, GUARD: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, SCALE: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Continues an online softmax over keys first .. last of k and v.
 
     77 keys are one tile of 64 and one of 16, not two of 64: a score costs issue slots, which these kernels run out of
-    first, and a whole tile needs no mask. A key is seen where flags[key // TOKENS] == SEEN (None: all), and, with
-    BAND, by the queries whose group is at most `window` - 1 after its own. GUARD is for rows that may see nothing.
+    first, and a whole tile needs no mask. A key is seen where flags[key // TOKENS] == SEEN (None: all) by the queries
+    with low <= key < high, (BLOCK_M,) each (None: all). Outside gap .. gap_end every flag is known to be SEEN: only
+    tiles that reach into the gap, or over the edge of a query's keys, are masked, which costs half as much as their
+    softmax. GUARD is for rows that may see nothing.
     """
     whole = first + (last - first) // BLOCK_N * BLOCK_N
+    inner, inner_end = first, last
+    if low is not None:
+        inner, inner_end = tl.max(low, 0), tl.min(high, 0)
     k += first * k_token
     v += first * v_token
     for start in range(first, whole, BLOCK_N):
         top, total, acc0, acc1 = _tile(
-            q0, q1, k, v, flags, start, last, k_token, v_token, top, total, acc0, acc1, group, group_size, window,
-            True, SEEN, TOKENS, BAND, GUARD, D, D0, D1, SCALE, PRECISION, UPCAST, BLOCK_N,
+            q0, q1, k, v, flags, gap, gap_end, low, high, inner, inner_end, start, last, k_token, v_token,
+            top, total, acc0, acc1,
+            True, SEEN, TOKENS, GUARD, D, D0, D1, SCALE, PRECISION, UPCAST, BLOCK_N,
         )  # fmt: skip
         k += BLOCK_N * k_token
         v += BLOCK_N * v_token
     for start in range(whole, last, 16):
         top, total, acc0, acc1 = _tile(
-            q0, q1, k, v, flags, start, last, k_token, v_token, top, total, acc0, acc1, group, group_size, window,
-            False, SEEN, TOKENS, BAND, GUARD, D, D0, D1, SCALE, PRECISION, UPCAST, 16,
+            q0, q1, k, v, flags, gap, gap_end, low, high, inner, inner_end, start, last, k_token, v_token,
+            top, total, acc0, acc1,
+            False, SEEN, TOKENS, GUARD, D, D0, D1, SCALE, PRECISION, UPCAST, 16,
         )  # fmt: skip
         k += 16 * k_token
         v += 16 * v_token
@@ -195,3 +209,71 @@ def store_rows(rows, keep, x0, x1, D: tl.constexpr, D0: tl.constexpr, D1: tl.con
     store_part(rows, keep, x0, 0, D, D0)
     if D1 > 0:
         store_part(rows, keep, x1, D0, D, D1)
+
+
+@triton.jit
+def seen_ranges(flags, first, last, TOKENS: tl.constexpr):
+    """For each of n ranges of keys (n,): [from, to) from its first key to its last that has a flag; empty: to <= from."""
+    block, end = first // TOKENS, tl.cdiv(last, TOKENS)
+    lowest, highest = end, block
+    for start in range(0, tl.max(end - block, 0), 16):
+        index = block[:, None] + start + tl.arange(0, 16)[None, :]
+        inside = index < end[:, None]
+        seen = tl.load(flags + index, mask=inside, other=0).to(tl.int32) == 1
+        lowest = tl.minimum(lowest, tl.min(tl.where(seen, index, end[:, None]), 1))
+        highest = tl.maximum(highest, tl.max(tl.where(seen, index + 1, block[:, None]), 1))
+    return tl.maximum(first, lowest * TOKENS), tl.minimum(last, highest * TOKENS)
+
+
+@triton.jit
+def to_columns(x, SLOTS: tl.constexpr):
+    """(SLOTS,) -> (8 * SLOTS,): a slot's value at each of its 8 columns; see by_slot."""
+    wide = tl.reshape(x, (SLOTS // 4, 1, 4, 1))
+    return tl.reshape(tl.broadcast_to(wide, (SLOTS // 4, 4, 4, 2)), (8 * SLOTS,))
+
+
+@triton.jit
+def by_slot(s, SLOTS: tl.constexpr):
+    """(BLOCK_M, 8 * SLOTS) -> (BLOCK_M, SLOTS, 8), columns grouped by the thread that holds them.
+
+    Of the scores that a matrix instruction leaves, a thread holds columns 2 t and 2 t + 1 of every eight, t one of four.
+    A slot is 8 columns of one thread, so its maximum and sum need no exchange between threads.
+    """
+    s = tl.reshape(s, (s.shape[0], SLOTS // 4, 4, 4, 2))
+    return tl.reshape(tl.permute(s, (0, 1, 3, 2, 4)), (s.shape[0], SLOTS, 8))
+
+
+@triton.jit
+def by_column(p, SLOTS: tl.constexpr):
+    """The inverse of by_slot."""
+    p = tl.reshape(p, (p.shape[0], SLOTS // 4, 4, 4, 2))
+    return tl.reshape(tl.permute(p, (0, 1, 3, 2, 4)), (p.shape[0], 8 * SLOTS))
+
+
+@triton.jit
+def attend_slots(
+    q0, q1, k, v, flags, first, last, gate, k_token, v_token, out0, out1,
+    TOKENS: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, SCALE: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    """out + sum over slots of gate * softmax attention over keys first .. last of a slot, at most 8, in one tile.
+
+    first, last (SLOTS,); gate (BLOCK_M, SLOTS) float32. The weights are finished before the product with v, so one
+    product serves all slots.
+    """
+    column = tl.arange(0, 8 * SLOTS)
+    key = to_columns(first, SLOTS) + column // 8 % 4 * 2 + column % 2
+    keep = key < to_columns(last, SLOTS)
+    k0, k1 = load_rows(k + key * k_token, keep, D, D0, D1)
+    s = score(q0, q1, k0, k1, D1, PRECISION, UPCAST)
+    seen = keep
+    if flags is not None:
+        seen = keep & (tl.load(flags + key // TOKENS, mask=keep, other=0).to(tl.int32) == 1)
+    s = by_slot(tl.where(seen[None, :], s, float("-inf")), SLOTS)
+    top = tl.max(s, 2)
+    shift = tl.where(top == float("-inf"), 0.0, top * SCALE)
+    p = tl.exp2(s * SCALE - shift[:, :, None])
+    total = tl.sum(p, 2)
+    p = p * (gate / tl.where(total > 0.0, total, 1.0))[:, :, None]
+    v0, v1 = load_rows(v + key * v_token, keep, D, D0, D1)
+    return weigh(by_column(p, SLOTS), v0, v1, out0, out1, D1, PRECISION, UPCAST)

@@ -78,17 +78,25 @@ def banded_kernel(
     v += (row * v_row + head * v_head) * PIECE
     q0, q1 = load_rows(q + step * q_token, keep, D, D0, D1)
     top, total, acc0, acc1 = empty_softmax(BLOCK_M, D0, D1)
-    top, total, acc0, acc1 = attend_keys(
-        q0, q1, k, v, key_padding, prefix * 0, prefix, k_token, v_token, top, total, acc0, acc1, None, None, None,
-        0, 1, False, True, D, D0, D1, SCALE, PRECISION, UPCAST, BLOCK_N,
-    )  # fmt: skip
     history = key_padding
+    gap, gap_end = prefix * 0, prefix
     if key_padding is not None:
+        gap, gap_end = seen_range(key_padding, gap, prefix, 1, 128)
         history = key_padding + prefix
     top, total, acc0, acc1 = attend_keys(
-        q0, q1, k + prefix * k_token, v + prefix * v_token, history, first, last, k_token, v_token,
-        top, total, acc0, acc1, group, group_size, window,
-        0, 1, not ONE_GROUP, True, D, D0, D1, SCALE, PRECISION, UPCAST, BLOCK_N,
+        q0, q1, k, v, key_padding, gap, gap_end, None, None, prefix * 0, prefix, k_token, v_token,
+        top, total, acc0, acc1, 0, 1, True, D, D0, D1, SCALE, PRECISION, UPCAST, BLOCK_N,
+    )  # fmt: skip
+    if key_padding is not None:
+        gap, gap_end = seen_range(history, first, last, 1, 128)
+    oldest, newest = None, None
+    if not ONE_GROUP:
+        newest = (group + 1) * group_size
+        oldest = tl.where(window > 0, tl.maximum(group - window + 1, 0), 0) * group_size
+    top, total, acc0, acc1 = attend_keys(
+        q0, q1, k + prefix * k_token, v + prefix * v_token, history, gap, gap_end, oldest, newest,
+        first, last, k_token, v_token, top, total, acc0, acc1,
+        0, 1, True, D, D0, D1, SCALE, PRECISION, UPCAST, BLOCK_N,
     )  # fmt: skip
     total = tl.where(total > 0.0, total, 1.0)[:, None]
     out += row * out_row * PIECE + start * out_token + head * D

@@ -21,7 +21,18 @@ from torch import Tensor
 
 from fastory.kernels import choice
 from fastory.kernels.configs import capability, lookup
-from fastory.kernels.tiles import attend_keys, empty_softmax, load_rows, pieces, seen_range, split, store_rows
+from fastory.kernels.tiles import (
+    SLOT,
+    attend_keys,
+    attend_slots,
+    empty_softmax,
+    load_rows,
+    pieces,
+    seen_range,
+    seen_ranges,
+    split,
+    store_rows,
+)
 
 CONFIGS = Path(__file__).with_name("configs")
 LOG2_E = 1.4426950408889634
@@ -55,6 +66,46 @@ def _gate(scale, mask, group, query, keep, scale_group, mask_group, mask_query):
     return gate
 
 
+@triton.jit
+def _gates(scale, mask, group, there, query, keep, scale_group, mask_group, mask_query):
+    """scale_g mask_g[l] of several groups (n,), those `there`: float32 (BLOCK_M, n)."""
+    weight = tl.load(scale + group * scale_group, mask=there, other=0.0).to(tl.float32)
+    gate = tl.zeros((query.shape[0], group.shape[0]), tl.float32) + weight[None, :]
+    if mask is not None:
+        inside = mask + group[None, :] * mask_group + query[:, None] * mask_query
+        gate *= tl.load(inside, mask=keep[:, None] & there[None, :], other=0.0).to(tl.float32)
+    return gate
+
+
+@triton.jit
+def _add_short_groups(
+    q0, q1, k_ref, v_ref, scale, ref_offsets, ref_visible, mask, query, keep, groups, kr_token, vr_token,
+    scale_group, mask_group, mask_query, out0, out1,
+    TOKENS: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, SCALE: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    """Adds the groups of at most SLOT keys: (first longer group, end of the longer groups, both parts of out)."""
+    longer, beyond = groups, groups * 0
+    for chunk in range(0, groups, SLOTS):
+        group = chunk + tl.arange(0, SLOTS)
+        there = group < groups
+        first = tl.load(ref_offsets + group, mask=there, other=0).to(tl.int32)
+        last = tl.load(ref_offsets + group + 1, mask=there, other=0).to(tl.int32)
+        if ref_visible is not None:
+            first, last = seen_ranges(ref_visible, first, last, TOKENS)
+        short = last - first <= SLOT
+        longer = tl.minimum(longer, tl.min(tl.where(short, groups, group), 0))
+        beyond = tl.maximum(beyond, tl.max(tl.where(short, 0, group + 1), 0))
+        last = tl.where(short, last, first)
+        if tl.max(last - first, 0) > 0:
+            gate = _gates(scale, mask, group, there, query, keep, scale_group, mask_group, mask_query)
+            out0, out1 = attend_slots(
+                q0, q1, k_ref, v_ref, ref_visible, first, last, gate, kr_token, vr_token, out0, out1,
+                TOKENS, D, D0, D1, SCALE, PRECISION, UPCAST, SLOTS,
+            )  # fmt: skip
+    return longer, beyond, out0, out1
+
+
 @triton.jit(do_not_specialize=RUNTIME)
 def grca_kernel(
     q, k_text, v_text, k_ref, v_ref, scale, ref_offsets, ref_visible, mask, out,
@@ -63,7 +114,7 @@ def grca_kernel(
     kr_row, kr_token, kr_head, vr_row, vr_token, vr_head, out_row, out_token,
     scale_row, scale_group, visible_row, mask_row, mask_group, mask_query,
     TOKENS: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, SCALE: tl.constexpr,
-    PIECE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    PIECE: tl.constexpr, SLOTS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Grid (H, ceil(L / BLOCK_M), B): heads fastest, because neighbouring heads share the cache lines of q and out.
@@ -93,28 +144,41 @@ def grca_kernel(
     q0, q1 = load_rows(q + step * q_token, keep, D, D0, D1)
     top, total, out0, out1 = empty_softmax(BLOCK_M, D0, D1)
     top, total, out0, out1 = attend_keys(
-        q0, q1, k_text, v_text, None, text_keys * 0, text_keys, kt_token, vt_token, top, total, out0, out1,
-        None, None, None, 1, 1, False, False, D, D0, D1, SCALE, PRECISION, UPCAST, BLOCK_N,
+        q0, q1, k_text, v_text, None, None, None, None, None, text_keys * 0, text_keys, kt_token, vt_token,
+        top, total, out0, out1, 1, 1, False, D, D0, D1, SCALE, PRECISION, UPCAST, BLOCK_N,
     )  # fmt: skip
     out0 = out0 / total[:, None]
     if D1 > 0:
         out1 = out1 / total[:, None]
-    for group in range(groups):
-        first, last = _group_bounds(ref_offsets, group, ref_keys)
-        if ref_visible is not None:
-            block, end = seen_range(ref_visible, first // TOKENS, tl.cdiv(last, TOKENS), 1, 128)
-            first = tl.maximum(first, block * TOKENS)
-            last = tl.minimum(last, end * TOKENS)
-        top, total, acc0, acc1 = empty_softmax(BLOCK_M, D0, D1)
-        top, total, acc0, acc1 = attend_keys(
-            q0, q1, k_ref, v_ref, ref_visible, first, last, kr_token, vr_token, top, total, acc0, acc1,
-            None, None, None, 1, TOKENS, False, False, D, D0, D1, SCALE, PRECISION, UPCAST, BLOCK_N,
+    longer, end = groups * 0, groups
+    if SLOTS > 0:
+        longer, end, out0, out1 = _add_short_groups(
+            q0, q1, k_ref, v_ref, scale, ref_offsets, ref_visible, mask, query, keep, groups, kr_token, vr_token,
+            scale_group, mask_group, mask_query, out0, out1,
+            TOKENS, D, D0, D1, SCALE, PRECISION, UPCAST, SLOTS,
         )  # fmt: skip
-        gate = _gate(scale, mask, group, query, keep, scale_group, mask_group, mask_query)
-        gate /= tl.where(total > 0.0, total, 1.0)
-        out0 += acc0 * gate[:, None]
-        if D1 > 0:
-            out1 += acc1 * gate[:, None]
+    for group in range(longer, end):
+        first, last = _group_bounds(ref_offsets, group, ref_keys)
+        gap, gap_end = first, last
+        if ref_visible is not None:
+            block, after = seen_range(ref_visible, first // TOKENS, tl.cdiv(last, TOKENS), 1, 128)
+            first = tl.maximum(first, block * TOKENS)
+            last = tl.minimum(last, after * TOKENS)
+            if last - first >= BLOCK_N:
+                gap, gap_end = seen_range(ref_visible, block, after, 0, 128)
+                gap *= TOKENS
+                gap_end *= TOKENS
+        if SLOTS == 0 or last - first > SLOT:
+            top, total, acc0, acc1 = empty_softmax(BLOCK_M, D0, D1)
+            top, total, acc0, acc1 = attend_keys(
+                q0, q1, k_ref, v_ref, ref_visible, gap, gap_end, None, None, first, last, kr_token, vr_token,
+                top, total, acc0, acc1, 1, TOKENS, False, D, D0, D1, SCALE, PRECISION, UPCAST, BLOCK_N,
+            )  # fmt: skip
+            gate = _gate(scale, mask, group, query, keep, scale_group, mask_group, mask_query)
+            gate /= tl.where(total > 0.0, total, 1.0)
+            out0 += acc0 * gate[:, None]
+            if D1 > 0:
+                out1 += acc1 * gate[:, None]
     out += row * out_row * PIECE + start * out_token + head * D
     store_rows(out + step * out_token, keep, out0, out1, D, D0, D1)
 
@@ -162,7 +226,16 @@ def arguments(
     ], piece
 
 
-def constants(width: int, tokens_per_ref: int, dtype: torch.dtype, piece: int) -> dict[str, object]:
+def slots(groups: int, dtype: torch.dtype, block: int) -> int:
+    """How many groups of at most 8 keys share a tile, 0 where none do."""
+    if groups < 2 or dtype == torch.float32:
+        return 0
+    return 4 if groups <= 4 else max(4, block // 8)
+
+
+def constants(
+    width: int, tokens_per_ref: int, dtype: torch.dtype, piece: int, slots: int = 0
+) -> dict[str, object]:
     """The kernel's compile-time arguments, its launch settings aside."""
     first, second = split(width)
     return {
@@ -172,6 +245,7 @@ def constants(width: int, tokens_per_ref: int, dtype: torch.dtype, piece: int) -
         "D1": second,
         "SCALE": LOG2_E / width**0.5,
         "PIECE": piece,
+        "SLOTS": slots,
         "UPCAST": choice.interpreted() and dtype == torch.bfloat16,
     }
 
@@ -199,7 +273,9 @@ def grca_triton(
         return out
     passed, piece = arguments(q, k_text, v_text, k_ref, v_ref, scale, ref_offsets, ref_visible, mask, out)
     launch = settings(capability(q.device), 8 * q.element_size(), width, queries)
-    fixed = constants(width, tokens_per_ref, q.dtype, piece)
+    groups = 1 if ref_offsets is None else ref_offsets.shape[0] - 1
+    together = slots(groups, q.dtype, launch["BLOCK_N"])
+    fixed = constants(width, tokens_per_ref, q.dtype, piece, together)
     grid = (heads, triton.cdiv(queries, launch["BLOCK_M"]), rows)
     with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
         grca_kernel[grid](*passed, **fixed, **launch)
