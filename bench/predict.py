@@ -22,8 +22,8 @@ from torch import Tensor
 
 from fastory.kernels.banded import triton as banded
 from fastory.kernels.grca import triton as grca
-from fastory.kernels.tiles import SLOT
 from fastory.kernels.offline import ARCHITECTURES, Compiled, compile_for
+from fastory.kernels.tiles import SLOT
 
 
 @dataclass(frozen=True)

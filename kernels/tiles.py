@@ -128,11 +128,11 @@ def _tile(
         if flags is not None:
             seen = keep & (tl.load(flags + key // TOKENS, mask=keep, other=1 - SEEN).to(tl.int32) == SEEN)
         s = tl.where(seen[None, :], s, float("-inf"))
-    elif flags is not None:
+    elif flags is not None:  # noqa: SIM102 (decided when compiling, the next one when running)
         if (start < gap_end) & (start + BLOCK_N > gap):
             seen = tl.load(flags + key // TOKENS).to(tl.int32) == SEEN
             s = tl.where(seen[None, :], s, float("-inf"))
-    if low is not None:
+    if low is not None:  # noqa: SIM102
         if (start < inner) | (start + BLOCK_N > inner_end):
             inside = (key[None, :] >= low[:, None]) & (key[None, :] < high[:, None])
             s = tl.where(inside, s, float("-inf"))

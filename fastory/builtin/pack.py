@@ -35,6 +35,7 @@ DEFAULTS = {
     "schema": 1,
     "width": SIZE,
     "height": SIZE,
+    "steps": 20,
     "guidance_scale": 3.0,
     "noise": "per-frame",
     "references": "others",
