@@ -162,7 +162,7 @@ def build_grca(cell: Cell, capability: int) -> tuple[Compiled, dict[str, Any], T
         _empty(cell.rows, cell.references, dtype=torch.bool),
         _empty(1, cell.groups, cell.queries, dtype=torch.float32) if cell.masked else None, q,
     )  # fmt: skip
-    launch = grca.settings(capability, 8 * dtype.itemsize, cell.width, cell.queries)
+    launch = grca.settings(capability, 8 * dtype.itemsize, cell.width, cell.queries, cell.groups)
     slots = grca.slots(cell.groups, dtype, launch["BLOCK_N"])
     fixed = grca.constants(cell.width, TOKENS, dtype, piece, slots)
     built = compile_for(capability, grca.grca_kernel, arguments, fixed | launch)

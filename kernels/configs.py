@@ -22,17 +22,21 @@ def _rules(folder: Path, capability: int) -> tuple[dict[str, Any], ...]:
 
 
 @functools.cache
-def lookup(folder: Path, capability: int, bits: int, width: int, queries: int) -> dict[str, Any]:
+def lookup(
+    folder: Path, capability: int, bits: int, width: int, queries: int, groups: int = 1
+) -> dict[str, Any]:
     """The launch settings of the first rule that fits, the architecture's file before default.json.
 
-    capability: 80, 89, 90, ...; bits: of the element type; width: the head's; queries: L. A rule may say bits,
-    up_to_width and from_queries; what it leaves out fits all. default.json has a rule for everything.
+    capability: 80, 89, 90, ...; bits: of the element type; width: the head's; queries: L; groups: of references. A rule
+    may say bits, up_to_width, from_queries and from_groups; what it leaves out fits all. default.json has a rule for
+    everything.
     """
     for rule in _rules(folder, capability):
         if (
             rule.get("bits", bits) == bits
             and width <= rule.get("up_to_width", width)
             and queries >= rule.get("from_queries", queries)
+            and groups >= rule.get("from_groups", groups)
         ):
             # Triton 3.10 turns the fusion of multiply and add off unless asked; the exponents count on it.
             sizes = {name: rule[name] for name in SIZES}

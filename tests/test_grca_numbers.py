@@ -55,6 +55,47 @@ def test_kernel_equals_its_definition_on_the_large_matrix(case: Case, interpret:
     assert_within(interpret("grca", tensors, options), *grca_oracle(tensors, options))
 
 
+GROUPS = [
+    pytest.param([2] * 20, "all", id="20 groups of two references"),
+    pytest.param([1, 2, 0, 2, 1], "all", id="a tile's slots not all taken, one group empty"),
+    pytest.param([2, 2, 30, 2, 1, 2, 2, 2, 2, 40, 2], "all", id="long groups among short ones"),
+    pytest.param([2, 2, 30, 2, 1, 2, 2, 2, 2, 40, 2], "random", id="holes"),
+    pytest.param([50, 50, 50], "one", id="long groups of which a row sees one reference"),
+    pytest.param([100], "hole", id="a frame does not see itself"),
+    pytest.param([2] * 9, "none", id="nothing seen"),
+]
+
+
+def groups_inputs(
+    sizes: list[int], seen: str, dtype: torch.dtype, width: int
+) -> tuple[list[torch.Tensor], dict]:
+    """A call with groups of these numbers of references, 4 keys each, and `seen` of them visible to the first row."""
+    torch.manual_seed(0)
+    blocks, groups, rows, queries = sum(sizes), len(sizes), 2, 70
+    visible = torch.rand(rows, blocks) > 0.5
+    visible[0] = {"all": True, "none": False, "one": False, "hole": True, "random": visible[0]}[seen]
+    if seen in ("one", "hole"):
+        visible[0, blocks // 2] = seen == "one"
+    keys = [torch.randn(n, tokens, 2, width) for n, tokens in ((rows, 77), (1, 4 * blocks)) for _ in "kv"]
+    tensors = [x.to(dtype) for x in (4 * torch.randn(rows, queries, 2, width), *keys)]
+    offsets = torch.tensor([0, *itertools.accumulate(sizes)]) * 4
+    mask = torch.rand(1, groups, queries).to(dtype)
+    options = {"tokens_per_ref": 4, "ref_offsets": offsets, "ref_visible": visible, "mask": mask}
+    return [*tensors, torch.linspace(-1, 1, groups)], options
+
+
+@pytest.mark.parametrize(("sizes", "seen"), GROUPS)
+@pytest.mark.parametrize(
+    ("dtype", "width"), [(torch.float16, 64), (torch.bfloat16, 40), (torch.float32, 64)], ids=str
+)
+def test_short_groups_share_a_tile_and_long_ones_do_not(
+    sizes: list[int], seen: str, dtype: torch.dtype, width: int, interpret: Interpreter
+) -> None:
+    """Which keys stand in which column of a shared tile, and where a tile is masked, depends on all of these."""
+    tensors, options = groups_inputs(sizes, seen, dtype, width)
+    assert_within(interpret("grca", tensors, options), *grca_oracle(tensors, options))
+
+
 @pytest.mark.parametrize("case", GRCA_CASES, ids=name_of)
 def test_composition_equals_the_definition(case: Case) -> None:
     tensors, options = grca_inputs(case)

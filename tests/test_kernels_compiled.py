@@ -27,9 +27,9 @@ def _meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def compile_grca(
-    capability: int, dtype: torch.dtype, width: int, references: int, grouped: bool, queries: int = 1024
+    capability: int, dtype: torch.dtype, width: int, references: int, groups: int, queries: int = 1024
 ) -> Compiled:
-    """As the UNet calls it: K and V as views of one wide tensor, visibility, and with `grouped` offsets and masks."""
+    """As the UNet calls it: K and V as views of one wide tensor, visibility, and for several groups their masks."""
     heads = 8
     q = _meta(2, queries, heads, width, dtype=dtype)
     kt, vt, kr, vr = (
@@ -37,15 +37,15 @@ def compile_grca(
         for tokens in (77, references)
         for x in _meta(2, tokens, 4 * heads * width, dtype=dtype).chunk(4, -1)[1:3]
     )
-    offsets = _meta(3, dtype=torch.int64) if grouped else None
-    mask = _meta(1, 2, queries, dtype=torch.float32) if grouped else None
+    offsets = _meta(groups + 1, dtype=torch.int64) if groups > 1 else None
+    mask = _meta(1, groups, queries, dtype=torch.float32) if groups > 1 else None
     visible = _meta(2, references // 4, dtype=torch.bool)
-    scale = _meta(2 if grouped else 1, dtype=torch.float32)
+    scale = _meta(groups, dtype=torch.float32)
     arguments, piece = grca.arguments(q, kt, vt, kr, vr, scale, offsets, visible, mask, q)
-    launch = grca.settings(capability, 8 * dtype.itemsize, width, queries)
-    return compile_for(
-        capability, grca.grca_kernel, arguments, grca.constants(width, 4, dtype, piece) | launch
-    )
+    launch = grca.settings(capability, 8 * dtype.itemsize, width, queries, groups)
+    slots = grca.slots(groups, dtype, launch["BLOCK_N"])
+    fixed = grca.constants(width, 4, dtype, piece, slots)
+    return compile_for(capability, grca.grca_kernel, arguments, fixed | launch)
 
 
 def compile_banded(capability: int, dtype: torch.dtype, width: int, one_group: bool) -> Compiled:
@@ -76,12 +76,12 @@ def assert_fit(built: Compiled, dtype: torch.dtype, width: int = 64) -> None:
 
 @pytest.mark.parametrize("capability", ARCHITECTURES, ids=lambda c: f"sm_{c}")
 @pytest.mark.parametrize(
-    ("width", "references", "grouped"), [(40, 4, False), (64, 80, True), (160, 400, False)], ids=str
+    ("width", "references", "groups"), [(40, 4, 1), (64, 160, 20), (160, 400, 1)], ids=str
 )
 def test_grca_compiles_for_the_unets_shapes(
-    capability: int, width: int, references: int, grouped: bool
+    capability: int, width: int, references: int, groups: int
 ) -> None:
-    assert_fit(compile_grca(capability, torch.float16, width, references, grouped), torch.float16)
+    assert_fit(compile_grca(capability, torch.float16, width, references, groups), torch.float16)
 
 
 @pytest.mark.parametrize("capability", ARCHITECTURES, ids=lambda c: f"sm_{c}")
@@ -100,12 +100,12 @@ def _everything() -> list[tuple[int, torch.dtype, int]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("capability", "dtype", "width"), _everything(), ids=str)
-@pytest.mark.parametrize(("references", "grouped"), [(4, False), (400, False), (400, True)], ids=str)
+@pytest.mark.parametrize("groups", [1, 4, 20], ids=lambda groups: f"G{groups}")
 def test_grca_compiles_for_every_setting(
-    capability: int, dtype: torch.dtype, width: int, references: int, grouped: bool
+    capability: int, dtype: torch.dtype, width: int, groups: int
 ) -> None:
-    """sm_86 has no file of its own: the settings of default.json."""
-    assert_fit(compile_grca(capability, dtype, width, references, grouped), dtype, width)
+    """sm_86 has no file of its own: the settings of default.json. The number of references is not compiled in."""
+    assert_fit(compile_grca(capability, dtype, width, 400, groups), dtype, width)
 
 
 @pytest.mark.slow
@@ -119,7 +119,7 @@ def test_banded_compiles_for_every_setting(
 
 def test_bfloat16_compiles_to_matrix_instructions() -> None:
     """The interpreter's upcast must not reach the GPU."""
-    built = compile_grca(90, torch.bfloat16, 64, 4, False)
+    built = compile_grca(90, torch.bfloat16, 64, 4, 1)
     assert_fit(built, torch.bfloat16)
     assert "bf16" in built.ptx
 

@@ -3,8 +3,10 @@
     O[l] = softmax(Q[l] Kt' / sqrt d) Vt + sum_g scale_g mask_g[l] softmax(Q[l] Kg' / sqrt d) Vg
 
 Story-Adapter (arXiv 2410.06244). A program computes BLOCK_M queries of one head of one row: the text by online softmax,
-then each group's references into a second accumulator, added with its gate. In a group it reads the keys from the first
-to the last that its row sees: an unconditional row, which sees one null block, does not pay for the references.
+then each group's references, added with its gate. In a group it reads the keys from the first to the last that its row
+sees: an unconditional row, which sees one null block, does not pay for the references. Groups of which that leaves at
+most 8 keys share a tile, because a tile for each would cost the same for 8 keys as for 16, and a rescaling besides; a
+longer group has online softmax into a second accumulator.
 """
 
 from __future__ import annotations
@@ -184,9 +186,9 @@ def grca_kernel(
 
 
 @functools.cache
-def settings(capability: int, bits: int, width: int, queries: int) -> dict[str, Any]:
-    """Launch settings for compute capability 80, 90, ..., element bits, head width and L."""
-    return lookup(CONFIGS, capability, bits, width, queries)
+def settings(capability: int, bits: int, width: int, queries: int, groups: int = 1) -> dict[str, Any]:
+    """Launch settings for compute capability 80, 90, ..., element bits, head width, L and groups."""
+    return lookup(CONFIGS, capability, bits, width, queries, groups)
 
 
 def arguments(
@@ -227,7 +229,7 @@ def arguments(
 
 
 def slots(groups: int, dtype: torch.dtype, block: int) -> int:
-    """How many groups of at most 8 keys share a tile, 0 where none do."""
+    """How many groups of at most 8 keys share a tile, 0 where none do: the layout it counts on is that of 16 bits."""
     if groups < 2 or dtype == torch.float32:
         return 0
     return 4 if groups <= 4 else max(4, block // 8)
@@ -272,8 +274,8 @@ def grca_triton(
     if out.numel() == 0:
         return out
     passed, piece = arguments(q, k_text, v_text, k_ref, v_ref, scale, ref_offsets, ref_visible, mask, out)
-    launch = settings(capability(q.device), 8 * q.element_size(), width, queries)
     groups = 1 if ref_offsets is None else ref_offsets.shape[0] - 1
+    launch = settings(capability(q.device), 8 * q.element_size(), width, queries, groups)
     together = slots(groups, q.dtype, launch["BLOCK_N"])
     fixed = constants(width, tokens_per_ref, q.dtype, piece, together)
     grid = (heads, triton.cdiv(queries, launch["BLOCK_M"]), rows)
