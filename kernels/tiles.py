@@ -128,12 +128,18 @@ def _tile(
         if flags is not None:
             seen = keep & (tl.load(flags + key // TOKENS, mask=keep, other=1 - SEEN).to(tl.int32) == SEEN)
         s = tl.where(seen[None, :], s, float("-inf"))
-    elif flags is not None:  # noqa: SIM102 (decided when compiling, the next one when running)
-        if (start < gap_end) & (start + BLOCK_N > gap):
+    elif flags is not None:
+        if gap is None:  # noqa: SIM114 (decided when compiling, the next one when running)
             seen = tl.load(flags + key // TOKENS).to(tl.int32) == SEEN
             s = tl.where(seen[None, :], s, float("-inf"))
-    if low is not None:  # noqa: SIM102
-        if (start < inner) | (start + BLOCK_N > inner_end):
+        elif (start < gap_end) & (start + BLOCK_N > gap):
+            seen = tl.load(flags + key // TOKENS).to(tl.int32) == SEEN
+            s = tl.where(seen[None, :], s, float("-inf"))
+    if low is not None:
+        if inner is None:  # noqa: SIM114
+            inside = (key[None, :] >= low[:, None]) & (key[None, :] < high[:, None])
+            s = tl.where(inside, s, float("-inf"))
+        elif (start < inner) | (start + BLOCK_N > inner_end):
             inside = (key[None, :] >= low[:, None]) & (key[None, :] < high[:, None])
             s = tl.where(inside, s, float("-inf"))
     p, top, total, acc0, acc1 = rescale(s, top, total, acc0, acc1, SCALE, GUARD, D1)
@@ -153,13 +159,13 @@ def attend_keys(
 
     77 keys are one tile of 64 and one of 16, not two of 64: a score costs issue slots, which these kernels run out of
     first, and a whole tile needs no mask. A key is seen where flags[key // TOKENS] == SEEN (None: all) by the queries
-    with low <= key < high, (BLOCK_M,) each (None: all). Outside gap .. gap_end every flag is known to be SEEN: only
-    tiles that reach into the gap, or over the edge of a query's keys, are masked, which costs half as much as their
-    softmax. GUARD is for rows that may see nothing.
+    with low <= key < high, (BLOCK_M,) each (None: all). Outside gap .. gap_end every flag is known to be SEEN (None:
+    nothing is known): only tiles that reach into the gap, or over the edge of a query's keys, are masked, which costs
+    half as much as their softmax. GUARD is for rows that may see nothing.
     """
     whole = first + (last - first) // BLOCK_N * BLOCK_N
-    inner, inner_end = first, last
-    if low is not None:
+    inner, inner_end = None, None
+    if low is not None and BLOCK_N > 16:
         inner, inner_end = tl.max(low, 0), tl.min(high, 0)
     k += first * k_token
     v += first * v_token
@@ -193,6 +199,18 @@ def seen_range(flags, first, last, SEEN: tl.constexpr, BLOCK: tl.constexpr):
         lowest = tl.minimum(lowest, tl.min(tl.where(seen, index, last), 0))
         highest = tl.maximum(highest, tl.max(tl.where(seen, index + 1, first), 0))
     return lowest, tl.maximum(highest, lowest)
+
+
+@triton.jit
+def unseen_range(flags, first, last, SEEN: tl.constexpr, BLOCK_N: tl.constexpr):
+    """gap, gap_end for attend_keys: all of flags[first:last] that are not SEEN lie in it; None where tiles are narrow.
+
+    A tile of 16 keys is masked faster than it is looked up, and its kernels (wide heads in float32) lack registers.
+    """
+    gap, gap_end = None, None
+    if BLOCK_N > 16:
+        gap, gap_end = seen_range(flags, first, last, 1 - SEEN, 128)
+    return gap, gap_end
 
 
 @triton.jit

@@ -21,7 +21,16 @@ from torch import Tensor
 
 from fastory.kernels import choice
 from fastory.kernels.configs import capability, lookup
-from fastory.kernels.tiles import attend_keys, empty_softmax, load_rows, pieces, seen_range, split, store_rows
+from fastory.kernels.tiles import (
+    attend_keys,
+    empty_softmax,
+    load_rows,
+    pieces,
+    seen_range,
+    split,
+    store_rows,
+    unseen_range,
+)
 
 CONFIGS = Path(__file__).with_name("configs")
 LOG2_E = 1.4426950408889634
@@ -79,16 +88,16 @@ def banded_kernel(
     q0, q1 = load_rows(q + step * q_token, keep, D, D0, D1)
     top, total, acc0, acc1 = empty_softmax(BLOCK_M, D0, D1)
     history = key_padding
-    gap, gap_end = prefix * 0, prefix
+    gap, gap_end = None, None
     if key_padding is not None:
-        gap, gap_end = seen_range(key_padding, gap, prefix, 1, 128)
+        gap, gap_end = unseen_range(key_padding, prefix * 0, prefix, 0, BLOCK_N)
         history = key_padding + prefix
     top, total, acc0, acc1 = attend_keys(
         q0, q1, k, v, key_padding, gap, gap_end, None, None, prefix * 0, prefix, k_token, v_token,
         top, total, acc0, acc1, 0, 1, True, D, D0, D1, SCALE, PRECISION, UPCAST, BLOCK_N,
     )  # fmt: skip
     if key_padding is not None:
-        gap, gap_end = seen_range(history, first, last, 1, 128)
+        gap, gap_end = unseen_range(history, first, last, 0, BLOCK_N)
     oldest, newest = None, None
     if not ONE_GROUP:
         newest = (group + 1) * group_size

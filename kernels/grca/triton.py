@@ -34,6 +34,7 @@ from fastory.kernels.tiles import (
     seen_ranges,
     split,
     store_rows,
+    unseen_range,
 )
 
 CONFIGS = Path(__file__).with_name("configs")
@@ -161,15 +162,17 @@ def grca_kernel(
         )  # fmt: skip
     for group in range(longer, end):
         first, last = _group_bounds(ref_offsets, group, ref_keys)
-        gap, gap_end = first, last
+        gap, gap_end = None, None
         if ref_visible is not None:
             block, after = seen_range(ref_visible, first // TOKENS, tl.cdiv(last, TOKENS), 1, 128)
             first = tl.maximum(first, block * TOKENS)
             last = tl.minimum(last, after * TOKENS)
-            if last - first >= BLOCK_N:
-                gap, gap_end = seen_range(ref_visible, block, after, 0, 128)
-                gap *= TOKENS
-                gap_end *= TOKENS
+            if BLOCK_N > 16:
+                gap, gap_end = last, last
+                if last - first >= BLOCK_N:
+                    gap, gap_end = unseen_range(ref_visible, block, after, 1, BLOCK_N)
+                    gap *= TOKENS
+                    gap_end *= TOKENS
         if SLOTS == 0 or last - first > SLOT:
             top, total, acc0, acc1 = empty_softmax(BLOCK_M, D0, D1)
             top, total, acc0, acc1 = attend_keys(
