@@ -16,16 +16,25 @@ from statistics import median
 from cells import Cell
 
 ROOT = Path(__file__).parent.parent
+PARTS = ("kernels", "export")  # folders that setup.py maps into the package
 ROUNDS = 15
 
 
-def checkout(revision: str) -> Path:
-    """A folder in which `import fastory` finds the revision, kernels and export included."""
+def checkout(revision: str | None) -> Path:
+    """A folder in which `import fastory` finds the revision, or this tree for None, kernels and export included.
+
+    This tree is copied too: what is installed may be another version of it.
+    """
     folder = Path(tempfile.mkdtemp(prefix="fastory-compare-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    if revision is None:
+        shutil.copytree(ROOT / "fastory", folder / "fastory")
+        for name in PARTS:
+            shutil.copytree(ROOT / name, folder / "fastory" / name)
+        return folder
     archive = subprocess.run(["git", "archive", revision], cwd=ROOT, check=True, capture_output=True).stdout
     subprocess.run(["tar", "-x", "-C", folder], input=archive, check=True)
-    for name in ("kernels", "export"):
+    for name in PARTS:
         (folder / name).rename(folder / "fastory" / name)
     return folder
 
@@ -59,16 +68,19 @@ def _origin() -> str:
     return fastory.kernels.grca.__file__
 
 
+def _process(revision: str | None) -> ProcessPoolExecutor:
+    folder = str(checkout(revision))
+    context = multiprocessing.get_context("spawn")
+    process = ProcessPoolExecutor(1, mp_context=context, initializer=_enter, initargs=(folder,))
+    origin = process.submit(_origin).result()
+    if not origin.startswith(folder):
+        raise RuntimeError(f"{revision or 'this tree'}: wanted its own kernels, imported {origin}")
+    return process
+
+
 @functools.cache
 def _processes(revision: str) -> tuple[ProcessPoolExecutor, ProcessPoolExecutor]:
-    context = multiprocessing.get_context("spawn")
-    other = checkout(revision)
-    here = ProcessPoolExecutor(1, mp_context=context)
-    there = ProcessPoolExecutor(1, mp_context=context, initializer=_enter, initargs=(str(other),))
-    origin = there.submit(_origin).result()
-    if not origin.startswith(str(other)):
-        raise RuntimeError(f"{revision}: wanted its own kernels, imported {origin}")
-    return here, there
+    return _process(None), _process(revision)
 
 
 def side_by_side(cell: Cell, device: str, revision: str) -> tuple[dict[str, float], dict[str, float]]:
