@@ -207,18 +207,39 @@ def doctor() -> None:
 
 @app.command()
 def convert(
-    path: Annotated[Path, typer.Argument(help="A .bin, .pt or .ckpt file.", show_default=False)],
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The .safetensors file to write.")
+    checkpoint: Annotated[Path, typer.Argument(help="A .ckpt, .bin or .pt file.", show_default=False)],
+    out: Annotated[
+        Path | None,
+        typer.Argument(
+            help="The folder to write, or an IP-Adapter's .safetensors file (default: beside the checkpoint).",
+            show_default=False,
+        ),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The same as OUT.")] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="AR-LDM: folder with tokenizer/ and blip_tokenizer/, and configs to use instead."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at OUT.")] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="Never ask a hub.")] = False,
 ) -> None:
-    """Turn a pickled IP-Adapter into safetensors; nothing in the file is executed (weights_only)."""
-    with reported():
-        _quiet_libraries()
-        from fastory.checkpoints import convert_pickle
+    """Turn a pickled checkpoint into safetensors; nothing in the file is executed (weights_only).
 
-        typer.echo(str(convert_pickle(path, output, overwrite=overwrite)))
+    An AR-LDM or Causal-Story checkpoint becomes a model folder for `fastory generate --mode causal --model OUT`, an
+    IP-Adapter a file for --ip-adapter. Which of them it is, its keys tell.
+    """
+    with reported():
+        if out is not None and output is not None and out != output:
+            raise InputError(f"OUT is {out} and --output {output}; give one of them")
+        if offline:
+            os.environ["HF_HUB_OFFLINE"] = "1"
+        _quiet_libraries()
+        from fastory.checkpoints import convert_checkpoint
+
+        written = convert_checkpoint(
+            checkpoint, out or output, config=config, overwrite=overwrite, offline=offline
+        )
+        typer.echo(str(written))
 
 
 def parse_frames(text: str | None) -> list[int] | slice | None:

@@ -15,6 +15,14 @@ from fastory.errors import InputError
 # owner/name, and for a file or folder in a repository owner/name/path
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 HUB_PATH = re.compile(rf"({HUB_ID.pattern})/(.+)")
+TOKENIZER = [
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "config.json",
+]
 CONFIGS = ["*.json", "*.txt", "**/*.json", "**/*.txt"]
 
 
@@ -62,6 +70,12 @@ def config_folder(model_type: str, *, offline: bool) -> Path:
     repository = DIFFUSERS_DEFAULT_PIPELINE_PATHS[model_type]["pretrained_model_name_or_path"]
     with loading(_absent(f"The configs of {repository}", offline)):
         return Path(snapshot_download(repository, allow_patterns=CONFIGS, local_files_only=offline))
+
+
+def tokenizer_folder(repository: str, *, offline: bool) -> Path:
+    """A published tokenizer, without the weights it lies beside."""
+    with loading(_absent(f"The tokenizer of {repository}", offline)):
+        return Path(snapshot_download(repository, allow_patterns=TOKENIZER, local_files_only=offline))
 
 
 def _absent(what: str, offline: bool) -> str:

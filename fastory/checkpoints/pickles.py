@@ -8,7 +8,7 @@ import pickle
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from zipfile import BadZipFile
+from zipfile import BadZipFile, is_zipfile
 
 import torch
 from safetensors.torch import save_file
@@ -25,30 +25,46 @@ def convert_pickle(path: Path, output: Path | None = None, *, overwrite: bool = 
     name the libraries look for. Raises InputError for input that is not tensors alone and for an existing
     output of other content.
     """
+    return write_tensors(read_pickle(path), output or beside(path), overwrite=overwrite)
+
+
+def read_pickle(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a .bin, .ckpt or .pt file by name, as they lie on the disk: nothing large is read yet.
+
+    Raises InputError for input that is not tensors alone, is damaged or has another suffix.
+    """
     if path.suffix.lower() not in PICKLE_SUFFIXES or not path.is_file():
         raise InputError(f"{path} cannot be converted: wanted a file ending in {', '.join(PICKLE_SUFFIXES)}.")
-    output = output or _beside(path)
-    if output.suffix != ".safetensors":
-        raise InputError(f"Output {output} must end in .safetensors.")
     tensors = dict(_flattened(path, _contents(path)))
     if not tensors:
         raise InputError(f"{path} holds no tensors.")
-    _write(tensors, output, overwrite)
+    return tensors
+
+
+def write_tensors(tensors: Mapping[str, torch.Tensor], output: Path, *, overwrite: bool = False) -> Path:
+    """Writes tensors as a safetensors file; an existing one is kept, and refused where it holds something else."""
+    if output.suffix != ".safetensors":
+        raise InputError(f"Output {output} must end in .safetensors.")
+    # Copies of their own: safetensors refuses tensors that share memory.
+    _write({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, output, overwrite)
     return output
 
 
-def _beside(path: Path) -> Path:
+def beside(path: Path) -> Path:
+    """The .safetensors file next to a pickle, under the name the libraries look for."""
     stem = "model" if path.stem == "pytorch_model" else path.stem  # transformers' two names for the same file
     return path.with_name(stem + ".safetensors")
 
 
 def _contents(path: Path) -> Mapping[object, object]:
     try:
-        contents = torch.load(path, map_location="cpu", weights_only=True)
+        # Of a file of many gigabytes only what is used is read, and optimizer states never are.
+        contents = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise InputError(
             f"{path} is refused: it holds more than tensors, and reading it could run any program "
-            f"({str(error).splitlines()[0]})"
+            f"({str(error).splitlines()[0]}). If you trust where it came from, save its state_dict alone with "
+            "torch.save and convert that file."
         ) from error
     except (OSError, RuntimeError, ValueError, EOFError, BadZipFile, LookupError) as error:
         raise InputError(
@@ -66,8 +82,7 @@ def _flattened(
     for key, value in contents.items():
         name = f"{prefix}{key}"
         if isinstance(value, torch.Tensor):
-            # A copy of its own: safetensors refuses tensors that share memory.
-            yield name, value.detach().clone().contiguous()
+            yield name, value.detach()
         elif isinstance(value, Mapping):
             yield from _flattened(path, value, f"{name}.")
         else:
