@@ -37,6 +37,8 @@ extras_require = {
     "metrics": ["torchmetrics>=1.4"],
     # one more peer and one more choice for FASTORY_KERNELS; it pins its own torch
     "xformers": ["xformers"],
+    # fastory tune: losses and validation pictures, as files that any TensorBoard shows
+    "tune": ["tensorboard>=2.16"],
     # fastory export
     "onnx": ["onnx>=1.19", "onnxscript>=0.5", "onnxruntime>=1.22"],
     "tensorrt": ["tensorrt>=11"],
@@ -44,6 +46,7 @@ extras_require = {
         "pytest>=8",
         "selenium>=4.20",  # the storybook in headless Chromium
         "pytest-benchmark>=5",
+        "tensorboard>=2.16",  # fastory tune
         "hypothesis>=6.100",  # properties of the kernels
         "ruff>=0.12",
         "mypy>=1.15",

@@ -268,11 +268,12 @@ class CrossAttentionLayers:
         unet.set_attn_processor(processors)
 
     def project_text(self, tokens: Tensor) -> Tensor:
-        """tokens (1, Lt, C_x) -> (1, Lt, W) through to_k and to_v, each layer's own module, so a LoRA on them counts."""
-        out = tokens.new_empty(*tokens.shape[:2], self.width)
-        for layer in self.layers:
-            self._store(out, layer, layer.attn.to_k(tokens), layer.attn.to_v(tokens))
-        return out
+        """tokens (B, Lt, C_x) -> (B, Lt, W) through to_k and to_v, each layer's own module, so a LoRA on them counts.
+
+        In the type of what the modules give: under autocast, where adapters are trained, that is not the tokens'.
+        """
+        parts = [part for layer in self.layers for part in (layer.attn.to_k(tokens), layer.attn.to_v(tokens))]
+        return torch.cat(parts, -1)
 
     def project_references(self, tokens: Tensor) -> Tensor:
         """tokens (1, Lr, C_x) -> (1, Lr, W) through the IP-Adapter's to_k_ip and to_v_ip."""

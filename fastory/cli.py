@@ -42,7 +42,7 @@ def option(panel: str, *names: str, **extra: Any) -> Any:
 
 
 @contextmanager
-def reported(resumable: bool = False) -> Iterator[None]:
+def reported(resumable: bool = False, kept: str = "Finished pictures") -> Iterator[None]:
     """Print what a user did wrong, or what ran out, as one message; exit code 2, 1, or 130 for Ctrl-C."""
     try:
         yield
@@ -50,7 +50,7 @@ def reported(resumable: bool = False) -> Iterator[None]:
         stderr.print(f"[bold red]error:[/] {_plain(error)}", soft_wrap=True)
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
-        hint = " Finished pictures are kept; the same command goes on from them." if resumable else ""
+        hint = f" {kept} are kept; the same command goes on from them." if resumable else ""
         stderr.print(f"[bold]stopped.[/]{hint}", soft_wrap=True)
         raise typer.Exit(130) from None
     except BrokenPipeError:
@@ -242,6 +242,111 @@ def convert(
         typer.echo(str(written))
 
 
+@app.command()
+def tune(
+    stories: Annotated[
+        Path,
+        typer.Argument(
+            help="A folder of story folders, each story.yaml (or .txt, .json) and frame-000.png .. or frames/frame-000.png ..",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[
+        Path, option(OUTPUT, "--output", "-o", help="The adapter to write (.safetensors), for --adapter.")
+    ],
+    model: Annotated[
+        str, option(MODEL, help="The base: builtin, a diffusers folder, or a hub id.")
+    ] = "builtin",
+    adapter: Annotated[str | None, option(MODEL, help="An adapter to start from (.safetensors).")] = None,
+    offline: Annotated[bool, option(MODEL, help="Never ask a hub.")] = False,
+    history_size: Annotated[
+        str | None, option(MODEL, help="Make the history encoder new: small, medium or base.")
+    ] = None,
+    frame_tokens: Annotated[int | None, option(MODEL, help="Tokens of a frame (new encoder).")] = None,
+    positions: Annotated[
+        int | None, option(MODEL, help="Frames of the longest window (new encoder).")
+    ] = None,
+    local_heads: Annotated[
+        int | None, option(MODEL, help="Heads of the local causal attention, 0 for none.")
+    ] = None,
+    bottleneck: Annotated[
+        int | None, option(MODEL, help="Width of the bottleneck adapter, 0 for none.")
+    ] = None,
+    rank: Annotated[
+        int | None, option(METHOD, help="Of the UNet's low-rank updates, 0 for none (default 8).")
+    ] = None,
+    window: Annotated[
+        str,
+        option(METHOD, metavar="L_M", help="random (the default: another one every step), all, or a number."),
+    ] = "random",
+    dropout: Annotated[float, option(METHOD, help="Share trained without conditions (default 0.1).")] = 0.1,
+    high_noise: Annotated[
+        float, option(METHOD, help="Share of frames trained at high noise alone (default 0).")
+    ] = 0.0,
+    steps: Annotated[int, option(METHOD, help="Optimizer steps (default 1000).")] = 1000,
+    batch_size: Annotated[int, option(METHOD, help="Stories a step (default 4).")] = 4,
+    frames: Annotated[int, option(METHOD, help="Most frames of a story in a step (default 8).")] = 8,
+    learning_rate: Annotated[float, option(METHOD, help="Of AdamW (default 1e-4).")] = 1e-4,
+    warmup: Annotated[int, option(METHOD, help="Steps in which it rises (default 100).")] = 100,
+    ema_decay: Annotated[float, option(METHOD, help="Of the averaged weights (default 0.999).")] = 0.999,
+    seed: Annotated[int, option(METHOD, help="Of weights, order and noise (default 0).")] = 0,
+    width: Annotated[int | None, option(PICTURE, help="Pixels (default: the model's own).")] = None,
+    height: Annotated[int | None, option(PICTURE, help="Pixels (default: the model's own).")] = None,
+    device: Annotated[str, option(RUN, help="auto, cpu, cuda or cuda:N.")] = "auto",
+    save_every: Annotated[int, option(RUN, help="Steps between checkpoints (default 100).")] = 100,
+    validate_every: Annotated[
+        int, option(RUN, help="Steps between validation pictures, 0 for none (default 500).")
+    ] = 500,
+    validation: Annotated[
+        int, option(RUN, help="Stories, the last by name, that are kept out of training (default 0).")
+    ] = 0,
+    overwrite: Annotated[bool, option(OUTPUT, help="Tune anew what the output's folder holds.")] = False,
+    quiet: Annotated[bool, option(OUTPUT, help="Print the adapter and nothing else.")] = False,
+) -> None:
+    """Tune causal mode on stories with pictures; the base's own weights stay as they are.
+
+    Writes one file for --adapter; losses and pictures for TensorBoard, and what a resume needs, lie in <output>.tuning.
+    The same command goes on where a tuning was interrupted.
+    """
+    with reported(resumable=True, kept="Checkpoints"):
+        _quiet_libraries()
+        if offline:
+            os.environ["HF_HUB_OFFLINE"] = "1"
+        from fastory.tuning.loop import tune as start
+        from fastory.tuning.sizes import HistorySizes, Tuning
+
+        tuning = Tuning(
+            steps=steps,
+            batch_size=batch_size,
+            frames=frames,
+            learning_rate=learning_rate,
+            warmup=warmup,
+            rank=rank,
+            window=int(window) if window.isdecimal() else window,
+            dropout=dropout,
+            high_noise=high_noise,
+            ema_decay=ema_decay,
+            save_every=save_every,
+            validate_every=validate_every,
+            seed=seed,
+            width=width,
+            height=height,
+        )
+        events = start(
+            stories,
+            output,
+            model=model,
+            adapter=adapter,
+            tuning=tuning,
+            sizes=HistorySizes(history_size, frame_tokens, positions, local_heads, bottleneck),
+            held_out=validation,
+            device=device,
+            overwrite=overwrite,
+            offline=offline,
+        )
+        show_tuning(events, quiet)
+
+
 def parse_frames(text: str | None) -> list[int] | slice | None:
     """Frame numbers of 3,7-9, or a slice for 5-. Raises InputError."""
     if text is None:
@@ -323,6 +428,34 @@ def show(events: Iterator[Event], *, quiet: bool, json_lines: bool) -> None:
     with Screen(quiet) as screen:
         for event in events:
             screen.show(event)
+
+
+def show_tuning(events: Iterator[Any], quiet: bool) -> None:
+    """A bar over the steps of a tuning and its losses; the adapter's path on stdout."""
+    from fastory.tuning import loop
+
+    columns = (
+        TextColumn("  {task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+    )
+    with Progress(*columns, console=stderr, disable=quiet, speed_estimate_period=120) as bar:
+        task = bar.add_task("", total=None)
+        for event in events:
+            match event:
+                case loop.Encoded():
+                    bar.update(task, description="encoding frames", completed=event.done, total=event.frames)
+                case loop.Stepped():
+                    loss = {} if event.loss is None else {"description": f"loss {event.loss:.4f}"}
+                    bar.update(task, completed=event.step, total=event.steps, **loss)
+                case loop.Validated():
+                    said = "pictures drawn" if event.loss is None else f"validation loss {event.loss:.4f}"
+                    bar.console.print(f"  step {event.step}: {said}", soft_wrap=True)
+                case loop.Tuned():
+                    bar.update(task, visible=False)
+                    typer.echo(str(event.adapter))
 
 
 class Screen:

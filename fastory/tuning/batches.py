@@ -1,0 +1,79 @@
+"""The frames of a step: which stories, which stretch of each, which noise. A step's number and the seed decide all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastory.checkpoints.history import History
+from fastory.tuning.sizes import Tuning
+from fastory.tuning.tables import Tables, history_pixels
+from fastory.tuning.trainee import Batch
+
+
+class Batches:
+    """Draws batches from the tables. stories: which of them."""
+
+    def __init__(
+        self, tables: Tables, stories: Sequence[int], tuning: Tuning, history: History, timesteps: int
+    ) -> None:
+        """timesteps: of the base's noise schedule."""
+        self.tables, self.stories, self.tuning, self.timesteps = tables, list(stories), tuning, timesteps
+        self.positions, self.processor = history.encoder.config.positions, history.image_processor
+
+    def draw(self, *key: int) -> Batch:
+        """The batch of a step. key: what it depends on beside the tuning's seed, such as step and process."""
+        rng = np.random.default_rng([self.tuning.seed, *key])
+        chosen = np.resize(rng.permutation(self.stories), self.tuning.batch_size)
+        starts = self.tables.starts
+        stretches = []
+        for story in chosen:
+            length = min(self.tuning.frames, self.tables.length(story))
+            first = int(rng.integers(self.tables.length(story) - length + 1))
+            stretches.append(np.arange(starts[story] + first, starts[story] + first + length))
+        return self.of(stretches, rng)
+
+    def of(self, stretches: Sequence[np.ndarray], rng: np.random.Generator) -> Batch:
+        """The batch of these stretches of frames; every frame of each is drawn."""
+        rows = np.concatenate(stretches)
+        latents = self.tables.take("latents", rows)
+        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(int(rng.integers(2**62))))
+        return Batch(
+            **self._history(stretches),
+            story=torch.from_numpy(np.repeat(np.arange(len(stretches)), [len(s) for s in stretches])),
+            place=torch.from_numpy(np.concatenate([np.arange(len(s)) for s in stretches])),
+            latents=latents,
+            noise=noise,
+            timesteps=self._timesteps(rng, len(rows)),
+            captions=self.tables.take("captions", rows),
+            unseen=self.tables.take("unseen", rows),
+            dropped=torch.from_numpy(rng.random(len(rows)) < self.tuning.dropout),
+            window=self._window(rng, max(map(len, stretches)) - 1),
+        )
+
+    def _history(self, stretches: Sequence[np.ndarray]) -> dict[str, Tensor]:
+        """Every frame but the last of each stretch; a short stretch repeats its last one, which nobody sees."""
+        longest = max(map(len, stretches)) - 1
+        frames = np.stack([s[np.minimum(np.arange(longest), len(s) - 1)] for s in stretches])
+        squares = self.tables.arrays["squares"][frames.ravel()]
+        return {
+            "ids": self.tables.take("ids", frames),
+            "mask": self.tables.take("mask", frames),
+            "pixels": history_pixels(self.processor, squares).unflatten(0, frames.shape),
+        }
+
+    def _timesteps(self, rng: np.random.Generator, rows: int) -> Tensor:
+        """Uniform, and a share once more in the upper half, where layout and colours are decided."""
+        drawn = rng.integers(0, self.timesteps, rows)
+        upper = rng.integers(self.timesteps // 2, self.timesteps, rows)
+        return torch.from_numpy(np.where(rng.random(rows) < self.tuning.high_noise, upper, drawn))
+
+    def _window(self, rng: np.random.Generator, before: int) -> int:
+        """L_M of the step."""
+        window = self.tuning.window
+        if window == "random":
+            return int(rng.integers(1, min(before, self.positions) + 1))
+        return 0 if window == "all" else int(window)

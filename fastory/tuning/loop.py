@@ -1,0 +1,332 @@
+"""`fastory tune`: parameter-efficient tuning of causal mode on a folder of stories."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from filelock import FileLock, Timeout
+
+from fastory.errors import FastoryError, InputError
+from fastory.model import StoryModel
+from fastory.tuning.batches import Batches
+from fastory.tuning.sizes import HistorySizes, Tuning
+from fastory.tuning.state import Learner, Progress, write_tensors
+from fastory.tuning.stories import Example, digest_of, read_examples
+from fastory.tuning.tables import Tables, encode_examples, open_tables
+from fastory.tuning.trainee import Trainee, adapter_file, prepare
+from fastory.tuning.validation import Validation
+
+LOG_EVERY = 10
+NO_RESULT = ("save_every", "validate_every")  # settings that do not change the weights
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Frames of the stories whose latents and captions are computed, of how many."""
+
+    done: int
+    frames: int
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """A step was made. loss: the mean since it was told last, at every tenth step, else None."""
+
+    step: int
+    steps: int
+    loss: float | None
+
+
+@dataclass(frozen=True)
+class Validated:
+    """Pictures were drawn for TensorBoard. loss: on stories that are not trained, None where all are."""
+
+    step: int
+    loss: float | None
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The adapter is written."""
+
+    adapter: Path
+    step: int
+
+
+Event = Encoded | Stepped | Validated | Tuned
+
+
+@dataclass
+class Job:
+    """A tuning whose input is good. held_out: stories, the last ones by name, that are not trained."""
+
+    model: StoryModel
+    examples: list[Example]
+    tuning: Tuning
+    size: tuple[int, int]
+    output: Path
+    held_out: int
+    progress: Progress
+    accelerator: Accelerator
+    writer_class: Any
+
+    @property
+    def tables(self) -> Path:
+        """Where the tables of these stories, this base and this size lie."""
+        history = self.model.require_history().encoder.config.as_dict()
+        said = [digest_of(self.examples), self.size, sorted(self.model.hashes.items()), history]
+        return self.progress.folder / f"tables-{hashlib.sha256(repr(said).encode()).hexdigest()[:16]}"
+
+
+def tune(
+    stories: str | Path,
+    output: str | Path,
+    *,
+    model: str = "builtin",
+    adapter: str | None = None,
+    tuning: Tuning | None = None,
+    sizes: HistorySizes | None = None,
+    held_out: int = 0,
+    device: str = "auto",
+    overwrite: bool = False,
+    offline: bool = False,
+) -> Iterator[Event]:
+    """Tune causal mode of `model` on a folder of stories; the result is one file for --adapter. Yields events.
+
+    adapter: a file to start from. held_out: stories kept for validation. The same call goes on where it was
+    interrupted, from the folder <output>.tuning, where TensorBoard's files are as well.
+    Everything is checked before the first event and before anything is written: raises InputError.
+    """
+    job = begin(Path(stories), Path(output), model, adapter, tuning or Tuning(), sizes or HistorySizes(), held_out,
+                device, overwrite, offline)  # fmt: skip
+    return run(job, overwrite)
+
+
+def begin(
+    stories: Path,
+    output: Path,
+    model: str,
+    adapter: str | None,
+    tuning: Tuning,
+    sizes: HistorySizes,
+    held_out: int,
+    device: str,
+    overwrite: bool,
+    offline: bool,
+) -> Job:
+    """Open and check everything; writes nothing."""
+    tuning.check()
+    writer_class = summary_writer()
+    if output.suffix != ".safetensors":
+        raise InputError(f"--output: wanted a file ADAPTER.safetensors, got {output}")
+    if adapter is not None and sizes.size is not None:
+        raise InputError(
+            "--adapter starts from an encoder, --history-size makes a new one; give one of the two"
+        )
+    accelerator = Accelerator(cpu=device == "cpu", mixed_precision=precision(device))
+    if device == "auto":
+        device = str(accelerator.device) if accelerator.device.type == "cuda" else "cpu"
+    opened = StoryModel.open(
+        model, adapter=adapter, device=device, dtype="float32", graphs="off", offline=offline
+    )
+    size = trained_size(opened, tuning)
+    examples = read_examples(stories, size)
+    if not 0 <= held_out < len(examples):
+        raise InputError(
+            f"--validation: wanted 0 to {len(examples) - 1} of the {len(examples)} stories, got {held_out}"
+        )
+    asked = {name: value for name, value in asdict(tuning).items() if name not in NO_RESULT}
+    identity = {**asked, **{f"history {k}": v for k, v in asdict(sizes).items()}, "size": size,
+                "validation": held_out, "stories": digest_of(examples), "base": opened.hashes}  # fmt: skip
+    longest = min(tuning.frames, max(len(one.prompts) for one in examples)) - 1
+    window = tuning.window if isinstance(tuning.window, int) else longest
+    prepare(opened, sizes, tuning.rank, max(window, 1), tuning.seed)
+    check_window(opened.require_history().encoder.config.positions, tuning, longest)
+    progress = Progress(output.with_suffix(".tuning"), identity)
+    if not overwrite and progress.read() is None and output.exists():
+        raise InputError(
+            f"{output} exists and no tuning beside it made it; choose another --output, or --overwrite"
+        )
+    return Job(opened, examples, tuning, size, output, held_out, progress, accelerator, writer_class)
+
+
+def summary_writer() -> Any:
+    """TensorBoard's writer of losses and pictures."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise InputError(
+            "tuning writes its losses and pictures to TensorBoard files, and the package tensorboard is not installed; "
+            "run: pip install 'fastory[tune]'"
+        ) from None
+    return SummaryWriter
+
+
+def precision(device: str) -> str:
+    """bf16 on a GPU that has it; off on the CPU, where it is slower and rounds."""
+    return (
+        "bf16" if device != "cpu" and torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+    )
+
+
+def trained_size(model: StoryModel, tuning: Tuning) -> tuple[int, int]:
+    """(width, height) of the trained pictures: as asked for, or as the model's folder or its UNet says."""
+    asked = {"width": tuning.width, "height": tuning.height}
+    own = dict(zip(asked, model.native_size, strict=True))
+    width, height = (asked[name] or int(model.defaults.get(name) or own[name]) for name in asked)
+    for name, value in (("--width", width), ("--height", height)):
+        if value < model.size_factor or value % model.size_factor:
+            raise InputError(
+                f"{name}: wanted a multiple of {model.size_factor} pixels for this UNet, got {value}"
+            )
+    return width, height
+
+
+def check_window(positions: int, tuning: Tuning, longest: int) -> None:
+    """InputError for a window with more frames than the encoder has time embeddings."""
+    wanted = longest if tuning.window == "all" else tuning.window
+    if isinstance(wanted, int) and wanted > positions:
+        raise InputError(
+            f"--window {tuning.window} takes {wanted} frames of history, and the encoder has time embeddings for {positions}; "
+            "give a smaller --window or --frames, or with a new encoder a larger --positions"
+        )
+
+
+def run(job: Job, overwrite: bool) -> Iterator[Event]:
+    """Encode the stories, train, write the adapter. Holds the folder's lock meanwhile."""
+    with ExitStack() as stack:
+        if job.accelerator.is_main_process:
+            claim(job, overwrite, stack)
+        state = None if overwrite else job.progress.read()
+        if state and "adapter" in state and sha256_of(job.output) == state["adapter"]:
+            yield Tuned(job.output, state["step"])
+            return
+        if job.accelerator.is_main_process:
+            for done, frames in encode_examples(job.model, job.examples, job.size, job.tables):
+                yield Encoded(done, frames)
+        job.accelerator.wait_for_everyone()
+        tables = open_tables(job.model, job.examples, job.size, job.tables)
+        yield from train(job, tables, state, stack)
+
+
+def claim(job: Job, overwrite: bool, stack: ExitStack) -> None:
+    """Make and lock the tuning's folder; with `overwrite` empty it."""
+    folder = job.progress.folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock")
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise FastoryError(
+            f"another process tunes in {folder}; wait for it to end, or choose another --output"
+        ) from None
+    except OSError as error:
+        raise InputError(f"cannot write into {folder}: {error.strerror}; choose another --output") from error
+    stack.callback(lock.release)
+    for entry in folder.iterdir() if overwrite else ():
+        if entry.name == "tensorboard" or entry.name.startswith((".tables-", "tables-")):
+            shutil.rmtree(entry)
+        elif entry.name.startswith("state"):
+            entry.unlink()
+
+
+def train(job: Job, tables: Tables, state: dict[str, Any] | None, stack: ExitStack) -> Iterator[Event]:
+    """All steps, from the last checkpoint on, then the file of averaged weights."""
+    tuning, accelerator = job.tuning, job.accelerator
+    trainee = Trainee(job.model, tables.nothing).to(job.model.device)
+    learner = Learner(trainee.learning(), tuning.learning_rate, tuning.ema_decay)
+    if state and "file" in state:
+        job.progress.resume(learner, state)
+    count = len(job.examples)
+    source = batches_of(job, trainee, tables, range(count - job.held_out))
+    judge = Validation(
+        job.model, trainee, batches_of(job, trainee, tables, range(count - job.held_out, count))
+    )
+    writer = job.writer_class(str(job.progress.folder / "tensorboard"), purge_step=learner.step)
+    stack.callback(writer.close)
+    parallel, optimizer = accelerator.prepare(trainee, learner.optimizer, device_placement=[False, False])
+    losses: list[torch.Tensor] = []
+    while learner.step < tuning.steps:
+        batch = source.draw(learner.step, accelerator.process_index).to(job.model.device)
+        losses.append(one_step(accelerator, parallel, optimizer, learner, batch, tuning))
+        loss = log(writer, losses, learner) if learner.step % LOG_EVERY == 0 else None
+        yield Stepped(learner.step, tuning.steps, loss)
+        if not accelerator.is_main_process:
+            continue
+        if learner.step % tuning.save_every == 0 or learner.step == tuning.steps:
+            job.progress.save(learner)
+        if tuning.validate_every and (
+            learner.step % tuning.validate_every == 0 or learner.step == tuning.steps
+        ):
+            with learner.averaged():
+                found = judge.show(writer, learner.step, job.examples[-1], job.size)
+            yield Validated(learner.step, found)
+    if accelerator.is_main_process:
+        yield finish(job, trainee, learner)
+
+
+def batches_of(job: Job, trainee: Trainee, tables: Tables, stories: range) -> Batches:
+    """The batches of some of the stories."""
+    timesteps = int(trainee.scheduler.config.num_train_timesteps)
+    return Batches(tables, stories, job.tuning, job.model.require_history(), timesteps)
+
+
+def one_step(
+    accelerator: Accelerator, parallel: Any, optimizer: Any, learner: Learner, batch: Any, tuning: Tuning
+) -> torch.Tensor:
+    """Loss, gradients, one step of the optimizer, the averages."""
+    for group in optimizer.param_groups:
+        group["lr"] = tuning.learning_rate * learning_rate_factor(learner.step, tuning)
+    loss = parallel(batch)
+    optimizer.zero_grad(set_to_none=True)
+    accelerator.backward(loss)
+    accelerator.clip_grad_norm_(learner.named.values(), tuning.clip)
+    optimizer.step()
+    learner.average.step(learner.named.values())
+    learner.step += 1
+    return loss.detach()
+
+
+def learning_rate_factor(step: int, tuning: Tuning) -> float:
+    """Warm-up, then constant, then a straight line down to 2 % over the last half."""
+    rest = 2 * (1 - step / tuning.steps)
+    return min(1.0, (step + 1) / max(1, tuning.warmup)) * max(0.02, min(1.0, rest))
+
+
+def log(writer: Any, losses: list[torch.Tensor], learner: Learner) -> float:
+    """The mean of the last losses, to TensorBoard as well. Raises FastoryError where it is not finite."""
+    loss = float(torch.stack(losses).mean())
+    losses.clear()
+    if not np.isfinite(loss):
+        raise FastoryError(
+            f"the loss is {loss} at step {learner.step}; tune anew with a lower --learning-rate, and --overwrite"
+        )
+    writer.add_scalar("loss", loss, learner.step)
+    writer.add_scalar("learning rate", learner.optimizer.param_groups[0]["lr"], learner.step)
+    return loss
+
+
+def finish(job: Job, trainee: Trainee, learner: Learner) -> Tuned:
+    """Write the averaged weights as an adapter; tables and state are not needed any more."""
+    with learner.averaged():
+        write_tensors(job.output, *adapter_file(trainee))
+    job.progress.finish(learner.step, sha256_of(job.output))
+    shutil.rmtree(job.tables, ignore_errors=True)
+    return Tuned(job.output, learner.step)
+
+
+def sha256_of(path: Path) -> str:
+    """Hex sha256 of a file, empty where there is none."""
+    if not path.is_file():
+        return ""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

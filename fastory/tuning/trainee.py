@@ -1,0 +1,256 @@
+"""The module that is trained: causal mode's UNet call with its history, as inference computes it, and what of it learns.
+
+context of frame t = [CLIP(c_t) + type_0 ; h_{t-L} + type_1 + time_0 ; ... ; h_{t-1} + type_1 + time_{L-1}]
+h = adapter(CA(BLIP(caption, picture)))                       (algorithms.md, section 2)
+
+h comes from one banded pass over the stretch of a story, which equals the runtime's ring frame by frame.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler
+from peft import LoraConfig
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from fastory.attention import HistoryContext
+from fastory.checkpoints.history import History, image_processor
+from fastory.errors import InputError
+from fastory.history import HistoryEncoder
+from fastory.model import StoryModel
+from fastory.tuning.sizes import HistorySizes
+from fastory.tuning.tables import Arrays, history_pixels
+
+RANK = 8
+# The parts of an encoder that the base brings which learn; of a new encoder, and of an adapter's own, everything does.
+LEARNS = ("type_embeddings.", "time_embeddings.", "local_attention.", "adapter.")
+LEARNS_WITHIN = (".crossattention.self.", ".crossattention.output.dense.")
+PREDICTIONS = ("epsilon", "v_prediction")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B stretches of stories with up to N frames each, and R frames to draw among them.
+
+    ids, mask (B, N - 1, S), pixels (B, N - 1, 3, s, s): what can become history. story, place (R,): which stretch a
+    drawn frame is in, and how many frames of it come before. latents, noise (R, c, h, w); timesteps (R,);
+    captions (R, Lt, C_x), unseen (R, Lt); dropped (R,) True for a row without conditions. window: L_M, 0 is all.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    pixels: Tensor
+    story: Tensor
+    place: Tensor
+    latents: Tensor
+    noise: Tensor
+    timesteps: Tensor
+    captions: Tensor
+    unseen: Tensor
+    dropped: Tensor
+    window: int
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on another device."""
+        moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
+
+
+class Trainee(nn.Module):
+    """The UNet, its low-rank updates, and the history encoder of a StoryModel; forward gives the loss."""
+
+    def __init__(self, model: StoryModel, nothing: Arrays) -> None:
+        """nothing: an empty caption and a black picture, a row of Tables."""
+        super().__init__()
+        self.unet, self.encoder = model.unet, model.require_history().encoder
+        self.layers = model.layers
+        self.scheduler = DDPMScheduler.from_config(model.pipeline.scheduler.config)
+        self.prediction = self.scheduler.config.prediction_type
+        if self.prediction not in PREDICTIONS:
+            raise InputError(f"the base predicts {self.prediction!r}; wanted one of {', '.join(PREDICTIONS)}")
+        pixels = history_pixels(model.require_history().image_processor, nothing["squares"][None])
+        rows = {name: torch.from_numpy(nothing[name])[None] for name in ("captions", "unseen", "ids", "mask")}
+        for name, row in {**rows, "pixels": pixels}.items():
+            self.register_buffer(f"no_{name}", row, persistent=False)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """The mean square error of the prediction, epsilon or v as the base's scheduler says."""
+        noisy = self.scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
+        wanted = batch.noise
+        if self.prediction == "v_prediction":
+            wanted = self.scheduler.get_velocity(batch.latents, batch.noise, batch.timesteps)
+        return nn.functional.mse_loss(self.predict(noisy, batch).float(), wanted.float())
+
+    def predict(self, noisy: Tensor, batch: Batch) -> Tensor:
+        """The UNet's output (R, c, h, w) for noisy latents."""
+        output: Tensor = self.unet(
+            noisy,
+            batch.timesteps,
+            encoder_hidden_states=None,
+            cross_attention_kwargs={"context": self.context(batch)},
+            return_dict=False,
+        )[0]
+        return output
+
+    def context(self, batch: Batch) -> HistoryContext:
+        """What the drawn frames attend to, dropped ones to the unconditional row of modes/causal.py."""
+        drop, kind = batch.dropped[:, None], self.encoder.type_embeddings.weight[0]
+        captions = torch.where(drop[..., None], self.no_captions, batch.captions)
+        unseen = torch.where(drop, self.no_unseen, batch.unseen)
+        kv, hidden = self.history(batch)
+        return HistoryContext(
+            torch.cat([self.layers.project_text(captions + kind), kv], 1),
+            torch.cat([unseen, hidden], 1),
+            captions.shape[1],
+            self.encoder.config.frame_tokens,
+        )
+
+    def history(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """K and V (R, places * S, W) of each frame's window, oldest first, and padding; empty places behind, padded."""
+        tokens, padding = self.tokens(batch)
+        stories, before = batch.mask.shape[:2]
+        places = min(batch.window or before, before)
+        kv = self.layers.project_text(tokens).unflatten(0, (stories + 1, -1))  # the last is the null frame's
+        # The frame in each place of each row's window; where there is none, any, since it is padded.
+        at = torch.arange(places, device=kv.device)[None]
+        frame = (batch.place[:, None] - places).clamp(min=0) + at
+        empty = frame >= batch.place[:, None]
+        story = torch.where(batch.dropped, stories, batch.story)[:, None]
+        chosen = kv[story, frame.clamp(max=before - 1)]
+        hidden = (
+            padding.unflatten(0, (stories + 1, -1))[story, frame.clamp(max=before - 1)] | empty[..., None]
+        )
+        table = self.layers.project_text(self.encoder.positions()[None])[0, :places]
+        return (chosen + table[:, None]).flatten(1, 2), hidden.flatten(1, 2)
+
+    def tokens(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """h of every frame, then of the null frame as often as a story has frames: ((B + 1) * (N - 1), S, C_x), padding."""
+        stories, before, size = batch.mask.shape
+        ids = torch.cat([batch.ids.flatten(0, 1), self.no_ids])
+        mask = torch.cat([batch.mask.flatten(0, 1), self.no_mask])
+        m = self.encoder.multimodal(ids, mask, torch.cat([batch.pixels.flatten(0, 1), self.no_pixels]))
+        told, alone = m[:-1].reshape(stories, before * size, -1), m[-1:]
+        h = self.encoder(told, batch.mask.reshape(stories, -1) == 0, batch.window)
+        null = self.encoder(alone, self.no_mask == 0, batch.window)
+        every = torch.cat([h.reshape(-1, size, h.shape[-1]), null.expand(before, -1, -1)])
+        return every, torch.cat([batch.mask.flatten(0, 1), self.no_mask.expand(before, -1)]) == 0
+
+    def learning(self) -> dict[str, nn.Parameter]:
+        """What is trained, by name."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+
+def prepare(model: StoryModel, sizes: HistorySizes, rank: int | None, longest: int, seed: int) -> None:
+    """Give `model` the history encoder and the low-rank updates that will be trained, and freeze all else.
+
+    longest: frames of the longest window. Raises InputError where sizes, rank and what the model brings do not fit.
+    """
+    if model.family != "sd15":
+        raise InputError(f"{model.name} is an SDXL model; wanted a UNet of the SD1.5 family for causal mode")
+    history, given = start(model, sizes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encoder = history.encoder if history else None
+        grown = new_encoder(model, sizes, longest) if encoder is None else extended(encoder, sizes)
+        teach(grown, whole=not brought(history, given))
+        rank = rank_of(given, rank)
+        model.unet.requires_grad_(False)
+        if rank:
+            add_updates(model.unet, rank, given)
+    tokenizer = history.tokenizer if history else model.pipeline.tokenizer
+    attached = History(grown.to(model.device), tokenizer, image_processor(grown.config), {}, ())
+    model.checkpoint = replace(model.checkpoint, history=attached)
+
+
+def start(model: StoryModel, sizes: HistorySizes) -> tuple[History | None, dict[str, Tensor]]:
+    """The history to begin with, None for a new one, and the tensors of the adapter it was opened with, if any."""
+    history = model.checkpoint.history
+    given: dict[str, Tensor] = {}
+    for source in history.sources if history else ():
+        given |= {k: v for k, v in load_file(source).items() if k.startswith(("history.", "unet."))}
+    if not sizes.size:
+        return history, given
+    if brought(history, given):
+        raise InputError(
+            f"--history-size: {model.name} has a history encoder of its own, which an adapter cannot replace"
+        )
+    return None, {}
+
+
+def brought(history: History | None, given: Mapping[str, Tensor]) -> set[str]:
+    """Weights of the encoder that the base itself has and the adapter does not."""
+    own = set(history.encoder.state_dict()) if history else set()
+    return own - {name.removeprefix("history.") for name in given}
+
+
+def new_encoder(model: StoryModel, sizes: HistorySizes, longest: int) -> HistoryEncoder:
+    """A history encoder of the base's text width, with the base's own tokenizer.
+
+    Its type and time embeddings begin near zero, so that the frozen UNet meets its captions as it knows them.
+    """
+    tokenizer = model.pipeline.tokenizer
+    width = model.cross_attention_dim
+    config = sizes.new(width, len(tokenizer), int(tokenizer.model_max_length), longest)
+    encoder = HistoryEncoder(config)
+    nn.init.zeros_(encoder.type_embeddings.weight)
+    nn.init.normal_(encoder.time_embeddings.weight, std=0.02)
+    return encoder.eval()
+
+
+def extended(encoder: HistoryEncoder, sizes: HistorySizes) -> HistoryEncoder:
+    """The given encoder, or one with its weights and the parts that it lacks."""
+    config = sizes.over(encoder.config)
+    if config == encoder.config:
+        return encoder
+    grown = HistoryEncoder(config)
+    grown.load_state_dict(encoder.state_dict(), strict=False)
+    return grown.eval()
+
+
+def teach(encoder: HistoryEncoder, whole: bool) -> None:
+    """Mark what learns: all of a new encoder or an adapter's own (`whole`); of the base's, what LEARNS names."""
+    for name, parameter in encoder.named_parameters():
+        part = name.startswith(LEARNS) or any(within in name for within in LEARNS_WITHIN)
+        parameter.requires_grad_(part or whole)
+
+
+def rank_of(given: Mapping[str, Tensor], rank: int | None) -> int:
+    """The rank of the updates. Raises InputError where it is not that of the adapter the tuning starts from."""
+    ranks = {tensor.shape[0] for name, tensor in given.items() if name.endswith(".lora_A")}
+    if not ranks:
+        return RANK if rank is None else rank
+    if len(ranks) > 1 or rank not in (None, *ranks):
+        had = ", ".join(map(str, sorted(ranks)))
+        raise InputError(f"--rank: the adapter to start from has low-rank updates of rank {had}, got {rank}")
+    return ranks.pop()
+
+
+def add_updates(unet: Any, rank: int, given: Mapping[str, Tensor]) -> None:
+    """Low-rank updates (peft) of every cross-attention's four matrices, beginning with the given ones, else at zero."""
+    # alpha = rank: peft's scaling is 1, and B A is what is added to the weight.
+    pattern = r".*\.attn2\.(to_q|to_k|to_v|to_out\.0)"
+    unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=pattern))
+    parameters = dict(unet.named_parameters())
+    with torch.no_grad():
+        for name, tensor in given.items():
+            if name.startswith("unet."):
+                parameters[f"{name.removeprefix('unet.')}.default.weight"].copy_(tensor)
+
+
+def adapter_file(trainee: Trainee) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of the file that --adapter opens (fastory/checkpoints/history.py).
+
+    A second key of metadata would stand before or behind the first by chance, and equal weights must be equal bytes.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in trainee.learning().items():
+        part, rest = name.split(".", 1)
+        key = f"history.{rest}" if part == "encoder" else f"unet.{rest.removesuffix('.default.weight')}"
+        tensors[key] = parameter.detach().cpu().contiguous().clone()
+    return tensors, {"history": json.dumps(trainee.encoder.config.as_dict())}

@@ -1,0 +1,140 @@
+"""The base stays as it is, every trained tensor learns, and a tuning that was killed ends in the same bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from small_stories import write_stories
+
+from fastory import InputError, StoryModel
+from fastory.tuning import loop
+from fastory.tuning.loop import Stepped, sha256_of, tune
+from fastory.tuning.sizes import HistorySizes, Tuning
+from fastory.tuning.tables import encode
+from fastory.tuning.trainee import Trainee, adapter_file
+
+SMALL = HistorySizes(positions=3, local_heads=4, bottleneck=8, frame_tokens=12)
+SHORT = Tuning(
+    steps=5, batch_size=2, frames=4, rank=2, warmup=1, learning_rate=1e-3, save_every=2, validate_every=0
+)
+
+
+@pytest.fixture(scope="module")
+def stories(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_stories(tmp_path_factory.mktemp("examples"))
+
+
+def run(base: Path, stories: Path, output: Path, **options: Any) -> Iterator[Any]:
+    given = {"tuning": SHORT, "sizes": SMALL, "device": "cpu", **options}
+    return tune(stories, output, model=str(base), **given)
+
+
+@pytest.fixture(scope="module")
+def whole(sd15_folder: Path, stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("whole") / "adapter.safetensors"
+    list(run(sd15_folder, stories, output))
+    return output
+
+
+def digests(module: torch.nn.Module) -> dict[str, str]:
+    """sha256 of every tensor, by its name without peft's layers around it."""
+    return {
+        name.replace(".base_layer", ""): hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
+        for name, tensor in module.state_dict().items()
+        if ".lora_" not in name
+    }
+
+
+def test_the_base_is_frozen_and_all_else_learns(sd15_folder: Path, stories: Path, tmp_path: Path) -> None:
+    output = tmp_path / "adapter.safetensors"
+    job = loop.begin(stories, output, str(sd15_folder), None, SHORT, SMALL, 0, "cpu", False, True)
+    files = {p: p.read_bytes() for p in sd15_folder.rglob("*.safetensors")}
+    parts = {name: getattr(job.model.pipeline, name) for name in ("unet", "vae", "text_encoder")}
+    before = {name: digests(part) for name, part in parts.items()}
+    trained = {n: p.detach().clone() for part in (parts["unet"], job.model.require_history().encoder)
+               for n, p in part.named_parameters() if p.requires_grad}  # fmt: skip
+    list(loop.run(job, overwrite=False))
+    assert {name: digests(part) for name, part in parts.items()} == before
+    assert {p: p.read_bytes() for p in sd15_folder.rglob("*.safetensors")} == files
+    assert digests(parts["unet"]) == digests(StoryModel.open(str(sd15_folder)).unet)
+    after = dict(job.model.require_history().encoder.named_parameters()) | dict(
+        parts["unet"].named_parameters()
+    )
+    still = [name for name, tensor in trained.items() if torch.equal(after[name], tensor)]
+    assert trained.keys() == {n for n, p in after.items() if p.requires_grad}
+    # A key's bias cannot change a softmax; AdamW moves it only by what rounding leaves.
+    assert [name for name in still if not name.endswith("key.bias")] == []
+    assert {name.rsplit(".", 3)[1] for name in trained if ".lora_" in name} == {"lora_A", "lora_B"}
+
+
+def test_gradients_reach_every_trained_tensor_and_nothing_else(
+    sd15_folder: Path, stories: Path, tmp_path: Path
+) -> None:
+    job = loop.begin(
+        stories, tmp_path / "a.safetensors", str(sd15_folder), None, SHORT, SMALL, 0, "cpu", False, True
+    )
+    list(loop.encode_examples(job.model, job.examples, job.size, tmp_path / "tables"))
+    tables = loop.open_tables(job.model, job.examples, job.size, tmp_path / "tables")
+    trainee = Trainee(job.model, tables.nothing)
+    with torch.no_grad():  # what begins at zero lets no gradient through
+        for parameter in trainee.learning().values():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    trainee(loop.batches_of(job, trainee, tables, range(3)).draw(0, 0)).backward()
+    named = dict(trainee.named_parameters())
+    assert {n for n, p in named.items() if p.grad is not None} == trainee.learning().keys()
+    blind = [n for n, p in trainee.learning().items() if not p.grad.any()]
+    assert [n for n in blind if not n.endswith("key.bias")] == []
+    assert all(p.grad is None for p in job.model.vae.parameters())
+
+
+@pytest.mark.parametrize("stop", [1, 3])
+def test_a_killed_tuning_ends_in_the_same_bytes(
+    sd15_folder: Path, stories: Path, whole: Path, tmp_path: Path, stop: int
+) -> None:
+    """Killed before its first checkpoint, and between two; at most the steps since the last one are made again."""
+    output = tmp_path / "adapter.safetensors"
+    events = run(sd15_folder, stories, output)
+    for event in events:
+        if isinstance(event, Stepped) and event.step == stop:
+            break
+    events.close()  # type: ignore[attr-defined]
+    assert not output.exists()
+    steps = [event.step for event in run(sd15_folder, stories, output) if isinstance(event, Stepped)]
+    assert steps == list(range(stop - stop % 2 + 1, 6))
+    assert sha256_of(output) == sha256_of(whole)
+    assert not list(output.with_suffix(".tuning").glob("state-*"))
+
+
+def test_a_finished_tuning_is_left_alone_and_another_refused(
+    sd15_folder: Path, stories: Path, whole: Path
+) -> None:
+    before = whole.read_bytes()
+    assert [type(event).__name__ for event in run(sd15_folder, stories, whole)] == ["Tuned"]
+    other = Tuning(**{**vars(SHORT), "seed": 1})
+    with pytest.raises(InputError, match=r"holds another tuning\. What differs: seed: 0 there, 1 here"):
+        run(sd15_folder, stories, whole, tuning=other)
+    assert whole.read_bytes() == before
+
+
+def test_a_tuning_goes_on_from_an_adapter(
+    sd15_folder: Path, stories: Path, whole: Path, tmp_path: Path
+) -> None:
+    """It begins with that adapter's weights, updates included, and all of its encoder goes on learning."""
+    output = tmp_path / "further.safetensors"
+    further = Tuning(**{**vars(SHORT), "rank": None})
+    job = loop.begin(
+        stories, output, str(sd15_folder), str(whole), further, HistorySizes(), 0, "cpu", False, True
+    )
+    nothing = encode(job.model, "", Image.new("RGB", job.size))
+    tensors, metadata = adapter_file(Trainee(job.model, nothing))
+    given = load_file(whole)
+    assert tensors.keys() == given.keys() and all(torch.equal(tensors[k], given[k]) for k in given)
+    assert json.loads(metadata["history"])["local_heads"] == 4
