@@ -50,7 +50,7 @@ class Loop:
 
 
 def parse(sass: str) -> tuple[list[str], list[Loop], list[Loop]]:
-    """Operation codes in order, the loops (a branch backwards to its label), and what conditional branches jump over."""
+    """Operation codes in order, loops (from a label to the last branch back to it), what conditional branches jump over."""
     codes: list[str] = []
     labels: dict[str, int] = {}
     branches: list[tuple[int, str, bool]] = []
@@ -62,7 +62,8 @@ def parse(sass: str) -> tuple[list[str], list[Loop], list[Loop]]:
                 branches.append((len(codes), target[0], "@" in line))
             codes.append(found[1])
     # A branch to itself ends every program: not a loop.
-    loops = [Loop(labels[to], at) for at, to, _ in branches if labels[to] < at - 1]
+    ends = {labels[to]: at for at, to, _ in branches if labels[to] < at - 1}
+    loops = [Loop(first, at) for first, at in ends.items()]
     return (
         codes,
         loops,
@@ -98,7 +99,8 @@ def weights(
         for loop, trip in zip(sorted(outermost, key=lambda loop: loop.first), trips, strict=True):
             count, nested = trip if isinstance(trip, tuple) else (trip, [])
             scale(loop, count)
-            enter(within(loop, inside), nested)
+            if nested:
+                enter(within(loop, inside), nested)
 
     enter(busy, trips)
     plain = [
@@ -285,21 +287,26 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--save", action="store_true", help="write bench/results/predicted.json")
-    save = parser.parse_args().save
+    parser.add_argument(
+        "--all", action="store_true", help="with the registers and spills of the other architectures"
+    )
+    options = parser.parse_args()
     cells = [cell for cell in gpu_matrix() if cell.dtype == "fp16"]
     rows = [predict(cell, H100) for cell in cells]
-    others = [resources(cell, c) for c in ARCHITECTURES if c != 90 for cell in cells if cell.rows == 2]
-    print(table(rows))
-    if save:
-        head = {
-            "kind": "predicted from compiled code, not measured on any GPU",
-            "chip": vars(H100) | {"rates": vars(RATES["H100"])},
-            "triton": triton.__version__,
-            "date": results.environment("cpu")["date"],
-        }
+    print(table(rows), flush=True)
+    head = {
+        "kind": "predicted from compiled code, not measured on any GPU",
+        "chip": vars(H100) | {"rates": vars(RATES["H100"])},
+        "triton": triton.__version__,
+        "date": results.environment("cpu")["date"],
+        "rows": rows,
+    }
+    if options.all:
+        others = [c for c in ARCHITECTURES if c != 90]
+        head["other_architectures"] = [resources(cell, c) for c in others for cell in cells if cell.rows == 2]
+    if options.save:
         results.FOLDER.mkdir(exist_ok=True)
-        text = json.dumps(head | {"rows": rows, "other_architectures": others}, indent=1)
-        (results.FOLDER / "predicted.json").write_text(text + "\n")
+        (results.FOLDER / "predicted.json").write_text(json.dumps(head, indent=1) + "\n")
 
 
 if __name__ == "__main__":
