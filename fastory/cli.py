@@ -448,8 +448,8 @@ def show_tuning(events: Iterator[Any], quiet: bool) -> None:
                 case loop.Encoded():
                     bar.update(task, description="encoding frames", completed=event.done, total=event.frames)
                 case loop.Stepped():
-                    loss = {} if event.loss is None else {"description": f"loss {event.loss:.4f}"}
-                    bar.update(task, completed=event.step, total=event.steps, **loss)
+                    said = None if event.loss is None else f"loss {event.loss:.4f}"
+                    bar.update(task, completed=event.step, total=event.steps, description=said)
                 case loop.Validated():
                     said = "pictures drawn" if event.loss is None else f"validation loss {event.loss:.4f}"
                     bar.console.print(f"  step {event.step}: {said}", soft_wrap=True)

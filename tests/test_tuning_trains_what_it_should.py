@@ -90,6 +90,7 @@ def test_gradients_reach_every_trained_tensor_and_nothing_else(
     trainee(loop.batches_of(job, trainee, tables, range(3)).draw(0, 0)).backward()
     named = dict(trainee.named_parameters())
     assert {n for n, p in named.items() if p.grad is not None} == trainee.learning().keys()
+    assert all(n.startswith("encoder.") or ".lora_" in n for n in trainee.learning())
     blind = [n for n, p in trainee.learning().items() if not p.grad.any()]
     assert [n for n in blind if not n.endswith("key.bias")] == []
     assert all(p.grad is None for p in job.model.vae.parameters())

@@ -58,12 +58,19 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same on another device."""
-        moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **moved)
 
 
 class Trainee(nn.Module):
     """The UNet, its low-rank updates, and the history encoder of a StoryModel; forward gives the loss."""
+
+    encoder: HistoryEncoder
+    no_captions: Tensor
+    no_unseen: Tensor
+    no_ids: Tensor
+    no_mask: Tensor
+    no_pixels: Tensor
 
     def __init__(self, model: StoryModel, nothing: Arrays) -> None:
         """nothing: an empty caption and a black picture, a row of Tables."""
