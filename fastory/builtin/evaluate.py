@@ -206,11 +206,12 @@ def pixel_diversity(pictures: np.ndarray) -> float:
 
 
 def print_rounds(title: str, by_round: Sequence[dict[str, tuple[float, float, float]]]) -> None:
-    """One line a score, one column a round, with the interval of the last one."""
+    """One line a score, one column a round, with the interval of the last one; a dash where no story has the score."""
     print(f"\n{title}")
-    for name in by_round[0]:
-        curve = " ".join(f"{row[name][0]:.3f}" for row in by_round)
-        print(f"  {name:15s} {curve}   [{by_round[-1][name][1]:.3f}, {by_round[-1][name][2]:.3f}]")
+    for name in dict.fromkeys(name for row in by_round for name in row):
+        curve = " ".join(f"{row[name][0]:.3f}" if name in row else "    -" for row in by_round)
+        last = by_round[-1].get(name)
+        print(f"  {name:15s} {curve}   " + (f"[{last[1]:.3f}, {last[2]:.3f}]" if last else ""))
 
 
 def measure(

@@ -35,7 +35,7 @@ DEFAULTS = {
     "schema": 1,
     "width": SIZE,
     "height": SIZE,
-    "steps": 20,
+    "steps": 15,
     "guidance_scale": 3.0,
     "noise": "per-frame",
     "references": "others",
