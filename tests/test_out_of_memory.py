@@ -27,7 +27,7 @@ from fastory.events import BatchHalved, FrameDrawn, as_json
 folder, room, batch, side = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 torch.set_num_threads(1)
 model = StoryModel.open("builtin")
-story = Story.from_captions(["a fox", "a cat", "a bear", "a turtle"] * 2)
+story = Story.from_captions(["a fox", "a cat", "a bear", "a turtle"] * 6)
 options = {"steps": 1, "iterations": 0, "width": side, "height": side, "output": folder, "batch_size": batch}
 list(generate(story, model=model, **{**options, "width": 64, "height": 64, "output": None}))
 if room:
@@ -59,17 +59,17 @@ def run(folder: Path, room: int, batch: int, side: int = 384) -> tuple[int, list
 
 
 def test_micro_batch_is_halved_recorded_and_the_story_finished(tmp_path: Path) -> None:
-    # measured at 512 pixels: 200 MiB are enough for 2 frames at once, 350 for 4, 600 for 8; 384 takes 0.56 of it
-    code, events, err = run(tmp_path / "run", room=235, batch=8)
+    # measured at 320 pixels: 110 MiB are enough for 6 frames at once, 170 for 12, 210 for 24, one decoded picture takes 80
+    code, events, err = run(tmp_path / "run", room=155, batch=24, side=320)
     assert code == 0, err
     halved = [event for event in events if event["event"] == "BatchHalved"]
-    assert halved and halved[0]["round"] == 0 and halved[0]["size"] == 4
-    assert {event["frame"] for event in events if event["event"] == "FrameDrawn"} == set(range(8))
+    assert halved and halved[0]["round"] == 0 and halved[0]["size"] == 12
+    assert {event["frame"] for event in events if event["event"] == "FrameDrawn"} == set(range(24))
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     size = manifest["batch_sizes"][0]
     assert size == halved[-1]["size"]
     # equal sizes per round, equal bytes: a run that began with the smaller size draws the same
-    assert run(tmp_path / "small", room=0, batch=size)[0] == 0
+    assert run(tmp_path / "small", room=0, batch=size, side=320)[0] == 0
     assert (tmp_path / "run/sheet.png").read_bytes() == (tmp_path / "small/sheet.png").read_bytes()
 
 
