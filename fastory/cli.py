@@ -107,6 +107,9 @@ def generate(
     lora: Annotated[
         list[str] | None, option(MODEL, metavar="PATH[:WEIGHT]", help="LoRA file; repeatable.")
     ] = None,
+    engine: Annotated[
+        Path | None, option(MODEL, help="What `fastory export` wrote, in place of a model.")
+    ] = None,
     offline: Annotated[bool, option(MODEL, help="Never ask a hub.")] = False,
     steps: Annotated[int | None, option(SAMPLING, help="Denoising steps.")] = None,
     guidance_scale: Annotated[float | None, option(SAMPLING, help="Classifier-free guidance.")] = None,
@@ -174,9 +177,16 @@ def generate(
             raise InputError("--redraw-seed wants --frames: which frames are to be redrawn?")
         chosen = parse_frames(frames)
         read = read_stories(stories or [])
-        opened = open_model(
-            model, config, ip_adapter, image_encoder, adapter, lora or [], device, dtype, graphs, offline
-        )
+        if engine is not None:
+            beside = {"--config": config, "--ip-adapter": ip_adapter, "--image-encoder": image_encoder,
+                      "--adapter": adapter, "--lora": lora, "--model": model if model != "builtin" else None}  # fmt: skip
+            if given := [name for name, value in beside.items() if value]:
+                raise InputError(f"--engine holds the whole model; {given[0]} is given when it is exported")
+            opened = open_engine(engine, device, dtype)
+        else:
+            opened = open_model(
+                model, config, ip_adapter, image_encoder, adapter, lora or [], device, dtype, graphs, offline
+            )
         from fastory.pipeline import generate as draw
 
         events = draw(
@@ -406,6 +416,14 @@ def open_model(
         graphs=graphs,
         offline=offline,
     )
+
+
+def open_engine(folder: Path, device: str, dtype: str) -> Any:
+    """The EngineModel of an export folder."""
+    _quiet_libraries()
+    from fastory.engine import EngineModel
+
+    return EngineModel.open_engine(folder, device, dtype)
 
 
 def parse_lora(text: str) -> tuple[str, float]:

@@ -211,6 +211,19 @@ class StoryModel:
         """Width and height must be multiples of this many pixels: the VAE's factor times the UNet's."""
         return self.vae_factor * int(2 ** (len(self.unet.config.block_out_channels) - 1))
 
+    def check_drawable(self, width: int, height: int, references: int, groups: int, rows: int) -> None:
+        """InputError for a run that this model cannot draw.
+
+        width, height: in pixels. references: most that a frame sees, in `groups` groups. rows: of a UNet call.
+        """
+        for name, value in (("width", width), ("height", height)):
+            if value % self.size_factor:
+                lower = value // self.size_factor * self.size_factor
+                raise InputError(
+                    f"{name}: wanted a multiple of {self.size_factor} pixels for this UNet, got {value}; "
+                    f"the nearest are {lower or self.size_factor} and {lower + self.size_factor}"
+                )
+
     def lost_words(self, prompt: str) -> str:
         """What the tokenizer's limit cuts off `prompt`; empty where it fits."""
         tokenizer = self.pipeline.tokenizer

@@ -98,7 +98,7 @@ def generate(
         raise InputError("frames are redrawn in a finished run folder; say which with output")
     stack, taken = ExitStack(), set[Path]()
     try:
-        jobs = [prepare(opened, story, settings, preset, frames) for story in read]
+        jobs = [prepare(opened, story, settings, preset, frames, batch_size) for story in read]
         for job, path in zip(jobs, run_paths(read, output), strict=True):
             if path or under:
                 open_folder(job, path, Path(under) if under else None, overwrite, redraw_seed, stack, taken)
@@ -129,6 +129,7 @@ def prepare(
     flags: Mapping[str, Any],
     preset: str | None,
     frames: Sequence[int] | slice | None,
+    batch_size: int | None,
 ) -> Job:
     """Resolve a story's settings and check them against the model."""
     for name, value in story.settings.items():
@@ -137,14 +138,7 @@ def prepare(
     settings, sources = resolve(flags, own, preset, model.defaults)
     width, height = model.native_size
     settings = replace(settings, width=settings.width or width, height=settings.height or height)
-    for name in ("width", "height"):
-        value = getattr(settings, name)
-        if value % model.size_factor:
-            lower = value // model.size_factor * model.size_factor
-            raise InputError(
-                f"{name}: wanted a multiple of {model.size_factor} pixels for this UNet, got {value}; "
-                f"the nearest are {lower or model.size_factor} and {lower + model.size_factor}"
-            )
+    check_drawable(model, story, settings, batch_size)
     story.prompt(0, settings.style)  # refuses an unknown style
     make_scheduler(model, settings.scheduler)  # refuses one that does not fit this UNet
     if settings.mode == "causal":
@@ -154,6 +148,17 @@ def prepare(
         if settings.iterations > 0 or (pictures and settings.reference_start <= settings.iterations):
             model.require_references()
     return Job(model, story, settings, sources, None, None, frames_to_redraw(frames, story, settings), [])
+
+
+def check_drawable(model: StoryModel, story: Story, settings: Settings, batch_size: int | None) -> None:
+    """InputError for a size, references or a micro-batch that this model cannot draw."""
+    pictures = [character.references for character in story.characters if character.references]
+    iterative_mode = settings.mode == "iterative"
+    # A null block ends every group.
+    references = len(story.frames) + 1 + sum(len(own) + 1 for own in pictures) if iterative_mode else 0
+    groups = 1 + len(pictures) if iterative_mode else 0
+    rows = (batch_size or 1) * (2 if settings.guidance_scale > 1 else 1)
+    model.check_drawable(settings.width or 0, settings.height or 0, references, groups, rows)
 
 
 def frames_to_redraw(

@@ -172,7 +172,7 @@ class ClipObjective(Objective):
             texts, padding="max_length", truncation=True, max_length=TOKEN_LIMIT, return_tensors="pt"
         )["input_ids"]
 
-    def _as_generated(self, batch: Batch) -> Tensor:
+    def as_generated(self, batch: Batch) -> Tensor:
         """The pixels, some of them through the autoencoder, as every picture will be that is a reference."""
         pixels, pictures = batch["pixels"], batch["pictures"]
         if not self._vae:
@@ -182,15 +182,18 @@ class ClipObjective(Objective):
             restored = pixels_of(vae(pictures).sample)
         return torch.cat([restored, pixels[len(pictures) :]])
 
+    @staticmethod
+    def spoiled(pixels: Tensor) -> Tensor:
+        """Pixels (B, 3, h, w) with another brightness of their channels and noise: drawn pictures are not perfect."""
+        pixels = pixels * (0.9 + 0.2 * torch.rand(len(pixels), 3, 1, 1, device=pixels.device))
+        strength = 0.15 * torch.rand(len(pixels), 1, 1, 1, device=pixels.device)
+        return pixels + strength * torch.randn_like(pixels)
+
     def forward(self, batch: Batch) -> Tensor:
         return self._image_loss(batch) + (0 if self.text_is_kept else self._text_loss(batch))
 
     def _image_loss(self, batch: Batch) -> Tensor:
-        pixels = self._as_generated(batch)
-        pixels = pixels * (0.9 + 0.2 * torch.rand(len(pixels), 3, 1, 1, device=pixels.device))
-        pixels = pixels + 0.15 * torch.rand(len(pixels), 1, 1, 1, device=pixels.device) * torch.randn_like(
-            pixels
-        )
+        pixels = self.spoiled(self.as_generated(batch))
         out = self.image_encoder(pixels, output_hidden_states=True)
         loss = self.species_heads.loss(out.image_embeds, batch["free"])
         # After two layers each half of the picture must know its character: without it, binding takes ten times

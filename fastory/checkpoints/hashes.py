@@ -32,6 +32,15 @@ def model_hashes(sources: Iterable[Path]) -> dict[str, str]:
     return hashes
 
 
+def file_hash(file: Path) -> str:
+    """The SHA-256 of any file, remembered in the same way."""
+    remembered, key = _read(), _key(file)
+    if key not in remembered:
+        remembered[key] = _sha256(file)
+        _write(remembered)
+    return remembered[key]
+
+
 def _name(source: Path, taken: dict[str, str]) -> str:
     in_model = (source.parent.parent / "model_index.json").is_file()
     name = f"{source.parent.name}/{source.name}" if in_model else source.name
