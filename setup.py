@@ -39,7 +39,7 @@ extras_require = {
     "xformers": ["xformers"],
     # fastory tune: losses and validation pictures, as files that any TensorBoard shows
     "tune": ["tensorboard>=2.16"],
-    # fastory export
+    # fastory export: the format, torch's exporter, and the runtime that each graph is compared on
     "onnx": ["onnx>=1.19", "onnxscript>=0.5", "onnxruntime>=1.22"],
     "tensorrt": ["tensorrt>=11"],
     "test": [
@@ -47,6 +47,9 @@ extras_require = {
         "selenium>=4.20",  # the storybook in headless Chromium
         "pytest-benchmark>=5",
         "tensorboard>=2.16",  # fastory tune
+        "onnx>=1.19",  # fastory export
+        "onnxscript>=0.5",
+        "onnxruntime>=1.22",
         "hypothesis>=6.100",  # properties of the kernels
         "ruff>=0.12",
         "mypy>=1.15",

@@ -357,6 +357,97 @@ def tune(
         show_tuning(events, quiet)
 
 
+@app.command()
+def export(
+    onnx: Annotated[bool, option(OUTPUT, "--onnx", help="ONNX graphs (the default).")] = False,
+    trt: Annotated[bool, option(OUTPUT, "--trt", help="TensorRT engines from the graphs.")] = False,
+    output: Annotated[
+        Path | None,
+        option(OUTPUT, "--output", "-o", help="Folder (default: ./engines/<model>-<hash>)."),
+    ] = None,
+    overwrite: Annotated[
+        bool, option(OUTPUT, "--overwrite", help="Replace the export that is there.")
+    ] = False,
+    quiet: Annotated[bool, option(OUTPUT, "--quiet", help="Print the folder and nothing else.")] = False,
+    model: Annotated[
+        str,
+        option(MODEL, help="builtin, a diffusers folder, a .safetensors file (with --config), or a hub id."),
+    ] = "builtin",
+    config: Annotated[
+        Path | None, option(MODEL, help="Folder with the configuration of a single .safetensors file.")
+    ] = None,
+    ip_adapter: Annotated[str | None, option(MODEL, help="IP-Adapter weights (.safetensors).")] = None,
+    image_encoder: Annotated[str | None, option(MODEL, help="Folder of the CLIP image encoder.")] = None,
+    adapter: Annotated[
+        str | None, option(MODEL, help="Causal: what `fastory tune` wrote (.safetensors).")
+    ] = None,
+    lora: Annotated[
+        list[str] | None, option(MODEL, metavar="PATH[:WEIGHT]", help="LoRA file; repeatable.")
+    ] = None,
+    offline: Annotated[bool, option(MODEL, help="Never ask a hub.")] = False,
+    dtype: Annotated[str, option(METHOD, help="float32 (the default), float16 or bfloat16.")] = "float32",
+    groups: Annotated[
+        int,
+        option(
+            METHOD, help="Groups of references: 1 for the frames, and 1 for every character with pictures."
+        ),
+    ] = 1,
+    bind: Annotated[
+        str,
+        option(METHOD, help="What computes attention: ort (ONNX Runtime, the default), portable or trt."),
+    ] = "ort",
+) -> None:
+    """Write a model as ONNX graphs, each compared with torch, for `fastory generate --engine FOLDER`.
+
+    The weight of the references, their number and who sees them are inputs of the graphs. The same command with another
+    --bind changes the small graph files of a finished export alone.
+    """
+    with reported():
+        opened = open_model(
+            model, config, ip_adapter, image_encoder, adapter, lora or [], "cpu", dtype, "off", offline
+        )
+        show_export(export_events(opened, output, groups, bind, overwrite), quiet)
+
+
+def export_events(model: Any, output: Path | None, groups: int, bind: str, overwrite: bool) -> Iterator[Any]:
+    """The events of an export. Raises InputError where its packages are missing."""
+    try:
+        from fastory.export.onnx import export_onnx
+    except ModuleNotFoundError as error:
+        if error.name not in ("onnx", "onnxscript"):
+            raise
+        raise InputError(
+            f"fastory export needs the package {error.name}; run: pip install 'fastory[onnx]'"
+        ) from None
+    return export_onnx(model, output, groups=groups, binding=bind, overwrite=overwrite)
+
+
+def show_export(events: Iterator[Any], quiet: bool) -> None:
+    """A line for each component; the folder's path on stdout."""
+    from fastory.export import onnx
+
+    def note(text: str) -> None:
+        if not quiet:
+            stderr.print(f"  {text}", soft_wrap=True)
+
+    for event in events:
+        match event:
+            case onnx.Exported():
+                note(f"{event.component}: {event.bytes / 1e6:.1f} MB of weights, {event.seconds:.0f} s")
+            case onnx.Compared() if event.worst is None:
+                note("bfloat16: graphs checked; compared with torch as float32, which a CPU runtime computes")
+            case onnx.Compared():
+                worst = event.worst
+                note(
+                    f"{event.comparisons} comparisons with torch agree; nearest to what is allowed: {worst.component}, "
+                    f"{worst.error:.2g} from float64 of {worst.allowed:.2g}"
+                )
+            case onnx.Rebound():
+                note(f"bound for {event.binding}; the weights are as they were")
+            case onnx.Finished():
+                typer.echo(str(event.folder))
+
+
 def parse_frames(text: str | None) -> list[int] | slice | None:
     """Frame numbers of 3,7-9, or a slice for 5-. Raises InputError."""
     if text is None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from small_checkpoints import write_adapter, write_sd15, write_sdxl
+from small_history import write_causal_folder
 
 import fastory
 
@@ -44,3 +45,22 @@ def sdxl_adapter_base(sdxl_folder: Path, tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture(scope="session")
 def sdxl_adapter_plus(sdxl_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_adapter(sdxl_folder, "plus", tmp_path_factory.mktemp("adapters") / "sdxl_plus.safetensors")
+
+
+@pytest.fixture(scope="session")
+def causal_builtin_folder(builtin_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built-in model beside a small history encoder: both modes, with every part that can be exported."""
+    return write_causal_folder(builtin_folder, tmp_path_factory.mktemp("causal") / "builtin")
+
+
+@pytest.fixture(scope="session")
+def export_folder(causal_builtin_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That model as ONNX graphs for two groups of references. Read only: tests that change it take a copy."""
+    from fastory import StoryModel
+    from fastory.export.onnx import export_onnx
+
+    pytest.importorskip("onnxruntime", reason="exported graphs run on ONNX Runtime")
+    folder = tmp_path_factory.mktemp("engines") / "both"
+    model = StoryModel.open(str(causal_builtin_folder), device="cpu", dtype="float32")
+    list(export_onnx(model, folder, groups=2))
+    return folder

@@ -1,0 +1,171 @@
+"""A story on exported components follows the same story on torch, in both modes, round by round and to the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastory import Story, StoryModel, generate
+from fastory.engine import EngineModel
+from fastory.events import FrameDrawn
+from fastory.modes.causal import Telling, causal
+from fastory.modes.iterative import iterative
+from fastory.pipeline import prepare
+
+STORY = Story.from_captions(
+    [
+        "A fox is jumping in the forest",
+        "A fox is reading a book on the beach",
+        "A fox and a cat are sleeping in the house",
+    ]
+)
+SETTINGS = {"steps": 4, "iterations": 2}
+ROUND = 1e-3  # of a picture in 0 .. 1, before it is rounded to 8 bits
+WHOLE = 40.0  # dB
+
+
+@pytest.fixture(scope="module")
+def engine(export_folder: Path) -> EngineModel:
+    return EngineModel.open_engine(export_folder, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def model(causal_builtin_folder: Path) -> StoryModel:
+    return StoryModel.open(str(causal_builtin_folder), device="cpu", dtype="float32")
+
+
+def drawn(model: StoryModel, story: Story = STORY, **settings: Any) -> dict[tuple[int, int], np.ndarray]:
+    """Every picture of a run, as floats in 0 .. 255."""
+    events = generate(story, model=model, **{**SETTINGS, **settings})
+    return {
+        (e.round, e.frame): np.asarray(e.image, dtype=np.float64) for e in events if isinstance(e, FrameDrawn)
+    }
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    error = np.mean((a - b) ** 2)
+    return 99.0 if error == 0 else float(10 * np.log10(255**2 / error))
+
+
+@dataclass
+class Pixels:
+    """A decoder that remembers what it gave, before rounding."""
+
+    vae: Any
+    given: list[torch.Tensor] = field(default_factory=list)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.vae, name)
+
+    def decode(self, latents: torch.Tensor, return_dict: bool = False) -> tuple[torch.Tensor]:
+        (pixels,) = self.vae.decode(latents, return_dict=return_dict)
+        self.given.append((pixels / 2 + 0.5).clamp(0, 1))
+        return (pixels,)
+
+
+@dataclass
+class Earlier:
+    """Finished pictures: everything before `now`, a round or a frame."""
+
+    pictures: Mapping[tuple[int, int], np.ndarray]
+    now: tuple[int | None, int | None]
+
+    def has(self, round: int, frame: int) -> bool:
+        rounds, frames = self.now
+        return round < rounds if rounds is not None else frames is not None and frame < frames
+
+    def load(self, round: int, frame: int) -> tuple[Image.Image, str | None]:
+        return Image.fromarray(self.pictures[round, frame].astype(np.uint8)), None
+
+
+def floats(model: StoryModel, mode: str, earlier: Earlier) -> Iterator[torch.Tensor]:
+    """The pictures that come after the earlier ones: of one round, or of causal mode all from a frame on."""
+    flags = {**SETTINGS, "mode": mode}
+    rounds, _ = earlier.now
+    if rounds is not None:
+        flags["iterations"] = rounds
+    job = prepare(
+        model,
+        STORY,
+        {k: v for k, v in flags.items() if mode == "iterative" or k != "iterations"},
+        None,
+        None,
+        1,
+    )
+    recorded = model.vae = Pixels(model.vae)
+    try:
+        if mode == "iterative":
+            list(iterative(model, STORY, job.settings, batch_sizes=[2], finished=earlier))
+        else:
+            size = (job.settings.width or 0, job.settings.height or 0)
+            twin = model.causal
+            twin.vae = recorded
+            list(causal(model, [Telling(0, STORY, job.settings, earlier)], batch_sizes=[1], size=size))
+    finally:
+        model.vae = recorded.vae
+        if mode == "causal":
+            model.causal.vae = recorded.vae
+    yield from recorded.given
+
+
+@pytest.mark.parametrize("rounds", [0, 1, 2])
+def test_each_round_from_the_same_pictures(rounds: int, model: StoryModel, engine: EngineModel) -> None:
+    """Round 0 sees nothing: on the engine one reference that nobody sees, in torch none."""
+    pictures = drawn(model, batch_size=2)
+    pairs = [list(floats(one, "iterative", Earlier(pictures, (rounds, None)))) for one in (model, engine)]
+    assert len(pairs[0]) == len(pairs[1]) == 3
+    for own, other in zip(*pairs, strict=True):
+        assert (own - other).abs().max() <= ROUND
+
+
+def test_each_frame_from_the_same_history(model: StoryModel, engine: EngineModel) -> None:
+    pictures = drawn(model, mode="causal", iterations=None)
+    for frame in range(3):
+        ours, theirs = (
+            next(iter(floats(one, "causal", Earlier(pictures, (None, frame))))) for one in (model, engine)
+        )
+        assert (ours - theirs).abs().max() <= ROUND
+
+
+@pytest.mark.parametrize("mode", ["iterative", "causal"])
+def test_a_whole_story_stays_near(mode: str, model: StoryModel, engine: EngineModel) -> None:
+    flags = {"mode": mode} if mode == "iterative" else {"mode": mode, "iterations": None}
+    own, other = drawn(model, **flags), drawn(engine, **flags)
+    assert own.keys() == other.keys()
+    last = max(round for round, _ in own)
+    assert np.mean([psnr(own[key], other[key]) for key in own if key[0] == last]) >= WHOLE
+
+
+def test_characters_with_pictures_are_a_second_group(
+    model: StoryModel, engine: EngineModel, tmp_path: Path
+) -> None:
+    """The export has two groups; a story with one leaves the other empty, one with two uses both."""
+    Image.fromarray(drawn(model)[0, 0].astype(np.uint8)).save(tmp_path / "fox.png")
+    (tmp_path / "story.yaml").write_text(
+        'version: 1\ncharacters:\n  Finn: {prompt: "a fox", references: [fox.png]}\n'
+        "frames:\n  - Finn is jumping in the forest\n  - A cat is reading in the house\n"
+    )
+    story = Story.read(tmp_path / "story.yaml")
+    own, other = (drawn(one, story, iterations=1) for one in (model, engine))
+    alone = drawn(engine, Story.from_captions([story.prompt(n) for n in range(2)]), iterations=1)
+    assert all(psnr(own[key], other[key]) >= WHOLE for key in own)
+    assert not np.array_equal(other[1, 0], alone[1, 0])
+
+
+def test_a_run_folder_resumes_on_the_engine_to_the_same_bytes(engine: EngineModel, tmp_path: Path) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    list(generate(STORY, model=engine, output=whole, **SETTINGS))
+    events = generate(STORY, model=engine, output=cut, **SETTINGS)
+    for _ in range(14):
+        next(events)
+    events.close()
+    list(generate(STORY, model=engine, output=cut, **SETTINGS))
+    names = sorted(p.relative_to(whole) for p in whole.rglob("*.png"))
+    assert names and all((whole / name).read_bytes() == (cut / name).read_bytes() for name in names)
