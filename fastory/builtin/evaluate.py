@@ -39,12 +39,12 @@ class HeldOutStory:
     seed: int
 
 
-def held_out_stories(count: int, seed: int) -> list[HeldOutStory]:
+def held_out_stories(count: int, seed: int, frames: int = FRAMES) -> list[HeldOutStory]:
     """Stories of held-out scenes, one and two characters in turn."""
     stories = []
     for index in range(count):
         rng = stream("held-out story", seed, 0, index)
-        tale = sample_tale(rng, FRAMES, 1 + index % 2, held=True)
+        tale = sample_tale(rng, frames, 1 + index % 2, held=True)
         stories.append(
             HeldOutStory(tale, tuple(caption(rng, tale.cast, s) for s in tale.scenes), 1000 * seed + index)
         )
@@ -208,10 +208,12 @@ def pixel_diversity(pictures: np.ndarray) -> float:
 def print_rounds(title: str, by_round: Sequence[dict[str, tuple[float, float, float]]]) -> None:
     """One line a score, one column a round, with the interval of the last one; a dash where no story has the score."""
     print(f"\n{title}")
-    for name in dict.fromkeys(name for row in by_round for name in row):
+    names = list(dict.fromkeys(name for row in by_round for name in row))
+    for name in names:
         curve = " ".join(f"{row[name][0]:.3f}" if name in row else "    -" for row in by_round)
         last = by_round[-1].get(name)
-        print(f"  {name:15s} {curve}   " + (f"[{last[1]:.3f}, {last[2]:.3f}]" if last else ""))
+        interval_of_last = f"[{last[1]:.3f}, {last[2]:.3f}]" if last else ""
+        print(f"  {name:{max(map(len, names))}s} {curve}   {interval_of_last}")
 
 
 def measure(
