@@ -12,7 +12,6 @@ from fastory.builtin import WEIGHTS
 from fastory.builtin.captions import (
     TOKEN_LIMIT,
     caption,
-    name_characters,
     sample_names,
     unknown_words,
     vocabulary,
@@ -91,11 +90,6 @@ def test_an_unknown_word_brings_its_nearest_known_ones(word: str, near: str) -> 
 
 def test_given_names_are_known_words() -> None:
     assert not unknown_words("Kunigunde is reading a book.", {"Kunigunde": "a bear"})
-
-
-def test_a_name_is_introduced_once_and_only_as_a_whole_word() -> None:
-    told = name_characters("Tomas and tom sleep, Tom dreams.", {"Tom": "a cat"})
-    assert told == "Tomas and tom, a cat, sleep, Tom dreams."
 
 
 def test_words_that_the_shipped_weights_do_not_know_are_told() -> None:

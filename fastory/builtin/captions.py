@@ -232,14 +232,3 @@ def unknown_words(
     known = {*trained, *(word for name in names or {} for word in words(name))}
     strange = dict.fromkeys(word for word in words(text) if word not in known)
     return [UnknownWord(w, tuple(difflib.get_close_matches(w, trained, n=3, cutoff=0.6))) for w in strange]
-
-
-def name_characters(text: str, prompts: Mapping[str, str]) -> str:
-    """The caption with every named character introduced by its prompt at its first occurrence.
-
-    `Bruno jumps` with {"Bruno": "a bear"} becomes `Bruno, a bear, jumps`. Names match as whole words, in any case.
-    """
-    for name, prompt in prompts.items():
-        if found := re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text, re.IGNORECASE):
-            text = f"{text[: found.end()]}, {prompt},{text[found.end() :]}"
-    return text
