@@ -1,0 +1,273 @@
+"""Build the engines of this folder with NVIDIA's TensorRT. Wants Python 3.11, TensorRT and a GPU, nothing else.
+
+    pip install 'tensorrt>=11'
+    python build_engines.py               every component of build_engines.json
+    python build_engines.py unet ...      only these
+
+An engine is <component>.engine; engines.json says what it was built from and for. `fastory export --trt` runs this file
+in a process of its own, since the builder can crash, and puts it beside the graphs for another machine.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import tensorrt as trt
+
+PLAN, ENGINES, SCHEMA = "build_engines.json", "engines.json", 1
+MISSING = 3  # exit status: TensorRT or a GPU is not there
+PACKAGES = {"tensorrt": "tensorrt>=11", "tensorrt_rtx": "tensorrt-rtx-cu13-bindings"}
+OLDEST = {"tensorrt": 11, "tensorrt_rtx": 1}
+# cuDeviceGetAttribute's numbers for the compute capability, of cuda.h.
+MAJOR, MINOR = 75, 76
+
+
+class BuildError(Exception):
+    """No engine was built; the message says why."""
+
+
+class MissingError(BuildError):
+    """TensorRT, its libraries or a GPU are not there."""
+
+
+def load(package: str) -> Any:
+    """`tensorrt` or `tensorrt_rtx`. Raises MissingError where it cannot be used."""
+    try:
+        if package == "tensorrt_rtx":
+            # The wheel of the libraries must come first; there is no package of the plain name.
+            importlib.import_module("tensorrt_rtx_libs")
+            found = importlib.import_module("tensorrt_rtx_bindings")
+        else:
+            found = importlib.import_module(package)
+    except (ImportError, OSError, RuntimeError) as error:
+        raise MissingError(
+            f"{package} is not usable here ({error}); run: pip install '{PACKAGES[package]}'"
+        ) from error
+    # A package whose libraries are missing imports as an empty one.
+    version = str(getattr(found, "__version__", ""))
+    if not hasattr(found, "Builder") or not version:
+        raise MissingError(
+            f"{package} is installed without its libraries; run: pip install --force-reinstall '{PACKAGES[package]}'"
+        )
+    if int(version.split(".")[0]) < OLDEST[package]:
+        raise MissingError(
+            f"wanted {package} {OLDEST[package]} or newer, found {version}; run: pip install -U '{PACKAGES[package]}'"
+        )
+    return found
+
+
+def gpu(number: int = 0) -> tuple[str, str]:
+    """Name and compute capability ("8.9") of a CUDA device, from the driver. Raises MissingError without one."""
+    try:
+        cuda = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError as error:
+        raise MissingError(
+            "no NVIDIA driver is installed here; run this on a machine with an NVIDIA GPU"
+        ) from error
+    device, name, found = ctypes.c_int(), ctypes.create_string_buffer(256), [ctypes.c_int(), ctypes.c_int()]
+    failed = cuda.cuInit(0) or cuda.cuDeviceGet(ctypes.byref(device), number)
+    failed = failed or cuda.cuDeviceGetName(name, len(name), device)
+    for value, attribute in zip(found, (MAJOR, MINOR), strict=True):
+        failed = failed or cuda.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
+    if failed:
+        raise MissingError(f"the NVIDIA driver finds no usable GPU here (CUDA error {failed})")
+    return name.value.decode(), f"{found[0].value}.{found[1].value}"
+
+
+def build(folder: Path, job: Mapping[str, Any]) -> dict[str, Any]:
+    """Build one engine of `folder` and note it in engines.json; returns its record there.
+
+    job: component, graph, data and engine (file names), builder (tensorrt or tensorrt_rtx), target (None, or a compute
+    capability such as "8.9" that TensorRT for RTX builds for without a GPU), profile (input -> three shapes), flags, and
+    the sha256 of graph and data. Raises BuildError; nothing half-written stays.
+    """
+    library = load(job["builder"])
+    name, capability = (None, job["target"]) if job["target"] else gpu()
+    refuse_changed(folder, job)
+    made = {"name": name, "capability": capability, "version": str(library.__version__)}
+    engine = folder / job["engine"]
+    write(engine, _serialized(library, folder, job, made))
+    record = {
+        "component": job["component"],
+        "builder": job["builder"],
+        **made,
+        "profile": job["profile"],
+        "flags": sorted(job["flags"]),
+        "sha256": {**job["sha256"], job["engine"]: sha256(engine)},
+    }
+    note(folder, job["engine"], record)
+    return record
+
+
+def refuse_changed(folder: Path, job: Mapping[str, Any]) -> None:
+    """BuildError for a graph or weights that are not those of the plan."""
+    for file in (job["graph"], job["data"]):
+        if sha256(folder / file) != job["sha256"][file]:
+            raise BuildError(
+                f"{folder / file} is not the file that this build was planned for; export the model anew"
+            )
+
+
+def _serialized(trt: Any, folder: Path, job: Mapping[str, Any], made: Mapping[str, Any]) -> Any:
+    """The engine's bytes, an IHostMemory."""
+    logger = _logger(trt)
+    builder = trt.Builder(logger)
+    # Ignored since TensorRT 11, which knows no other networks: types are those of the graph.
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(str(folder / job["graph"])):
+        errors = [_explained(parser.get_error(number)) for number in range(parser.num_errors)]
+        raise BuildError(f"NVIDIA's parser refuses {job['graph']}: {'; '.join(errors) or _said(logger)}")
+    config = builder.create_builder_config()
+    _configure(trt, config, job)
+    profile = builder.create_optimization_profile()
+    for name, shapes in job["profile"].items():
+        profile.set_shape(name, *(tuple(shape) for shape in shapes))
+    if job["profile"] and config.add_optimization_profile(profile) < 0:
+        raise BuildError(f"NVIDIA's builder refuses the sizes of {job['component']}: {_said(logger)}")
+    with _timed(config, folder / timing_cache(made), job):
+        serialized = builder.build_serialized_network(network, config)
+    if serialized is None:
+        raise BuildError(f"NVIDIA's builder made no engine of {job['graph']}: {_said(logger)}")
+    return serialized
+
+
+def _configure(trt: Any, config: trt.IBuilderConfig, job: Mapping[str, Any]) -> None:
+    """Flags and, for RTX, the target."""
+    if "refit" in job["flags"]:
+        config.set_flag(trt.BuilderFlag.REFIT)
+    if "version-compatible" in job["flags"]:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    if "hardware-compatible" in job["flags"]:
+        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    if job["target"]:
+        config.num_compute_capabilities = 1
+        capability = getattr(trt.ComputeCapability, "SM" + job["target"].replace(".", ""))
+        config.set_compute_capability(capability, 0)
+
+
+@contextmanager
+def _timed(config: trt.IBuilderConfig, file: Path, job: Mapping[str, Any]) -> Iterator[None]:
+    """Kernel timings of earlier builds on this GPU are used, and those of this one kept."""
+    if job["target"]:  # TensorRT for RTX measures nothing while it builds
+        yield
+        return
+    cache = config.create_timing_cache(file.read_bytes() if file.is_file() else b"")
+    config.set_timing_cache(cache, False)
+    yield
+    write(file, cache.serialize())
+
+
+def timing_cache(made: Mapping[str, Any]) -> str:
+    """File name of the kernel timings of a GPU and a version of TensorRT."""
+    name = re.sub(r"[^a-z0-9]+", "-", str(made["name"]).lower()).strip("-")
+    return f"timing-{name}-sm{made['capability'].replace('.', '')}-{made['version']}.cache"
+
+
+def _logger(trt: Any) -> Any:
+    """A logger that keeps the errors; what the parser remarks on names is left out."""
+
+    class Errors(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.messages: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
+                self.messages.append(message)
+
+    return Errors()
+
+
+def _explained(error: trt.ParserError) -> str:
+    return f"{error.node_name()} ({error.node_operator()}): {error.desc()}"
+
+
+def _said(logger: Any) -> str:
+    return "; ".join(dict.fromkeys(logger.messages)) or "it did not say why"
+
+
+def sha256(file: Path) -> str:
+    """The SHA-256 of a file. Raises BuildError where it is missing."""
+    try:
+        with file.open("rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+    except FileNotFoundError:
+        raise BuildError(f"{file} is missing; export the model anew") from None
+
+
+def write(file: Path, data: Any) -> None:
+    """Beside its place, synced and renamed: a kill or a full disk leaves no half of it."""
+    partial = file.with_name(f".{file.name}.partial")
+    try:
+        with partial.open("wb") as opened:
+            opened.write(data)
+            opened.flush()
+            os.fsync(opened.fileno())
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def note(folder: Path, engine: str, record: Mapping[str, Any]) -> None:
+    """Set the record of one engine in engines.json."""
+    try:
+        known = json.loads((folder / ENGINES).read_text(encoding="utf-8"))["engines"]
+    except (OSError, ValueError, KeyError, TypeError):
+        known = {}  # an engine without a record is not opened, so it is built anew
+    engines = {"schema": SCHEMA, "engines": dict(sorted({**known, engine: record}.items()))}
+    write(folder / ENGINES, (json.dumps(engines, indent=1) + "\n").encode())
+
+
+def _planned(folder: Path, components: list[str]) -> Iterator[Mapping[str, Any]]:
+    jobs = json.loads((folder / PLAN).read_text(encoding="utf-8"))["jobs"]
+    known = [job["component"] for job in jobs]
+    if unknown := [name for name in components if name not in known]:
+        raise BuildError(f"{', '.join(unknown)}: wanted some of {', '.join(known)}")
+    yield from (job for job in jobs if not components or job["component"] in components)
+
+
+def _peak_memory() -> int | None:
+    """Bytes of this process at its largest; None where the system does not say."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def main(arguments: list[str]) -> int:
+    """Build what is planned; with --job FOLDER, the job on standard input, whose seconds and memory are printed."""
+    try:
+        if arguments[:1] == ["--job"]:
+            started = time.monotonic()
+            build(Path(arguments[1]), json.load(sys.stdin))
+            print(json.dumps({"seconds": time.monotonic() - started, "peak_memory": _peak_memory()}))
+            return 0
+        folder = Path(__file__).resolve().parent
+        for job in _planned(folder, arguments):
+            build(folder, job)
+            print(folder / job["engine"], flush=True)
+    except MissingError as error:
+        print(error, file=sys.stderr)
+        return MISSING
+    except (BuildError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

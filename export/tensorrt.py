@@ -1,0 +1,217 @@
+"""`fastory export --trt`: engines of an exported folder, for the GPU of this machine or, with RTX, for one elsewhere.
+
+What builds is build_engines.py, in a process of its own. Where TensorRT or a GPU is missing, the folder keeps that
+file with the graphs and the plan, to be run where they are.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastory.checkpoints.hashes import file_hash
+from fastory.errors import FastoryError, InputError
+from fastory.export import build_engines
+from fastory.export.folder import ExportFolder
+from fastory.export.profiles import Bounds, Shapes, profiles
+
+# TensorRT for RTX 1.7 builds for GeForce and RTX cards: Turing, Ampere, Ada and Blackwell.
+RTX_TARGETS = {
+    "sm75": "7.5",
+    "sm80": "8.0",
+    "sm86": "8.6",
+    "sm89": "8.9",
+    "sm120": "12.0",
+    "sm121": "12.1",
+}
+
+
+class NotBuiltError(FastoryError):
+    """Graphs and a build script are written, an engine is not: TensorRT or a GPU is missing. Exit code 3."""
+
+    exit_code = 3
+
+
+@dataclass(frozen=True)
+class Built:
+    """An engine is written. bytes: its size; peak_memory: the builder's, in bytes, None where the system does not say."""
+
+    component: str
+    engine: Path
+    seconds: float
+    bytes: int
+    peak_memory: int | None
+
+
+def build(
+    folder: str | Path,
+    *,
+    components: Sequence[str] = (),
+    sizes: Mapping[str, Bounds] | None = None,
+    refit: bool = False,
+    version_compatible: bool = False,
+    hardware_compatible: bool = False,
+) -> Iterator[Built]:
+    """<component>.engine of TensorRT 11 for the GPU of this machine, and engines.json; yields an event for each.
+
+    folder: a finished export. components: all unless given. sizes: bounds by name, see fastory.export.profiles.
+    refit: other weights can be put in later. version_compatible: later TensorRT of the same major version can run it.
+    hardware_compatible: every GPU from Ampere on can. The graphs, build_engines.py and its plan are written before
+    anything is built. Raises InputError before the first event for a folder or sizes that cannot be used; later
+    NotBuiltError where TensorRT or a GPU is missing, and FastoryError where the builder fails, crashes, or the disk is full.
+    """
+    export = ExportFolder.open(Path(folder))
+    names = components or tuple(export.components)
+    shapes = profiles(export.manifest, names, sizes or {})
+    chosen = {
+        "refit": refit,
+        "version-compatible": version_compatible,
+        "hardware-compatible": hardware_compatible,
+    }
+    flags = [name for name, wanted in chosen.items() if wanted]
+    jobs = _jobs(export, shapes, "tensorrt", None, flags)
+    with _written(export.path):
+        plan = json.dumps({"schema": build_engines.SCHEMA, "jobs": jobs}, indent=1)
+        build_engines.write(export.path / build_engines.PLAN, (plan + "\n").encode())
+        script = Path(build_engines.__file__)
+        build_engines.write(export.path / script.name, script.read_bytes())
+    return _run(export.path, jobs)
+
+
+def build_rtx(
+    folder: str | Path,
+    target: str,
+    *,
+    components: Sequence[str] = (),
+    sizes: Mapping[str, Bounds] | None = None,
+) -> Iterator[Built]:
+    """<component>.rtx-<target>.engine of TensorRT for RTX, on any machine; see `build` for the rest.
+
+    target: sm75, sm80, sm86, sm89, sm120 or sm121; InputError for others.
+    """
+    if target.lower() not in RTX_TARGETS:
+        raise InputError(
+            f"--rtx {target}: TensorRT for RTX builds for {', '.join(RTX_TARGETS)}; for other GPUs build with --trt "
+            "on a machine that has one"
+        )
+    export = ExportFolder.open(Path(folder))
+    shapes = profiles(export.manifest, components or tuple(export.components), sizes or {})
+    return _run(export.path, _jobs(export, shapes, "tensorrt_rtx", target.lower(), []))
+
+
+def graph_name(component: str) -> str:
+    """The file that TensorRT reads: the exported graph with other bodies, beside it, over the same weights."""
+    return f"{component}.trt.onnx"
+
+
+def engine_name(component: str, target: str | None = None) -> str:
+    """The file of an engine; target: sm89 and so on for TensorRT for RTX."""
+    return f"{component}.engine" if target is None else f"{component}.rtx-{target}.engine"
+
+
+def write_graph(export: ExportFolder, component: str) -> Path:
+    """<component>.trt.onnx."""
+    from fastory.export.operators import bind_file
+
+    described = export.components[component]
+    target = export.path / graph_name(component)
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        bind_file(export.path / described["file"], partial, "trt", export.groups, export.dtype)
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+    return target
+
+
+def _jobs(
+    export: ExportFolder,
+    shapes: Mapping[str, Mapping[str, Shapes]],
+    builder: str,
+    target: str | None,
+    flags: Sequence[str],
+) -> list[dict[str, Any]]:
+    """What build_engines.build is given for each component; the graphs are written."""
+    jobs = []
+    for component, profile in shapes.items():
+        with _written(export.path):
+            files = [write_graph(export, component), export.path / export.components[component]["data"]]
+        jobs.append(
+            {
+                "component": component,
+                "graph": files[0].name,
+                "data": files[1].name,
+                "engine": engine_name(component, target),
+                "builder": builder,
+                "target": RTX_TARGETS[target] if target else None,
+                "profile": {name: [list(shape) for shape in three] for name, three in profile.items()},
+                "flags": list(flags),
+                "sha256": {file.name: file_hash(file) for file in files},
+            }
+        )
+    return jobs
+
+
+@contextmanager
+def _written(folder: Path) -> Iterator[None]:
+    """A disk that is full, or may not be written, as a message."""
+    try:
+        yield
+    except OSError as error:
+        raise FastoryError(f"{folder} could not be written: {error.strerror or error}") from error
+
+
+def _run(folder: Path, jobs: Sequence[Mapping[str, Any]]) -> Iterator[Built]:
+    for job in jobs:
+        done = _apart(folder, job)
+        engine = folder / job["engine"]
+        yield Built(job["component"], engine, done["seconds"], engine.stat().st_size, done["peak_memory"])
+
+
+def _apart(folder: Path, job: Mapping[str, Any]) -> dict[str, Any]:
+    """Build one engine in a process of its own, whose crash is an error here and whose memory goes back."""
+    # -P: the script's folder holds modules named like the packages that it imports.
+    command = [sys.executable, "-P", build_engines.__file__, "--job", str(folder)]
+    done = subprocess.run(
+        command, input=json.dumps(job), capture_output=True, text=True, errors="replace", check=False
+    )
+    if done.returncode == 0:
+        # NVIDIA's libraries print as well; ours is the last line.
+        reported: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+        return reported
+    said = done.stderr.strip()
+    if done.returncode == build_engines.MISSING:
+        raise NotBuiltError(_not_built(folder, job, said))
+    (folder / f".{job['engine']}.partial").unlink(missing_ok=True)
+    if done.returncode == 1:
+        raise FastoryError(f"{job['engine']} was not built: {said}")
+    raise FastoryError(
+        f"{job['engine']} was not built: NVIDIA's builder crashed ({_ending(done.returncode)}) on {job['graph']}; other "
+        f"sizes, another --dtype or another version of {job['builder']} may build. {said[-500:]}".rstrip()
+    )
+
+
+def _not_built(folder: Path, job: Mapping[str, Any], said: str) -> str:
+    if job["target"]:
+        return f"no engine was built: {said}"
+    return (
+        f"no engine was built: {said}. The graphs are in {folder}; copy it to a machine with an NVIDIA GPU and "
+        f"TensorRT (pip install '{build_engines.PACKAGES['tensorrt']}') and run there: python {folder.name}/build_engines.py"
+    )
+
+
+def _ending(status: int) -> str:
+    """The end of a process in words."""
+    if status >= 0:
+        return f"exit status {status}"
+    try:
+        return signal.Signals(-status).name
+    except ValueError:
+        return f"signal {-status}"
