@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from fastory import InputError, StoryModel
 from fastory.checkpoints import convert_checkpoint
+from fastory.checkpoints.writing import LOCK
 from fastory.cli import app
 
 QUERY = "vae.encoder.mid_block.attentions.0.query.bias"
@@ -222,9 +223,36 @@ def test_killed_while_it_writes(given: dict[str, Tensor]) -> None:
     ended = limited("killed")
     assert ended.returncode < 0, ended.stderr
     assert not Path("model").exists()
-    (left,) = Path().glob("model.unfinished-*")
+    left = Path("model.unfinished")
     assert list(left.rglob("*.safetensors")), "it was to die half-way, not before"
-    for folder in (left, *left.iterdir()):
+    for folder in (left, left / "new"):
         with pytest.raises(InputError, match="not a diffusers model folder"):
             StoryModel.open(str(folder))
     StoryModel.open(str(convert_checkpoint(Path("story.ckpt"), Path("model"), config=Path("config"))))
+    assert sorted(path.name for path in Path().iterdir()) == ["config", "model", "story.ckpt"]
+
+
+def test_killed_before_the_new_folder_took_the_old_ones_place(given: dict[str, Tensor]) -> None:
+    """The old folder comes back, and is replaced only by who asks for it."""
+    write_checkpoint(Path("story.ckpt"), given)
+    convert_checkpoint(Path("story.ckpt"), Path("model"), config=Path("config"))
+    Path("model/mine.txt").write_text("mine")
+    Path("model.unfinished/new").mkdir(parents=True)
+    Path("model.unfinished", LOCK).touch()
+    Path("model").rename("model.unfinished/old")
+    with pytest.raises(InputError, match="model exists; give another output, or --overwrite"):
+        convert_checkpoint(Path("story.ckpt"), Path("model"), config=Path("config"))
+    assert Path("model/mine.txt").read_text() == "mine"
+    assert not Path("model.unfinished").exists()
+
+
+def test_converted_files_can_be_read_by_whom_the_umask_says(given: dict[str, Tensor]) -> None:
+    write_checkpoint(Path("story.ckpt"), given)
+    old = os.umask(0o027)
+    try:
+        folder = convert_checkpoint(Path("story.ckpt"), Path("model"), config=Path("config"))
+    finally:
+        os.umask(old)
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert {oct(path.stat().st_mode & 0o777) for path in files} == {oct(0o640)}
+    assert folder.stat().st_mode & 0o777 == 0o750

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from fastory.checkpoints import convert_pickle, open_checkpoint
+from fastory.checkpoints.writing import LOCK
 from fastory.errors import InputError
 
 
@@ -131,3 +133,31 @@ def test_folder_that_cannot_be_written_is_one_message(tmp_path: Path) -> None:
     torch.save({"a": torch.ones(2)}, tmp_path / "m.bin")
     with pytest.raises(InputError, match="cannot be written"):
         convert_pickle(tmp_path / "m.bin", Path("/proc/m.safetensors"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no umask")
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_converted_file_has_the_rights_that_the_umask_gives(umask: int, mode: int, tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(2)}, tmp_path / "m.bin")
+    old = os.umask(umask)
+    try:
+        output = convert_pickle(tmp_path / "m.bin")
+    finally:
+        os.umask(old)
+    assert output.stat().st_mode & 0o777 == mode
+
+
+def test_what_a_killed_process_left_is_cleared_and_what_is_in_use_is_not(tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(2)}, tmp_path / "m.bin")
+    place = tmp_path / "m.safetensors.unfinished"
+    (place / "new").mkdir(parents=True)
+    (place / "m.safetensors").write_bytes(b"half")
+    with pytest.raises(InputError, match="unfinished is in the way"):
+        convert_pickle(tmp_path / "m.bin")  # nothing says that it is ours
+    assert (place / "m.safetensors").read_bytes() == b"half"
+    with FileLock(place / LOCK), pytest.raises(InputError, match="another process is writing"):
+        convert_pickle(tmp_path / "m.bin")
+    assert (place / "m.safetensors").read_bytes() == b"half"
+    (place / LOCK).touch()
+    convert_pickle(tmp_path / "m.bin")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.bin", "m.safetensors"]

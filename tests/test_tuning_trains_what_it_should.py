@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from fastory import InputError, StoryModel
 from fastory.tuning import loop
 from fastory.tuning.loop import Stepped, sha256_of, tune
 from fastory.tuning.sizes import HistorySizes, Tuning
+from fastory.tuning.state import write_tensors
 from fastory.tuning.tables import encode
 from fastory.tuning.trainee import Trainee, adapter_file
 
@@ -139,3 +142,15 @@ def test_a_tuning_goes_on_from_an_adapter(
     given = load_file(whole)
     assert tensors.keys() == given.keys() and all(torch.equal(tensors[k], given[k]) for k in given)
     assert json.loads(metadata["history"])["local_heads"] == 4
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no umask")
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_adapter_has_the_rights_that_the_umask_gives(umask: int, mode: int, tmp_path: Path) -> None:
+    old = os.umask(umask)
+    try:
+        write_tensors(tmp_path / "adapter.safetensors", {"a": torch.ones(2)}, {"format": "pt"})
+    finally:
+        os.umask(old)
+    assert (tmp_path / "adapter.safetensors").stat().st_mode & 0o777 == mode
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter.safetensors"]

@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +31,7 @@ from fastory.checkpoints.ar_ldm_configs import MULTIMODAL, VISION, Configs, Shap
 from fastory.checkpoints.ar_ldm_tokenizers import caption_tokenizer, history_tokenizer
 from fastory.checkpoints.checkpoint import DEFAULTS_FILE, DEFAULTS_SCHEMA
 from fastory.checkpoints.loading import loading
+from fastory.checkpoints.writing import place_beside, usual_mode
 from fastory.errors import InputError
 from fastory.history import HistoryEncoder
 from fastory.settings import PRESETS
@@ -88,7 +88,7 @@ def convert_ar_ldm(
     text = configs.text_encoder
     words = caption_tokenizer(config, text["vocab_size"], text["max_position_embeddings"], offline=offline)
     history_words = history_tokenizer(config, configs.history.text["vocab_size"], offline=offline)
-    with loading(f"{output} cannot be written"), _whole_folder(output) as folder:
+    with loading(f"{output} cannot be written"), _whole_folder(output, overwrite) as folder:
         _write_history(parts["history"], history_words, folder)
         _write_pipeline(parts, words, configs, folder, path.stem)
     return output
@@ -220,14 +220,17 @@ def _write_pipeline(parts: Mapping[str, Any], words: Any, configs: Configs, fold
 
 
 @contextmanager
-def _whole_folder(output: Path) -> Iterator[Path]:
+def _whole_folder(output: Path, overwrite: bool) -> Iterator[Path]:
     """A folder beside `output` that takes its place when all is written; an old one goes only then."""
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f"{output.name}.unfinished-") as place:
-        folder, old = Path(place) / "new", Path(place) / "old"
+    with place_beside(output) as place:
+        if output.exists() and not overwrite:  # it came back, or another process was faster
+            raise InputError(f"{output} exists; give another output, or --overwrite to replace it")
+        folder, old, mode = place / "new", place / "old", usual_mode(place)
         folder.mkdir()
         yield folder
         for file in folder.rglob("*"):
             if file.is_file():
+                file.chmod(mode)
                 with file.open("rb+") as written:
                     os.fsync(written.fileno())
         if output.exists():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import filecmp
 import os
 import pickle
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from zipfile import BadZipFile, is_zipfile
@@ -14,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from fastory.checkpoints.weights import PICKLE_SUFFIXES
+from fastory.checkpoints.writing import place_beside, usual_mode
 from fastory.errors import InputError
 
 
@@ -92,9 +92,10 @@ def _flattened(
 def _write(tensors: dict[str, torch.Tensor], output: Path, overwrite: bool) -> None:
     """Writes beside the output and renames, so that a reader never sees half a file."""
     try:
-        with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
-            written = Path(folder) / output.name
+        with place_beside(output) as place:
+            written = place / output.name
             save_file(tensors, written, metadata={"format": "pt"})  # transformers asks for the format
+            written.chmod(usual_mode(place))
             if output.exists() and not overwrite:
                 if not filecmp.cmp(written, output, shallow=False):
                     raise InputError(

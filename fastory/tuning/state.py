@@ -21,6 +21,7 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fastory.checkpoints.writing import usual_mode
 from fastory.errors import FastoryError, InputError
 
 SCHEMA = 1
@@ -127,8 +128,13 @@ class Progress:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """A safetensors file, whole or not at all."""
-    replace_file(path, lambda partial: save_file(dict(tensors), partial, metadata))
+    """A safetensors file, whole or not at all, with the rights of any new file."""
+
+    def write(partial: Path) -> None:
+        save_file(dict(tensors), partial, metadata)
+        partial.chmod(usual_mode(partial.parent))
+
+    replace_file(path, write)
 
 
 def replace_file(path: Path, write: Any) -> None:
