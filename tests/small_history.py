@@ -52,9 +52,19 @@ def encoder(config: HistoryConfig, seed: int = 0) -> HistoryEncoder:
     return made
 
 
+def forget_adapter(folder: Path) -> None:
+    """A model folder's own adapter of causal mode would take the place of another history."""
+    file = folder / "fastory_defaults.json"
+    if file.exists():
+        defaults = json.loads(file.read_text())
+        defaults.pop("adapter", None)
+        file.write_text(json.dumps(defaults))
+
+
 def write_causal_folder(base: Path, folder: Path, local_heads: int = 4, bottleneck: int = 8) -> Path:
     """A copy of the checkpoint `base` with a history encoder of its width and vocabulary."""
-    shutil.copytree(base, folder)
+    shutil.copytree(base, folder, ignore=shutil.ignore_patterns("causal"))
+    forget_adapter(folder)
     width = json.loads((base / "unet" / "config.json").read_text())["cross_attention_dim"]
     vocabulary = json.loads((base / "text_encoder" / "config.json").read_text())["vocab_size"]
     sizes = config(width, vocabulary, local_heads, bottleneck)

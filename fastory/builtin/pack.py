@@ -1,14 +1,17 @@
-"""The folder that ships: diffusers layout, fp16 files, the IP-Adapter file and fastory_defaults.json."""
+"""The folder that ships: diffusers layout, fp16 files, the IP-Adapter file, causal mode's adapter and fastory_defaults.json."""
 
 import json
 import shutil
 from pathlib import Path
 
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from fastory.builtin.world import SIZE
 
+CAUSAL = "causal/adapter.safetensors"  # what `fastory tune` made of the history stage's start
 PARTS = (
+    "causal",
     "feature_extractor",
     "image_encoder",
     "ip_adapter",
@@ -41,6 +44,7 @@ DEFAULTS = {
     "references": "others",
     "reference_scale": [0.3, 0.5],
     "ip_adapter": "ip_adapter/ip_adapter.safetensors",
+    "adapter": CAUSAL,
 }
 
 
@@ -51,16 +55,22 @@ def pack(model: Path, folder: Path) -> None:
     float32.
     """
     shutil.rmtree(folder, ignore_errors=True)
+    defaults = dict(DEFAULTS)
+    if not (model / CAUSAL).exists():
+        del defaults["adapter"]  # not tuned yet: the model draws in iterative mode
     for part in PARTS:
-        shutil.copytree(model / part, folder / part)
+        if part != "causal" or "adapter" in defaults:
+            shutil.copytree(model / part, folder / part)
     for file in folder.rglob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            metadata = opened.metadata() or {"format": "pt"}
         tensors = {k: v.half() if v.is_floating_point() else v for k, v in load_file(file).items()}
-        save_file(tensors, file, metadata={"format": "pt"})
+        save_file(tensors, file, metadata=metadata)
     for file in folder.rglob("config.json"):
         config = json.loads(file.read_text(encoding="utf-8"))
         config.pop("_name_or_path", None)  # a path of the machine that trained
         if "dtype" in config:
             config["dtype"] = "float32"
         file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    for name, content in (("model_index", INDEX), ("fastory_defaults", DEFAULTS)):
+    for name, content in (("model_index", INDEX), ("fastory_defaults", defaults)):
         (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
