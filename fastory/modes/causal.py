@@ -9,21 +9,21 @@ Frames of one story wait for each other, so several stories are drawn side by si
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
 from fastory.attention import Window
-from fastory.errors import FastoryError, InputError
-from fastory.events import BatchHalved, Event, FrameDrawn, Notice, StepDone
+from fastory.errors import InputError
+from fastory.events import Event, FrameDrawn, Notice, StepDone
 from fastory.history import HistoryConfig, Ring, Seen
 from fastory.model import Caption, StoryModel, open_picture
 from fastory.modes.finished import Finished, Nothing
-from fastory.placement import is_out_of_memory, release_memory
+from fastory.modes.memory import until_it_fits
 from fastory.sampler import Row, Sampler, noise_seed
 from fastory.settings import Settings
 from fastory.story import Story
@@ -88,11 +88,6 @@ class Company:
         self.window = window_of(self.history.encoder.config, self.settings, frames)
         self.sampler: Sampler | None = None
         self.negatives: dict[str, tuple[Caption, Tensor, Tensor]] = {}
-
-    def batch_size(self, frame: int) -> int:
-        """Stories at once at `frame`: as given, or what was left when memory ran out."""
-        given = self.batch_sizes[min(frame, len(self.batch_sizes) - 1)]
-        return given if self.halved is None else min(given, self.halved)
 
     def sampler_of(self, size: int) -> Sampler:
         """The sampler for `size` stories at once; its buffers and its captured graph serve all frames."""
@@ -205,7 +200,7 @@ def causal(
         yield from long_captions(company, telling)
     for frame in range(max(len(telling.story.frames) for telling in tellings)):
         if any(telling.needs(frame) for telling in tellings):
-            yield from until_it_fits(company, frame)
+            yield from until_it_fits(company, partial(draw_frame, company, frame), 0, frame)
 
 
 def long_captions(company: Company, telling: Telling) -> Iterator[Event]:
@@ -215,29 +210,7 @@ def long_captions(company: Company, telling: Telling) -> Iterator[Event]:
             yield Notice(f"frame {i}: the caption is longer than the text encoder reads; left off: {lost!r}")
 
 
-def until_it_fits(company: Company, frame: int) -> Iterator[Event]:
-    """One frame of every story, begun again with half the stories at once each time memory runs out."""
-    while True:
-        size = company.batch_size(frame)
-        try:
-            return (yield from draw_frame(company, frame, size))
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            needed = str(error).splitlines()[0] if str(error) else type(error).__name__
-            if size == 1:
-                raise FastoryError(
-                    f"out of memory at frame {frame} with one story at a time ({needed}). What helps: a smaller --width "
-                    "and --height, a smaller --window, --dtype float16 on a GPU, or a device with more memory. "
-                    "The finished pictures are kept; the same command goes on from them."
-                ) from None
-        company.sampler = None
-        release_memory(company.model.device)
-        company.halved = size // 2
-        yield BatchHalved(0, company.halved, needed, frame)
-
-
-def draw_frame(company: Company, frame: int, size: int) -> Iterator[Event]:
+def draw_frame(company: Company, frame: int, size: int) -> Generator[Event, None, None]:
     """Frame `frame` of every story that lacks it, `size` stories at a time."""
     tellings = company.tellings
     # A story always has the same place among the others, those that are finished included, as in iterative mode.

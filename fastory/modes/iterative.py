@@ -10,18 +10,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Container, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from fastory.attention import References
-from fastory.errors import FastoryError
-from fastory.events import BatchHalved, Event, FrameDrawn, Notice, RoundFinished, RoundStarted, StepDone
+from fastory.events import Event, FrameDrawn, Notice, RoundFinished, RoundStarted, StepDone
 from fastory.model import Caption, StoryModel, open_picture
 from fastory.modes.finished import Finished, Nothing
-from fastory.placement import is_out_of_memory, release_memory
+from fastory.modes.memory import until_it_fits
 from fastory.sampler import Row, Sampler, noise_seed
 from fastory.settings import Settings
 from fastory.story import Story
@@ -76,11 +75,6 @@ class Run:
         """The unconditional reference's tokens (1, T, C_x), once a story."""
         return self.model.null_reference()
 
-    def batch_size(self, round: int) -> int:
-        """Frames at once in `round`: as given, or what was left when memory ran out."""
-        given = self.batch_sizes[min(round, len(self.batch_sizes) - 1)]
-        return given if self.halved is None else min(given, self.halved)
-
 
 def iterative(
     model: StoryModel,
@@ -102,7 +96,7 @@ def iterative(
     yield from encode_texts(run)
     last: dict[int, Tensor | None] = {}
     for k in range(settings.iterations + 1):
-        last = yield from until_it_fits(run, k, last)
+        last = yield from until_it_fits(run, partial(draw_round, run, k, last), k)
 
 
 def encode_texts(run: Run) -> Iterator[Event]:
@@ -119,30 +113,6 @@ def encode_texts(run: Run) -> Iterator[Event]:
             model.encode_reference(open_picture(path), settings.reference_fit)
             for path in (character.references if shown else ())
         ]
-
-
-def until_it_fits(
-    run: Run, k: int, last: dict[int, Tensor | None]
-) -> Generator[Event, None, dict[int, Tensor | None]]:
-    """Round k, begun again with half the frames at once each time memory runs out. Returns its reference tokens."""
-    while True:
-        size = run.batch_size(k)
-        try:
-            return (yield from draw_round(run, k, last, size))
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            needed = str(error).splitlines()[0] if str(error) else type(error).__name__
-            if size == 1:
-                raise FastoryError(
-                    f"out of memory in round {k} with one frame at a time ({needed}). What helps: a smaller --width and "
-                    "--height, --dtype float16 on a GPU, fewer programs beside this one, or a device with more memory. "
-                    "The finished pictures are kept; the same command goes on from them."
-                ) from None
-        run.sampler = None
-        release_memory(run.model.device)
-        run.halved = size // 2
-        yield BatchHalved(k, run.halved, needed)
 
 
 def draw_round(
