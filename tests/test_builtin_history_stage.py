@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -79,3 +82,23 @@ def test_a_few_steps_learn_and_the_start_opens(objective: HistoryObjective, tmp_
     own, loaded = objective.encoder.state_dict(), opened.require_history().encoder.state_dict()
     assert own.keys() == loaded.keys()
     assert all(torch.equal(own[name], loaded[name]) for name in own)
+
+
+def test_every_training_process_reads_a_caption_alike() -> None:
+    """The order of a hash map differs from process to process; the ids of a caption must not."""
+    code = (
+        "from fastory.builtin.tokenizer import build_tokenizer\n"
+        "tokenizer = build_tokenizer()\n"
+        "print(sorted(tokenizer.get_vocab().items()), tokenizer('A fox and Zebulon nap')['input_ids'])"
+    )
+    told = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2", "3")
+    }
+    assert len(told) == 1

@@ -127,11 +127,15 @@ class ClipObjective(Objective):
     ema_decay = 0.998
 
     def __init__(
-        self, vae: Network | None = None, text_encoder: Network | None = None, pictures: int = 40
+        self,
+        vae: Network | None = None,
+        text_encoder: Network | None = None,
+        pictures: int = 40,
+        tokenizer: CLIPTokenizer | None = None,
     ) -> None:
-        """text_encoder: kept as it is, because a UNet has learned to read it."""
+        """text_encoder, tokenizer: kept as they are, because a UNet has learned to read them."""
         super().__init__()
-        self.tokenizer: CLIPTokenizer = build_tokenizer()
+        self.tokenizer: CLIPTokenizer = tokenizer or build_tokenizer()
         self.text_encoder = text_encoder or build_text_encoder(len(self.tokenizer), TOKEN_LIMIT)
         self.text_is_kept = text_encoder is not None
         self.text_encoder.requires_grad_(not self.text_is_kept)

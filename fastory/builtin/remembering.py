@@ -103,7 +103,9 @@ class HistoryObjective(Objective):
     ) -> None:
         """Pictures, captions and labels come as in the clip stage."""
         super().__init__()
-        self._clip = [ClipObjective(vae, text_encoder, pictures)]  # a list hides it from parameters()
+        self._clip = [
+            ClipObjective(vae, text_encoder, pictures, tokenizer)
+        ]  # a list hides it from parameters()
         self.tokenizer = tokenizer
         self.encoder = build_history_encoder(len(tokenizer))
         pixels = self._clip[0].batch(np.random.default_rng(0), 0.0)["pixels"]

@@ -2,38 +2,60 @@
 
 import json
 import tempfile
+from collections import Counter
+from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import pre_tokenizers
 from transformers import CLIPTokenizer
 
 from fastory.builtin.captions import TOKEN_LIMIT, vocabulary
+
+Pair = tuple[str, str]
 
 
 def build_tokenizer() -> CLIPTokenizer:
     """Byte-level BPE on the vocabulary; a strange word falls into known pieces and letters, never into nothing.
 
-    Start and end are the last two ids; the end also pads, as in Stable Diffusion's tokenizer.
+    Start and end are the last two ids; the end also pads, as in Stable Diffusion's tokenizer. The same every time.
     """
-    stock = CLIPTokenizer().backend_tokenizer
-    trained = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    trained.normalizer, trained.pre_tokenizer = stock.normalizer, stock.pre_tokenizer
+    merges = learn_merges(vocabulary())
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=10_000,
-        min_frequency=1,
-        end_of_word_suffix="</w>",
-        initial_alphabet=alphabet,
-        show_progress=False,
-    )
-    trained.train_from_iterator([" ".join(sorted(vocabulary()))], trainer)
-    bpe = json.loads(trained.to_str())["model"]
-    ids = dict(sorted(bpe["vocab"].items(), key=lambda item: item[1]))
-    for token in (*alphabet, *(letter + "</w>" for letter in alphabet), "<|startoftext|>", "<|endoftext|>"):
+    letters = [*alphabet, *(letter + "</w>" for letter in alphabet)]
+    tokens = [*letters, *(first + second for first, second in merges), "<|startoftext|>", "<|endoftext|>"]
+    ids: dict[str, int] = {}
+    for token in tokens:
         ids.setdefault(token, len(ids))
     with tempfile.TemporaryDirectory() as folder:
         files = Path(folder, "vocab.json"), Path(folder, "merges.txt")
         files[0].write_text(json.dumps(ids), encoding="utf-8")
-        merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in bpe["merges"]]
-        files[1].write_text("\n".join(["#version: 0.2", *merges]), encoding="utf-8")
+        lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
+        files[1].write_text("\n".join(lines), encoding="utf-8")
         return CLIPTokenizer(vocab=str(files[0]), merges=str(files[1]), model_max_length=TOKEN_LIMIT)
+
+
+def learn_merges(words: Iterable[str]) -> list[Pair]:
+    """Byte-pair merges until every word is one token: the most frequent pair first, the first by name among equals.
+
+    The trainer of the tokenizers package breaks ties by the order of a hash map, another one in every process: then two
+    training processes would read the same caption differently.
+    """
+    pieces = [[*word[:-1], word[-1] + "</w>"] for word in sorted(words)]
+    merges: list[Pair] = []
+    while counts := Counter(pair for word in pieces for pair in pairwise(word)):
+        best = min(counts, key=lambda pair: (-counts[pair], pair))
+        merges.append(best)
+        pieces = [_merged(word, best) for word in pieces]
+    return merges
+
+
+def _merged(word: list[str], pair: Pair) -> list[str]:
+    """The pieces of a word with every occurrence of `pair` joined."""
+    out: list[str] = []
+    for piece in word:
+        if out and (out[-1], piece) == pair:
+            out[-1] += piece
+        else:
+            out.append(piece)
+    return out

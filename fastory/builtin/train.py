@@ -77,9 +77,11 @@ def build_objective(stage: str, options: argparse.Namespace, part: int, parts: i
     if stage == "vae":
         return VaeObjective(sizes, batch)
     vae: Network = AutoencoderKL.from_pretrained(model / "vae") if (model / "vae").exists() else None
-    if stage == "clip":
-        return ClipObjective(vae, _text_encoder(model) if (model / "unet").exists() else None, batch)
+    if stage == "clip" and not (model / "unet").exists():
+        return ClipObjective(vae, None, batch)
     tokenizer = CLIPTokenizer.from_pretrained(model / "tokenizer")
+    if stage == "clip":
+        return ClipObjective(vae, _text_encoder(model), batch, tokenizer)
     if stage == "history":
         seen: Network = CLIPVisionModelWithProjection.from_pretrained(model / "image_encoder")
         return HistoryObjective(vae, _text_encoder(model), seen.float(), tokenizer, batch)
