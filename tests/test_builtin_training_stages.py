@@ -15,7 +15,7 @@ from fastory.builtin.denoiser import TRAINED_SCALE, AdapterObjective, Corpus, lo
 from fastory.builtin.encoders import pixel_values, pixels_of
 from fastory.builtin.networks import build_image_encoder, build_text_encoder, build_unet, build_vae
 from fastory.builtin.tokenizer import build_tokenizer
-from fastory.builtin.train import minutes_of, parse
+from fastory.builtin.train import STAGES, minutes_of, parse
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,5 @@ def test_pixels_of_decoded_pictures_match_those_of_stored_ones() -> None:
 
 def test_minutes_for_all_stages_are_shared_out() -> None:
     options = parse(["--minutes", "20", "--device", "cuda"])
-    assert sum(minutes_of(stage, options) for stage in ("vae", "clip", "unet", "adapter")) == pytest.approx(
-        20
-    )
+    assert sum(minutes_of(stage, options) for stage in STAGES) == pytest.approx(20)
     assert minutes_of("vae", parse(["--stage", "vae", "--minutes", "3"])) == 3
