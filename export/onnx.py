@@ -375,13 +375,12 @@ def _rebind(there: ExportFolder, binding: str) -> Iterator[Event]:
 
     if there.manifest["binding"] != binding:
         files = dict(there.manifest["files"])
-        for component in there.components.values():
-            name = component["file"]
+        graphs = [component["file"] for component in there.components.values()]
+        for name in graphs:
             partial = there.path / f".{name}.partial"
-            kind = there.dtype
-            bind_file(there.path / name, partial, binding, there.groups, kind)
+            bind_file(there.path / name, partial, binding, there.groups, there.dtype)
             partial.replace(there.path / name)
-        files |= {name: digest for name, digest in hashes_of(there.path).items() if name.endswith(".onnx")}
+        files |= {name: digest for name, digest in hashes_of(there.path).items() if name in graphs}
         write_manifest(there.path, {**there.manifest, "binding": binding, "files": files})
         yield Rebound(binding)
     yield Finished(there.path)

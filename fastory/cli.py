@@ -25,12 +25,13 @@ app = typer.Typer(
 )
 stderr = Console(stderr=True, highlight=False)
 
-STORY, MODEL, METHOD, SAMPLING, PICTURE, RUN, OUTPUT = (
+STORY, MODEL, METHOD, SAMPLING, PICTURE, TENSORRT, RUN, OUTPUT = (
     "Story",
     "Model",
     "Method",
     "Sampling",
     "Picture",
+    "TensorRT",
     "Running",
     "Output",
 )
@@ -360,7 +361,9 @@ def tune(
 @app.command()
 def export(
     onnx: Annotated[bool, option(OUTPUT, "--onnx", help="ONNX graphs (the default).")] = False,
-    trt: Annotated[bool, option(OUTPUT, "--trt", help="TensorRT engines from the graphs.")] = False,
+    trt: Annotated[
+        bool, option(OUTPUT, "--trt", help="TensorRT engines from the graphs, for this machine's GPU.")
+    ] = False,
     output: Annotated[
         Path | None,
         option(OUTPUT, "--output", "-o", help="Folder (default: ./engines/<model>-<hash>)."),
@@ -396,17 +399,52 @@ def export(
         str,
         option(METHOD, help="What computes attention: ort (ONNX Runtime, the default), portable or trt."),
     ] = "ort",
+    rtx: Annotated[
+        str | None,
+        option(TENSORRT, metavar="SM", help="TensorRT for RTX, for another machine's GPU, such as sm89."),
+    ] = None,
+    size: Annotated[
+        list[str] | None,
+        option(TENSORRT, metavar="NAME=LEAST:MOST", help="Sizes that an engine takes; repeatable."),
+    ] = None,
+    component: Annotated[
+        list[str] | None, option(TENSORRT, help="Build only this component; repeatable.")
+    ] = None,
+    refit: Annotated[
+        bool, option(TENSORRT, "--refit", help="Engines that take other weights later.")
+    ] = False,
+    version_compatible: Annotated[
+        bool, option(TENSORRT, "--version-compatible", help="Engines for later TensorRT versions as well.")
+    ] = False,
+    hardware_compatible: Annotated[
+        bool, option(TENSORRT, "--hardware-compatible", help="Engines for every GPU from Ampere on.")
+    ] = False,
 ) -> None:
     """Write a model as ONNX graphs, each compared with torch, for `fastory generate --engine FOLDER`.
 
     The weight of the references, their number and who sees them are inputs of the graphs. The same command with another
-    --bind changes the small graph files of a finished export alone.
+    --bind changes the small graph files of a finished export alone. With --trt engines are built beside them; where
+    TensorRT or a GPU is missing, the graphs and a build script are written, and the exit code is 3.
     """
     with reported():
+        flags = {
+            "refit": refit,
+            "version_compatible": version_compatible,
+            "hardware_compatible": hardware_compatible,
+        }
+        wanted = [f"--{name.replace('_', '-')}" for name, given in flags.items() if given]
+        wanted += ["--rtx"] * (rtx is not None) + ["--size"] * bool(size) + ["--component"] * bool(component)
+        if wanted and not trt:
+            raise InputError(f"{wanted[0]} is about engines; give --trt as well")
+        if rtx is not None and any(flags.values()):
+            raise InputError(f"TensorRT for RTX has no {wanted[0]}; leave it out")
         opened = open_model(
             model, config, ip_adapter, image_encoder, adapter, lora or [], "cpu", dtype, "off", offline
         )
-        show_export(export_events(opened, output, groups, bind, overwrite), quiet)
+        folder = show_export(export_events(opened, output, groups, bind, overwrite), quiet)
+        if trt:
+            show_engines(engine_events(folder, rtx, component or [], size or [], flags), quiet)
+        typer.echo(str(folder))
 
 
 def export_events(model: Any, output: Path | None, groups: int, bind: str, overwrite: bool) -> Iterator[Any]:
@@ -422,9 +460,32 @@ def export_events(model: Any, output: Path | None, groups: int, bind: str, overw
     return export_onnx(model, output, groups=groups, binding=bind, overwrite=overwrite)
 
 
-def show_export(events: Iterator[Any], quiet: bool) -> None:
-    """A line for each component; the folder's path on stdout."""
+def engine_events(
+    folder: Path, rtx: str | None, components: list[str], sizes: list[str], flags: dict[str, bool]
+) -> Iterator[Any]:
+    """The events of building engines of an exported folder."""
+    from fastory.export.profiles import parse_sizes
+    from fastory.export.tensorrt import build, build_rtx
+
+    bounds = parse_sizes(sizes)
+    if rtx is not None:
+        return build_rtx(folder, rtx, components=components, sizes=bounds)
+    return build(folder, components=components, sizes=bounds, **flags)
+
+
+def show_engines(events: Iterator[Any], quiet: bool) -> None:
+    """A line for each engine."""
+    for event in events:
+        if not quiet:
+            said = f"{event.engine.name}: {event.bytes / 1e6:.0f} MB, {event.seconds:.0f} s"
+            stderr.print(f"  {said}", soft_wrap=True)
+
+
+def show_export(events: Iterator[Any], quiet: bool) -> Path:
+    """A line for each component. Returns the folder."""
     from fastory.export import onnx
+
+    folder = Path()
 
     def note(text: str) -> None:
         if not quiet:
@@ -445,7 +506,8 @@ def show_export(events: Iterator[Any], quiet: bool) -> None:
             case onnx.Rebound():
                 note(f"bound for {event.binding}; the weights are as they were")
             case onnx.Finished():
-                typer.echo(str(event.folder))
+                folder = event.folder
+    return folder
 
 
 def parse_frames(text: str | None) -> list[int] | slice | None:

@@ -25,6 +25,8 @@ from fastory.errors import InputError
 from fastory.export.folder import ExportFolder
 from fastory.export.graphs import factored
 from fastory.export.sessions import OrtSession, Session
+from fastory.export.tensorrt import engine_name
+from fastory.export.tensorrt_session import TensorRtSession
 from fastory.history import HistoryConfig
 from fastory.model import Caption, StoryModel
 from fastory.placement import Placement, place
@@ -235,17 +237,47 @@ def _guidance_embedding(weights: Tensor, embedding_dim: int) -> Tensor:
 
 
 def sessions_for(folder: ExportFolder, device: torch.device) -> Callable[[str], Session]:
-    """What runs the components of `folder` on `device`: ONNX Runtime."""
+    """What runs the components of `folder` on `device`: on CUDA the engines that were built for it, else ONNX Runtime.
+
+    Raises InputError where only TensorRT could, and there is no engine.
+    """
+    engines = engines_for(folder, device)
+    if len(engines) < len(folder.components):
+        refuse_onnxruntime(folder)
+
+    def session(name: str) -> Session:
+        if name in engines:
+            return TensorRtSession(folder.path, engines[name], device)
+        return OrtSession(folder.path / folder.components[name]["file"], device)
+
+    return session
+
+
+def engines_for(folder: ExportFolder, device: torch.device) -> dict[str, str]:
+    """The engine file of every component that has one: TensorRT's, else that of TensorRT for RTX for this GPU."""
+    if device.type != "cuda":
+        return {}
+    major, minor = torch.cuda.get_device_capability(device)
+    return {
+        component: file
+        for component in folder.components
+        for file in (engine_name(component, f"sm{major}{minor}"), engine_name(component))
+        if (folder.path / file).is_file()
+    }
+
+
+def refuse_onnxruntime(folder: ExportFolder) -> None:
+    """InputError for a type or a binding that ONNX Runtime cannot run."""
     if folder.dtype == torch.bfloat16:
         raise InputError(
-            f"{folder.path} was exported in bfloat16, which ONNX Runtime does not compute; export it in float32 or float16"
+            f"{folder.path} was exported in bfloat16, which ONNX Runtime does not compute; export it in float32 or "
+            "float16, or build engines on a machine with an NVIDIA GPU: fastory export --trt"
         )
     if folder.manifest["binding"] == "trt":
         raise InputError(
             f"{folder.path} is bound for TensorRT, and ONNX Runtime cannot run that; "
             "run the same `fastory export --onnx` with --bind ort, which changes the small graph files alone"
         )
-    return lambda name: OrtSession(folder.path / folder.components[name]["file"], device)
 
 
 def check_sizes(name: str, component: Mapping[str, Any], inputs: Mapping[str, Tensor]) -> None:
