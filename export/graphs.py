@@ -571,7 +571,7 @@ def _seen(model: StoryModel) -> dict[str, Input]:
 @contextlib.contextmanager
 def plain_linear(module: nn.Module) -> Iterator[None]:
     """Linear layers whose rows go together: RowByRow splits a batch, whose size a graph does not know."""
-    changed = [one for one in module.modules() if type(one) is RowByRow]
+    changed: list[nn.Module] = [one for one in module.modules() if type(one) is RowByRow]
     for one in changed:
         one.__class__ = nn.Linear
     try:

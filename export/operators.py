@@ -67,13 +67,17 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     register_schemas()
     opset: Any = values.Opset(DOMAIN, VERSION)
 
-    def grca(q, k_text, v_text, k_ref, v_ref, scale, tokens_per_ref, ref_offsets, ref_visible, mask):  # type: ignore[no-untyped-def]  # symbolic tensors
+    def grca(
+        q, k_text, v_text, k_ref, v_ref, scale, tokens_per_ref, ref_offsets, ref_visible, mask
+    ):  # symbolic tensors
         if ref_offsets is None or ref_visible is None or mask is not None:
             raise ValueError("grca is exported with ref_offsets and ref_visible, and without mask")
         inputs = (q, k_text, v_text, k_ref, v_ref, scale, ref_offsets, ref_visible)
         return opset.grca(*inputs, tokens_per_ref=tokens_per_ref)
 
-    def banded(q, k, v, group_size, window, query_group, query_group_size, key_padding, prefix):  # type: ignore[no-untyped-def]  # symbolic tensors
+    def banded(
+        q, k, v, group_size, window, query_group, query_group_size, key_padding, prefix
+    ):  # symbolic tensors
         if key_padding is None:
             raise ValueError("banded_causal_attention is exported with key_padding")
         size = group_size if query_group_size is None else query_group_size
@@ -321,8 +325,9 @@ def _composed(out: str, q: str, k: str, v: str, visible: str | None, dtype: torc
 def _trt(out: str, q: str, k: str, v: str, visible: str | None, share: float) -> list[str]:
     """NVIDIA's own operator: it does not scale, and its mask (True: sees) is broadcast over heads and queries.
 
-    share: q is multiplied by d^-share and k by the rest of 1 / sqrt d. Attentions of one q need different shares: NVIDIA's
-    builder (RTX 1.7) crashes where two read the same q. Decomposable: float32 has no fused kernel.
+    share: q is multiplied by d^-share and k by the rest of 1 / sqrt d. Attentions of one q have different shares: NVIDIA's
+    builder (RTX 1.7) crashes where two of them read that q times the same constant. Decomposable: float32 has no fused
+    kernel. A product, softmax and product in its place build as well, but in float16 and bfloat16 this is the fused kernel.
     """
     mask = "" if visible is None else f", {visible}"
     return [

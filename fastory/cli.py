@@ -495,12 +495,11 @@ def show_export(events: Iterator[Any], quiet: bool) -> Path:
         match event:
             case onnx.Exported():
                 note(f"{event.component}: {event.bytes / 1e6:.1f} MB of weights, {event.seconds:.0f} s")
-            case onnx.Compared() if event.worst is None:
+            case onnx.Compared(worst=None):
                 note("bfloat16: graphs checked; compared with torch as float32, which a CPU runtime computes")
-            case onnx.Compared():
-                worst = event.worst
+            case onnx.Compared(comparisons=count, worst=onnx.Parity() as worst):
                 note(
-                    f"{event.comparisons} comparisons with torch agree; nearest to what is allowed: {worst.component}, "
+                    f"{count} comparisons with torch agree; nearest to what is allowed: {worst.component}, "
                     f"{worst.error:.2g} from float64 of {worst.allowed:.2g}"
                 )
             case onnx.Rebound():

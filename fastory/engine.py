@@ -52,9 +52,10 @@ class EngineModel(StoryModel):
             for name, tensor in load_file(folder.path / "constants.safetensors").items()
         }
         self.pipeline = self._pipeline()
-        self.checkpoint = cast(Any, SimpleNamespace(image_processor=self._feature_extractor(), history=None))
-        if manifest["history"] is not None:
-            self.checkpoint.history = self._history()
+        history = None if manifest["history"] is None else self._history()
+        self.checkpoint = cast(
+            Any, SimpleNamespace(image_processor=self._feature_extractor(), history=history)
+        )
         config = SimpleNamespace(**manifest["unet"])
         self.unet = EngineUnet(self, "unet", config)
         self.vae = EngineVae(self)
