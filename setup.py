@@ -42,6 +42,11 @@ extras_require = {
     # fastory export: the format, torch's exporter, and the runtime that each graph is compared on
     "onnx": ["onnx>=1.19", "onnxscript>=0.5", "onnxruntime>=1.22"],
     "tensorrt": ["tensorrt>=11"],
+    # fastory export --trt --rtx: builds engines without a GPU; the libraries are in the wheel
+    "rtx": [
+        "tensorrt-rtx-cu13-libs==1.7.1.116; platform_system == 'Linux'",
+        "tensorrt-rtx-cu13-bindings==1.7.1.116; platform_system == 'Linux'",
+    ],
     "test": [
         "pytest>=8",
         "selenium>=4.20",  # the storybook in headless Chromium
