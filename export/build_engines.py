@@ -123,13 +123,8 @@ def refuse_changed(folder: Path, job: Mapping[str, Any]) -> None:
 def _serialized(trt: Any, folder: Path, job: Mapping[str, Any], made: Mapping[str, Any]) -> Any:
     """The engine's bytes, an IHostMemory."""
     logger = _logger(trt)
-    builder = trt.Builder(logger)
-    # Ignored since TensorRT 11, which knows no other networks: types are those of the graph.
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, logger)
-    if not parser.parse_from_file(str(folder / job["graph"])):
-        errors = [_explained(parser.get_error(number)) for number in range(parser.num_errors)]
-        raise BuildError(f"NVIDIA's parser refuses {job['graph']}: {'; '.join(errors) or _said(logger)}")
+    builder: trt.Builder = trt.Builder(logger)
+    network = _parsed(trt, builder, logger, folder / job["graph"])
     config = builder.create_builder_config()
     _configure(trt, config, job)
     profile = builder.create_optimization_profile()
@@ -142,6 +137,19 @@ def _serialized(trt: Any, folder: Path, job: Mapping[str, Any], made: Mapping[st
     if serialized is None:
         raise BuildError(f"NVIDIA's builder made no engine of {job['graph']}: {_said(logger)}")
     return serialized
+
+
+def _parsed(trt: Any, builder: trt.Builder, logger: Any, graph: Path) -> trt.INetworkDefinition:
+    # Ignored since TensorRT 11, which knows no other networks: types are those of the graph.
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(str(graph)):
+        errors = [_explained(parser.get_error(number)) for number in range(parser.num_errors)]
+        raise BuildError(f"NVIDIA's parser refuses {graph.name}: {'; '.join(errors) or _said(logger)}")
+    for number in range(network.num_inputs):
+        if network.get_input(number).is_shape_tensor:
+            raise BuildError(f"{graph.name}: sizes depend on the values of {network.get_input(number).name}")
+    return network
 
 
 def _configure(trt: Any, config: trt.IBuilderConfig, job: Mapping[str, Any]) -> None:
