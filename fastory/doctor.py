@@ -24,7 +24,9 @@ PACKAGES = (
     "pillow",
     "xformers",
     "onnx",
+    "onnxruntime",
     "tensorrt",
+    "tensorrt-rtx-cu13-bindings",
 )
 
 
@@ -34,7 +36,7 @@ def report() -> Iterator[str]:
     yield ""
     yield "packages"
     for package in PACKAGES:
-        yield f"  {package:<13} {_version(package)}"
+        yield f"  {package.removesuffix('-cu13-bindings'):<13} {_version(package)}"
     yield ""
     yield "devices"
     memory = psutil.virtual_memory()
