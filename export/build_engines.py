@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 PLAN, ENGINES, SCHEMA = "build_engines.json", "engines.json", 1
 MISSING = 3  # exit status: TensorRT or a GPU is not there
-PACKAGES = {"tensorrt": "tensorrt>=11", "tensorrt_rtx": "tensorrt-rtx-cu13-bindings"}
+PACKAGES = {"tensorrt": "tensorrt>=11", "tensorrt_rtx": "fastory[rtx]"}
 OLDEST = {"tensorrt": 11, "tensorrt_rtx": 1}
 # cuDeviceGetAttribute's numbers for the compute capability, of cuda.h.
 MAJOR, MINOR = 75, 76

@@ -66,11 +66,11 @@ def profiles(
 def default_bounds(name: str, hot: int) -> Bounds:
     """Least and most of an axis that the user did not bound, around the size of most calls.
 
-    An engine's memory grows with the most that it takes, so the whole range of the graph would fit no GPU. References
+    What the builder plans grows with the most that is taken, so the whole range of a graph would fit no GPU. References
     count one more per group, the unconditional one.
     """
     return {
-        "batch": (1, max(16, hot)),
+        "batch": (1, max(32, hot)),  # both guidance rows of the largest micro-batch
         "height": (max(1, hot // 2), hot + hot // 2),
         "width": (max(1, hot // 2), hot + hot // 2),
         "text": (1, 4 * hot),

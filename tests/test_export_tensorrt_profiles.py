@@ -45,7 +45,7 @@ def test_pixels_mean_the_same_in_the_unet_and_the_decoder(manifest: dict) -> Non
 
 def test_what_is_not_named_is_bounded_around_the_usual_size(manifest: dict) -> None:
     least, usual, most = profiles(manifest, ["unet"], {})["unet"]["sample"]
-    assert (least, usual, most) == ((1, 32, 8, 8), (8, 32, 16, 16), (16, 32, 24, 24))
+    assert (least, usual, most) == ((1, 32, 8, 8), (8, 32, 16, 16), (32, 32, 24, 24))
     assert default_bounds("references", 9) == (1, 128)
 
 
