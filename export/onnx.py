@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 from fastory import __version__
+from fastory.checkpoints.hashes import file_hash
 from fastory.errors import FastoryError, InputError
 from fastory.export.folder import MANIFEST, SCHEMA, ExportFolder, hashes_of, write_manifest
 from fastory.export.graphs import Component, components, constants, factored, is_large, plain_linear
@@ -380,7 +381,7 @@ def _rebind(there: ExportFolder, binding: str) -> Iterator[Event]:
             partial = there.path / f".{name}.partial"
             bind_file(there.path / name, partial, binding, there.groups, there.dtype)
             partial.replace(there.path / name)
-        files |= {name: digest for name, digest in hashes_of(there.path).items() if name in graphs}
+        files |= {name: file_hash(there.path / name) for name in graphs}
         write_manifest(there.path, {**there.manifest, "binding": binding, "files": files})
         yield Rebound(binding)
     yield Finished(there.path)

@@ -96,14 +96,19 @@ def build_rtx(
 
     target: sm75, sm80, sm86, sm89, sm120 or sm121; InputError for others.
     """
+    check_target(target)
+    export = ExportFolder.open(Path(folder))
+    shapes = profiles(export.manifest, components or tuple(export.components), sizes or {})
+    return _run(export.path, _jobs(export, shapes, "tensorrt_rtx", target.lower(), []))
+
+
+def check_target(target: str) -> None:
+    """InputError for a GPU that TensorRT for RTX does not build for."""
     if target.lower() not in RTX_TARGETS:
         raise InputError(
             f"--rtx {target}: TensorRT for RTX builds for {', '.join(RTX_TARGETS)}; for other GPUs build with --trt "
             "on a machine that has one"
         )
-    export = ExportFolder.open(Path(folder))
-    shapes = profiles(export.manifest, components or tuple(export.components), sizes or {})
-    return _run(export.path, _jobs(export, shapes, "tensorrt_rtx", target.lower(), []))
 
 
 def graph_name(component: str) -> str:

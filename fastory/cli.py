@@ -438,12 +438,13 @@ def export(
             raise InputError(f"{wanted[0]} is about engines; give --trt as well")
         if rtx is not None and any(flags.values()):
             raise InputError(f"TensorRT for RTX has no {wanted[0]}; leave it out")
+        bounds = checked_engines(rtx, size or []) if trt else {}
         opened = open_model(
             model, config, ip_adapter, image_encoder, adapter, lora or [], "cpu", dtype, "off", offline
         )
         folder = show_export(export_events(opened, output, groups, bind, overwrite), quiet)
         if trt:
-            show_engines(engine_events(folder, rtx, component or [], size or [], flags), quiet)
+            show_engines(engine_events(folder, rtx, component or [], bounds, flags), quiet)
         typer.echo(str(folder))
 
 
@@ -460,14 +461,26 @@ def export_events(model: Any, output: Path | None, groups: int, bind: str, overw
     return export_onnx(model, output, groups=groups, binding=bind, overwrite=overwrite)
 
 
+def checked_engines(rtx: str | None, sizes: list[str]) -> dict[str, tuple[int, int]]:
+    """The bounds of --size. Raises InputError for those and for a target before anything is exported."""
+    from fastory.export.profiles import parse_sizes
+    from fastory.export.tensorrt import check_target
+
+    if rtx is not None:
+        check_target(rtx)
+    return parse_sizes(sizes)
+
+
 def engine_events(
-    folder: Path, rtx: str | None, components: list[str], sizes: list[str], flags: dict[str, bool]
+    folder: Path,
+    rtx: str | None,
+    components: list[str],
+    bounds: dict[str, tuple[int, int]],
+    flags: dict[str, bool],
 ) -> Iterator[Any]:
     """The events of building engines of an exported folder."""
-    from fastory.export.profiles import parse_sizes
     from fastory.export.tensorrt import build, build_rtx
 
-    bounds = parse_sizes(sizes)
     if rtx is not None:
         return build_rtx(folder, rtx, components=components, sizes=bounds)
     return build(folder, components=components, sizes=bounds, **flags)

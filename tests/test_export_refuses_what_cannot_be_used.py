@@ -161,10 +161,13 @@ def test_folders_that_hold_something_else_are_kept(model: StoryModel, copy: Path
     [
         (["export", "--bind", "cuda"], "--bind: wanted one of ort, portable, trt"),
         (["export", "--groups", "0"], "--groups: wanted 1 or more"),
+        (["export", "--trt", "--size", "depth=3"], "NAME one of batch"),
+        (["export", "--trt", "--rtx", "sm90"], "--rtx sm90: TensorRT for RTX builds for"),
+        (["export", "--refit"], "--refit is about engines; give --trt"),
         (["generate", "flag", "--engine", "nowhere"], "holds no fastory.json"),
         (["generate", "flag", "--engine", "nowhere", "--lora", "a"], "--lora is given when it is exported"),
     ],
-    ids=["bind", "groups", "no-engine", "engine-and-lora"],
+    ids=["bind", "groups", "size", "target", "engines", "no-engine", "engine-and-lora"],
 )
 def test_the_command_line_says_what_was_wanted(arguments: list[str], said: str) -> None:
     result = CliRunner().invoke(app, arguments)
