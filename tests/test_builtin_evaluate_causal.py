@@ -20,10 +20,12 @@ from fastory.builtin.evaluate_causal import (
     by_frame,
     causal_scores,
     differences,
+    drawn_world,
     folder_of,
     frames_alone,
     main,
     parse,
+    with_first_frame,
     with_history,
     without_history,
 )
@@ -143,6 +145,13 @@ def test_a_story_is_told_with_its_own_seed_whatever_stands_beside_it(model: Stor
     assert (together[2] == alone[0]).all()
 
 
+def test_a_given_first_frame_is_the_true_picture_and_the_rest_goes_on_from_it(model: StoryModel) -> None:
+    story = held_out_stories(1, 1, 4)
+    given, told = with_first_frame(model, SETTINGS, story), with_history(model, SETTINGS, story)
+    assert np.array_equal(given[0][0], drawn_world(model, SETTINGS, story)[0][0])
+    assert not np.array_equal(given[0][1], told[0][1])
+
+
 def test_windows_beyond_the_time_embeddings_are_said_and_the_rest_is_drawn_once(
     model: StoryModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -152,14 +161,14 @@ def test_windows_beyond_the_time_embeddings_are_said_and_the_rest_is_drawn_once(
     report = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert report["time embeddings"] == 6
     assert "8 frames need 7" in report["ways"]["window all"]["not drawn"]
-    assert set(report["ways"]) == {*WITHOUT, "window 1", "window all"}
+    assert set(report["ways"]) == {*WITHOUT, "window 1", "window all", "first frame given"}
     assert all(
         min(report["ways"][name]["seconds a story"]) > 0 for name in ("round 0", "no history", "window 1")
     )
     assert report["ways"]["window 1"]["difference to round 0"]["place"][0] <= 0
     assert str(tmp_path) not in json.dumps(report)
     strips = {file: file.read_bytes() for file in tmp_path.glob("out/pictures/*/*.png")}
-    assert len(strips) == 4
+    assert len(strips) == 5
     lost = next(file for file in strips if "window-1" in str(file))
     lost.unlink()
     main([*given, "--output", str(tmp_path / "out")])

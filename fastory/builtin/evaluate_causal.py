@@ -3,7 +3,8 @@
 Draws the held-out stories of `evaluate` in causal mode with several windows, and the same stories in two ways without a
 history: "no history" is causal mode's UNet with every frame as frame 0 of a story of its own, with the noise that the
 frame has in its story; "round 0" is round 0 of the iterative mode, the base without anything tuned. Noise, steps and
-guidance are the same in all of them. "drawn world" is the true pictures through the autoencoder: what can be reached.
+guidance are the same in all of them. "first frame given" is the widest window with a continuation: frame 0 is the true
+picture through the autoencoder. "drawn world" is the true pictures through the autoencoder: what can be reached.
 
 The classifier of `evaluate` judges them. `first colour`, `first hat`, `first scarf`: the share of a character's later
 appearances that show what its first one shows; no caption mentions them. Intervals are 95 % bootstrap intervals over
@@ -13,6 +14,7 @@ stories. With --output, finished stories are kept, and the same command goes on 
 import argparse
 import hashlib
 import json
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
@@ -65,11 +67,26 @@ def drawn_frames(events: Iterable[Event], stories: int) -> list[Pictures]:
     return [np.stack([found[i] for i in sorted(found)]) for found in frames]
 
 
-def with_history(model: StoryModel, settings: Settings, stories: Stories) -> list[Pictures]:
-    """Causal mode, the stories side by side."""
-    told = [replace(Story.from_captions(s.captions), settings={"seed": s.seed}) for s in stories]
+def with_history(
+    model: StoryModel, settings: Settings, stories: Stories, given: Sequence[Path | None] = ()
+) -> list[Pictures]:
+    """Causal mode, the stories side by side. given: first frames, one a story."""
+    pairs = zip(stories, given or [None] * len(stories), strict=True)
+    told = [
+        replace(Story.from_captions(s.captions), settings={"seed": s.seed}, first_frame=file)
+        for s, file in pairs
+    ]
     events = generate(told, model=model, **_sampling(settings), mode="causal", window=settings.window)
     return drawn_frames(events, len(told))
+
+
+def with_first_frame(model: StoryModel, settings: Settings, stories: Stories) -> list[Pictures]:
+    """The same as continuations of the true frame 0."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / f"{number}.png" for number in range(len(stories))]
+        for file, pictures in zip(files, drawn_world(model, settings, stories), strict=True):
+            Image.fromarray(pictures[0]).save(file)
+        return with_history(model, settings, stories, files)
 
 
 def frames_alone(stories: Stories, settings: Settings) -> list[Story]:
@@ -203,6 +220,7 @@ def ways(
     """Every way of drawing with its name and settings; for a window that this encoder cannot have, why."""
     yield from ((name, way, settings) for name, way in WITHOUT.items())
     config = model.require_history().encoder.config
+    widest: Settings | None = None
     for window in windows:
         own = replace(settings, window=window)
         try:
@@ -211,6 +229,9 @@ def ways(
             yield f"window {window}", str(error), own
         else:
             yield f"window {window}", with_history, own
+            widest = own
+    if widest is not None:
+        yield "first frame given", with_first_frame, widest
 
 
 def save_sheet(drawn: dict[str, list[Pictures]], file: Path) -> None:
