@@ -9,7 +9,7 @@ import logging
 import shutil
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -153,14 +153,18 @@ def _export(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         described: dict[str, Any] = {}
+        # What is compared must run here; bodies for TensorRT are put in afterwards.
+        runs = "ort" if binding == "trt" else binding
         for component in components(model, groups):
             started = time.monotonic()
-            described[component.name] = export_component(component, partial, groups, binding)
+            described[component.name] = export_component(component, partial, groups, runs)
             size = (partial / f"{component.name}.onnx.data").stat().st_size
             yield Exported(component.name, time.monotonic() - started, size)
         _write_beside(model, partial)
         found = compare(model, partial, groups)
-        yield Compared(len(found), max(found, key=lambda one: one.error / one.allowed) if found else None)
+        yield Compared(len(found), max(found, key=lambda one: one.share) if found else None)
+        if runs != binding:
+            bind_all(partial, [one["file"] for one in described.values()], binding, groups, model.dtype)
         record = _parity_record(model, found)
         manifest = _manifest(model, identity, groups, binding, described, record)
         write_manifest(partial, {**manifest, "files": hashes_of(partial)})
@@ -178,6 +182,8 @@ def _export(
 
 def export_component(component: Component, folder: Path, groups: int, binding: str) -> dict[str, Any]:
     """<name>.onnx and its weights in `folder`; returns what fastory.json says of it."""
+    import onnx
+
     from fastory.export.operators import OPSET, bind_file, translations
 
     file = folder / f"{component.name}.onnx"
@@ -198,11 +204,18 @@ def export_component(component: Component, folder: Path, groups: int, binding: s
     program.save(str(file), external_data=True)
     del program
     bind_file(file, file, binding, groups, component.dtype)
-    if binding != "trt":  # whose operator has no schema
-        import onnx
-
-        onnx.checker.check_model(str(file))
+    onnx.checker.check_model(str(file))
     return describe(component)
+
+
+def bind_all(folder: Path, graphs: Sequence[str], binding: str, groups: int, dtype: torch.dtype) -> None:
+    """Other bodies in these graph files, each replaced as a whole."""
+    from fastory.export.operators import bind_file
+
+    for name in graphs:
+        partial = folder / f".{name}.partial"
+        bind_file(folder / name, partial, binding, groups, dtype)
+        partial.replace(folder / name)
 
 
 def describe(component: Component) -> dict[str, Any]:
@@ -372,15 +385,10 @@ def _manifest(
 
 def _rebind(there: ExportFolder, binding: str) -> Iterator[Event]:
     """Other bodies in the small graph files; the weights are not touched."""
-    from fastory.export.operators import bind_file
-
     if there.manifest["binding"] != binding:
         files = dict(there.manifest["files"])
         graphs = [component["file"] for component in there.components.values()]
-        for name in graphs:
-            partial = there.path / f".{name}.partial"
-            bind_file(there.path / name, partial, binding, there.groups, there.dtype)
-            partial.replace(there.path / name)
+        bind_all(there.path, graphs, binding, there.groups, there.dtype)
         files |= {name: file_hash(there.path / name) for name in graphs}
         write_manifest(there.path, {**there.manifest, "binding": binding, "files": files})
         yield Rebound(binding)

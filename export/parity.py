@@ -44,6 +44,11 @@ class Parity:
         """Whether the export computes what torch computes. A value that is not finite never is."""
         return self.error <= self.allowed
 
+    @property
+    def share(self) -> float:
+        """Of what is allowed; infinite for a value that is no number."""
+        return self.error / self.allowed if self.error == self.error else float("inf")
+
 
 def measure(component: Component, session: OrtSession) -> list[Parity]:
     """All sizes of Component.checks."""
@@ -76,7 +81,7 @@ def _compare(
         allowed = FACTOR * (own_error + torch.finfo(component.dtype).eps * largest)
         apart = _distance(got, ours.double())
         found.append(Parity(component.name, dict(sizes), apart, apart / largest, error, allowed))
-    return max(found, key=lambda one: one.error / one.allowed if one.error == one.error else float("inf"))
+    return max(found, key=lambda one: one.share)
 
 
 def _distance(a: Tensor, b: Tensor) -> float:
@@ -127,7 +132,7 @@ def refuse_apart(found: Sequence[Parity]) -> None:
     bad = [one for one in found if not one.good]
     if not bad:
         return
-    worst = max(bad, key=lambda one: one.error / one.allowed if one.error == one.error else float("inf"))
+    worst = max(bad, key=lambda one: one.share)
     raise FastoryError(
         f"the exported {worst.component} does not compute what torch computes: at {dict(worst.sizes)} it is {worst.error:.3g} "
         f"from float64, and {worst.allowed:.3g} is allowed ({len(bad)} of {len(found)} comparisons failed). Nothing was "

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from fastory import StoryModel
+from fastory.export.folder import ExportFolder
 from fastory.export.graphs import Component, components
-from fastory.export.onnx import Finished, Rebound, export_onnx
+from fastory.export.onnx import Compared, Finished, Rebound, export_onnx
 from fastory.export.operators import BANDED, GRCA, opaque_nodes
 from fastory.export.sessions import OrtSession
 
@@ -84,3 +85,15 @@ def test_binding_anew_leaves_the_weights_alone(
     (other,) = OrtSession(folder / "unet.onnx").run(given).values()
     assert (own - other).abs().max() <= CLOSE
     assert list(export_onnx(model, folder, groups=2, binding="portable")) == [Finished(folder)]
+
+
+@pytest.mark.slow
+def test_an_export_for_tensorrt_is_compared_before_it_is_bound(tmp_path: Path) -> None:
+    """TensorRT's operator does not run here: the comparison must be made with bodies that do."""
+    folder = tmp_path / "engines"
+    model = StoryModel.open(device="cpu", dtype="float32")
+    events = list(export_onnx(model, folder, binding="trt"))
+    assert any(isinstance(one, Compared) and one.worst is not None for one in events)
+    graph = onnx.load(folder / "unet.onnx", load_external_data=False)
+    assert any(node.op_type == "TRT_Attention" for function in graph.functions for node in function.node)
+    ExportFolder.open(folder)  # the hashes are those of the graphs as they are now
