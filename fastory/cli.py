@@ -269,6 +269,10 @@ def tune(
         str, option(MODEL, help="The base: builtin, a diffusers folder, or a hub id.")
     ] = "builtin",
     adapter: Annotated[str | None, option(MODEL, help="An adapter to start from (.safetensors).")] = None,
+    ip_adapter: Annotated[
+        str | None, option(MODEL, help="What --imitate imitates (.safetensors); the built-in brings its own.")
+    ] = None,
+    image_encoder: Annotated[str | None, option(MODEL, help="Folder of its CLIP image encoder.")] = None,
     offline: Annotated[bool, option(MODEL, help="Never ask a hub.")] = False,
     history_size: Annotated[
         str | None, option(MODEL, help="Make the history encoder new: small, medium or base.")
@@ -286,6 +290,9 @@ def tune(
     rank: Annotated[
         int | None, option(METHOD, help="Of the UNet's low-rank updates, 0 for none (default 8).")
     ] = None,
+    self_attention: Annotated[
+        bool, option(METHOD, "--self-attention", help="Low-rank updates of self-attention too.")
+    ] = False,
     window: Annotated[
         str,
         option(METHOD, metavar="L_M", help="random (the default: another one every step), all, or a number."),
@@ -294,6 +301,12 @@ def tune(
     high_noise: Annotated[
         float, option(METHOD, help="Share of frames trained at high noise alone (default 0).")
     ] = 0.0,
+    imitate: Annotated[
+        int, option(METHOD, help="First steps that learn from the base's IP-Adapter (default 0).")
+    ] = 0,
+    imitate_scale: Annotated[
+        float, option(METHOD, help="Weight of the references that are imitated (default 0.5).")
+    ] = 0.5,
     steps: Annotated[int, option(METHOD, help="Optimizer steps (default 1000).")] = 1000,
     batch_size: Annotated[int, option(METHOD, help="Stories a step (default 4).")] = 4,
     frames: Annotated[int, option(METHOD, help="Most frames of a story in a step (default 8).")] = 8,
@@ -333,9 +346,12 @@ def tune(
             learning_rate=learning_rate,
             warmup=warmup,
             rank=rank,
+            self_attention=self_attention,
             window=int(window) if window.isdecimal() else window,
             dropout=dropout,
             high_noise=high_noise,
+            imitate=imitate,
+            imitate_scale=imitate_scale,
             ema_decay=ema_decay,
             save_every=save_every,
             validate_every=validate_every,
@@ -348,6 +364,8 @@ def tune(
             output,
             model=model,
             adapter=adapter,
+            ip_adapter=ip_adapter,
+            image_encoder=image_encoder,
             tuning=tuning,
             sizes=HistorySizes(history_size, frame_tokens, positions, local_heads, bottleneck),
             held_out=validation,

@@ -55,7 +55,7 @@ class Tuned:
         """All frames of the first two stories, of 3 and 4 frames."""
         tuning = Tuning(window=window, dropout=dropout)
         source = Batches(self.tables, [0, 1], tuning, self.history, 1000)
-        return source.of([np.arange(3), np.arange(3, 7)], np.random.default_rng(2))
+        return source.of([np.arange(3), np.arange(3, 7)], np.random.default_rng(2), references=False)
 
     def rows(self, model: StoryModel, window: int) -> list[Row]:
         """The same frames as the runtime prepares them, from the same pictures."""

@@ -58,7 +58,7 @@ def digests(module: torch.nn.Module) -> dict[str, str]:
 
 def test_the_base_is_frozen_and_all_else_learns(sd15_folder: Path, stories: Path, tmp_path: Path) -> None:
     output = tmp_path / "adapter.safetensors"
-    job = loop.begin(stories, output, str(sd15_folder), None, SHORT, SMALL, 0, "cpu", False, True)
+    job = loop.begin(stories, output, str(sd15_folder), {}, SHORT, SMALL, 0, "cpu", False, True)
     files = {p: p.read_bytes() for p in sd15_folder.rglob("*.safetensors")}
     parts = {name: getattr(job.model.pipeline, name) for name in ("unet", "vae", "text_encoder")}
     before = {name: digests(part) for name, part in parts.items()}
@@ -82,7 +82,7 @@ def test_gradients_reach_every_trained_tensor_and_nothing_else(
     sd15_folder: Path, stories: Path, tmp_path: Path
 ) -> None:
     job = loop.begin(
-        stories, tmp_path / "a.safetensors", str(sd15_folder), None, SHORT, SMALL, 0, "cpu", False, True
+        stories, tmp_path / "a.safetensors", str(sd15_folder), {}, SHORT, SMALL, 0, "cpu", False, True
     )
     list(loop.encode_examples(job.model, job.examples, job.size, tmp_path / "tables"))
     tables = loop.open_tables(job.model, job.examples, job.size, tmp_path / "tables")
@@ -135,13 +135,47 @@ def test_a_tuning_goes_on_from_an_adapter(
     output = tmp_path / "further.safetensors"
     further = Tuning(**{**vars(SHORT), "rank": None})
     job = loop.begin(
-        stories, output, str(sd15_folder), str(whole), further, HistorySizes(), 0, "cpu", False, True
+        stories,
+        output,
+        str(sd15_folder),
+        {"adapter": str(whole)},
+        further,
+        HistorySizes(),
+        0,
+        "cpu",
+        False,
+        True,
     )
     nothing = encode(job.model, "", Image.new("RGB", job.size))
     tensors, metadata = adapter_file(Trainee(job.model, nothing))
     given = load_file(whole)
     assert tensors.keys() == given.keys() and all(torch.equal(tensors[k], given[k]) for k in given)
     assert json.loads(metadata["history"])["local_heads"] == 4
+
+
+def test_updates_of_self_attention_are_asked_for_and_kept(
+    sd15_folder: Path, stories: Path, whole: Path, tmp_path: Path
+) -> None:
+    """Not by default; asked for they learn, are drawn with, and a tuning that starts from them goes on with them."""
+    assert not [name for name in load_file(whole) if ".attn1." in name]
+    output = tmp_path / "adapter.safetensors"
+    asked = Tuning(**{**vars(SHORT), "self_attention": True})
+    list(run(sd15_folder, stories, output, tuning=asked))
+    updates = {n: t for n, t in load_file(output).items() if ".attn1." in n and n.endswith(".lora_B")}
+    model = StoryModel.open(str(sd15_folder), adapter=str(output))
+    layers = [name for name in model.unet.attn_processors if ".attn1." in name]
+    assert len(updates) == 4 * len(layers) and all(t.any() for t in updates.values())
+    for name in updates:
+        module = name.removeprefix("unet.").removesuffix(".lora_B")
+        plain, tuned = (u.get_submodule(module).weight for u in (model.unet, model.causal.unet))
+        assert not torch.equal(plain, tuned)
+    further = Tuning(**{**vars(SHORT), "rank": None})
+    files = {"adapter": str(output)}
+    job = loop.begin(
+        stories, tmp_path / "b.safetensors", str(sd15_folder), files, further, HistorySizes(), 0, "cpu", False, True
+    )  # fmt: skip
+    learning = Trainee(job.model, encode(job.model, "", Image.new("RGB", job.size))).learning()
+    assert len([name for name in learning if ".attn1." in name]) == 2 * len(updates)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no umask")

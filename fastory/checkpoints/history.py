@@ -5,7 +5,7 @@ history/model.safetensors    the weights of HistoryEncoder
 history/tokenizer            its own tokenizer; without one the model's is used
 
 An adapter is one safetensors file: `history.*` are weights of the encoder, over the folder's; `unet.<module>.lora_A` and
-`.lora_B` are low-rank updates of the UNet's cross-attention, B A added to the module's weight, in causal mode alone. Its
+`.lora_B` are low-rank updates of the UNet's attention, B A added to the module's weight, in causal mode alone. Its
 metadata holds `history`, the HistoryConfig as JSON.
 """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,8 +25,11 @@ class Batches:
         self.tables, self.stories, self.tuning, self.timesteps = tables, list(stories), tuning, timesteps
         self.positions, self.processor = history.encoder.config.positions, history.image_processor
 
-    def draw(self, *key: int) -> Batch:
-        """The batch of a step. key: what it depends on beside the tuning's seed, such as step and process."""
+    def draw(self, *key: int, references: bool = False) -> Batch:
+        """The batch of a step. key: what it depends on beside the tuning's seed, such as step and process.
+
+        references: with what an IP-Adapter is given, to be imitated.
+        """
         rng = np.random.default_rng([self.tuning.seed, *key])
         chosen = np.resize(rng.permutation(self.stories), self.tuning.batch_size)
         starts = self.tables.starts
@@ -34,15 +38,15 @@ class Batches:
             length = min(self.tuning.frames, self.tables.length(story))
             first = int(rng.integers(self.tables.length(story) - length + 1))
             stretches.append(np.arange(starts[story] + first, starts[story] + first + length))
-        return self.of(stretches, rng)
+        return self.of(stretches, rng, references)
 
-    def of(self, stretches: Sequence[np.ndarray], rng: np.random.Generator) -> Batch:
+    def of(self, stretches: Sequence[np.ndarray], rng: np.random.Generator, references: bool) -> Batch:
         """The batch of these stretches of frames; every frame of each is drawn."""
         rows = np.concatenate(stretches)
         latents = self.tables.take("latents", rows)
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(int(rng.integers(2**62))))
         return Batch(
-            **self._history(stretches),
+            **self._history(stretches, references),
             story=torch.from_numpy(np.repeat(np.arange(len(stretches)), [len(s) for s in stretches])),
             place=torch.from_numpy(np.concatenate([np.arange(len(s)) for s in stretches])),
             latents=latents,
@@ -54,7 +58,7 @@ class Batches:
             window=self._window(rng, max(map(len, stretches)) - 1),
         )
 
-    def _history(self, stretches: Sequence[np.ndarray]) -> dict[str, Tensor]:
+    def _history(self, stretches: Sequence[np.ndarray], references: bool) -> dict[str, Any]:
         """Every frame but the last of each stretch; a short stretch repeats its last one, which nobody sees."""
         longest = max(map(len, stretches)) - 1
         frames = np.stack([s[np.minimum(np.arange(longest), len(s) - 1)] for s in stretches])
@@ -63,6 +67,7 @@ class Batches:
             "ids": self.tables.take("ids", frames),
             "mask": self.tables.take("mask", frames),
             "pixels": history_pixels(self.processor, squares).unflatten(0, frames.shape),
+            "references": self.tables.take("references", frames) if references else None,
         }
 
     def _timesteps(self, rng: np.random.Generator, rows: int) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from filelock import FileLock, Timeout
 
 from fastory.errors import FastoryError, InputError
 from fastory.model import StoryModel
 from fastory.tuning.batches import Batches
+from fastory.tuning.imitation import Teacher
 from fastory.tuning.sizes import HistorySizes, Tuning
 from fastory.tuning.state import Learner, Progress, write_tensors
 from fastory.tuning.stories import Example, digest_of, read_examples
@@ -78,12 +79,14 @@ class Job:
     progress: Progress
     accelerator: Accelerator
     writer_class: Any
+    teacher: Teacher | None
 
     @property
     def tables(self) -> Path:
         """Where the tables of these stories, this base and this size lie."""
         history = self.model.require_history().encoder.config.as_dict()
         said = [digest_of(self.examples), self.size, sorted(self.model.hashes.items()), history]
+        said += ["references"] if self.teacher else []
         return self.progress.folder / f"tables-{hashlib.sha256(repr(said).encode()).hexdigest()[:16]}"
 
 
@@ -93,6 +96,8 @@ def tune(
     *,
     model: str = "builtin",
     adapter: str | None = None,
+    ip_adapter: str | None = None,
+    image_encoder: str | None = None,
     tuning: Tuning | None = None,
     sizes: HistorySizes | None = None,
     held_out: int = 0,
@@ -102,11 +107,13 @@ def tune(
 ) -> Iterator[Event]:
     """Tune causal mode of `model` on a folder of stories; the result is one file for --adapter. Yields events.
 
-    adapter: a file to start from. held_out: stories kept for validation. The same call goes on where it was
+    adapter: a file to start from. ip_adapter, image_encoder: what tuning.imitate imitates, where the base's folder does not
+    bring it. held_out: stories kept for validation. The same call goes on where it was
     interrupted, from the folder <output>.tuning, where TensorBoard's files are as well.
     Everything is checked before the first event and before anything is written: raises InputError.
     """
-    job = begin(Path(stories), Path(output), model, adapter, tuning or Tuning(), sizes or HistorySizes(), held_out,
+    files: dict[str, Any] = {"adapter": adapter, "ip_adapter": ip_adapter, "image_encoder": image_encoder}
+    job = begin(Path(stories), Path(output), model, files, tuning or Tuning(), sizes or HistorySizes(), held_out,
                 device, overwrite, offline)  # fmt: skip
     return run(job, overwrite)
 
@@ -115,7 +122,7 @@ def begin(
     stories: Path,
     output: Path,
     model: str,
-    adapter: str | None,
+    files: Mapping[str, Any],
     tuning: Tuning,
     sizes: HistorySizes,
     held_out: int,
@@ -128,16 +135,16 @@ def begin(
     writer_class = summary_writer()
     if output.suffix != ".safetensors":
         raise InputError(f"--output: wanted a file ADAPTER.safetensors, got {output}")
-    if adapter is not None and sizes.size is not None:
+    if files.get("adapter") is not None and sizes.size is not None:
         raise InputError(
             "--adapter starts from an encoder, --history-size makes a new one; give one of the two"
         )
-    accelerator = Accelerator(cpu=device == "cpu", mixed_precision=precision(device))
+    idle = DistributedDataParallelKwargs(find_unused_parameters=tuning.imitate > 0 and tuning.self_attention)
+    accelerator = Accelerator(cpu=device == "cpu", mixed_precision=precision(device), kwargs_handlers=[idle])
     if device == "auto":
         device = str(accelerator.device) if accelerator.device.type == "cuda" else "cpu"
-    opened = StoryModel.open(
-        model, adapter=adapter, device=device, dtype="float32", graphs="off", offline=offline
-    )
+    opened = StoryModel.open(model, **files, device=device, dtype="float32", graphs="off", offline=offline)
+    teacher = teacher_of(opened, tuning)
     size = trained_size(opened, tuning)
     examples = read_examples(stories, size)
     if not 0 <= held_out < len(examples):
@@ -149,14 +156,26 @@ def begin(
                 "validation": held_out, "stories": digest_of(examples), "base": opened.hashes}  # fmt: skip
     longest = min(tuning.frames, max(len(one.prompts) for one in examples)) - 1
     window = tuning.window if isinstance(tuning.window, int) else longest
-    prepare(opened, sizes, tuning.rank, max(window, 1), tuning.seed)
+    prepare(opened, sizes, tuning.rank, max(window, 1), tuning.seed, tuning.self_attention)
     check_window(opened.require_history().encoder.config.positions, tuning, longest)
     progress = Progress(output.with_suffix(".tuning"), identity)
     if not overwrite and progress.read() is None and output.exists():
         raise InputError(
             f"{output} exists and no tuning beside it made it; choose another --output, or --overwrite"
         )
-    return Job(opened, examples, tuning, size, output, held_out, progress, accelerator, writer_class)
+    return Job(opened, examples, tuning, size, output, held_out, progress, accelerator, writer_class, teacher)
+
+
+def teacher_of(model: StoryModel, tuning: Tuning) -> Teacher | None:
+    """The base and its IP-Adapter, before anything is changed, where they are imitated."""
+    if not tuning.imitate:
+        return None
+    if model.adapter is None:
+        raise InputError(
+            f"--imitate: {model.name} has no IP-Adapter to imitate; wanted: --ip-adapter FILE.safetensors "
+            "(and --image-encoder FOLDER)"
+        )
+    return Teacher(model, tuning.imitate_scale)
 
 
 def summary_writer() -> Any:
@@ -211,7 +230,9 @@ def run(job: Job, overwrite: bool) -> Iterator[Event]:
             yield Tuned(job.output, state["step"])
             return
         if job.accelerator.is_main_process:
-            for done, frames in encode_examples(job.model, job.examples, job.size, job.tables):
+            for done, frames in encode_examples(
+                job.model, job.examples, job.size, job.tables, job.teacher is not None
+            ):
                 yield Encoded(done, frames)
         job.accelerator.wait_for_everyone()
         tables = open_tables(job.model, job.examples, job.size, job.tables)
@@ -242,7 +263,7 @@ def claim(job: Job, overwrite: bool, stack: ExitStack) -> None:
 def train(job: Job, tables: Tables, state: dict[str, Any] | None, stack: ExitStack) -> Iterator[Event]:
     """All steps, from the last checkpoint on, then the file of averaged weights."""
     tuning, accelerator = job.tuning, job.accelerator
-    trainee = Trainee(job.model, tables.nothing).to(job.model.device)
+    trainee = Trainee(job.model, tables.nothing, job.teacher).to(job.model.device)
     learner = Learner(trainee.learning(), tuning.learning_rate, tuning.ema_decay)
     if state and "file" in state:
         job.progress.resume(learner, state)
@@ -256,8 +277,9 @@ def train(job: Job, tables: Tables, state: dict[str, Any] | None, stack: ExitSta
     parallel, optimizer = accelerator.prepare(trainee, learner.optimizer, device_placement=[False, False])
     losses: list[torch.Tensor] = []
     while learner.step < tuning.steps:
-        batch = source.draw(learner.step, accelerator.process_index).to(job.model.device)
-        losses.append(one_step(accelerator, parallel, optimizer, learner, batch, tuning))
+        imitated = learner.step < tuning.imitate
+        batch = source.draw(learner.step, accelerator.process_index, references=imitated)
+        losses.append(one_step(accelerator, parallel, optimizer, learner, batch.to(job.model.device), tuning))
         loss = log(writer, losses, learner) if learner.step % LOG_EVERY == 0 else None
         yield Stepped(learner.step, tuning.steps, loss)
         if not accelerator.is_main_process:
@@ -289,6 +311,9 @@ def one_step(
     loss = parallel(batch)
     optimizer.zero_grad(set_to_none=True)
     accelerator.backward(loss)
+    for parameter in learner.named.values():  # updates of self-attention have no part in an imitation
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
     accelerator.clip_grad_norm_(learner.named.values(), tuning.clip)
     optimizer.step()
     learner.average.step(learner.named.values())

@@ -21,6 +21,7 @@ _LEAST: Mapping[str, float] = {
     "frames": 2,
     "save_every": 1,
     "validate_every": 0,
+    "imitate": 0,
     "seed": 0,
 }
 _SHARES = ("dropout", "high_noise", "ema_decay")
@@ -32,8 +33,11 @@ class Tuning:
 
     batch_size: stories a step. frames: most consecutive frames that a step takes of each, all of them trained.
     window: L_M of a step: `random` draws it from 1 .. the most that fits, `all` is unlimited, or a number.
-    rank: of the low-rank updates, 0 for none, None for the starting adapter's or else 8. dropout: share of frames
+    rank: of the low-rank updates, 0 for none, None for the starting adapter's or else 8. self_attention: such updates of the
+    self-attentions too, not of the cross-attentions alone. dropout: share of frames
     trained as the unconditional row. high_noise: share of frames whose noise is drawn from the upper half.
+    imitate: steps at the beginning that learn from the base's IP-Adapter (imitation.py), where its references have the
+    weight imitate_scale.
     ema_decay: of the averaged weights, which are the result. clip: most of the gradient's norm. warmup: steps.
     """
 
@@ -43,9 +47,12 @@ class Tuning:
     learning_rate: float = 1e-4
     warmup: int = 100
     rank: int | None = None
+    self_attention: bool = False
     window: int | str = "random"
     dropout: float = 0.1
     high_noise: float = 0.0
+    imitate: int = 0
+    imitate_scale: float = 0.5
     ema_decay: float = 0.999
     clip: float = 1.0
     save_every: int = 100
@@ -64,6 +71,8 @@ class Tuning:
                 raise InputError(
                     f"{_flag(name)}: wanted 0 or more and less than 1, got {getattr(self, name)}"
                 )
+        if not 0 < self.imitate_scale <= 2:
+            raise InputError(f"--imitate-scale: wanted more than 0 and at most 2, got {self.imitate_scale}")
         if not 0 < self.learning_rate <= 1:
             raise InputError(f"--learning-rate: wanted more than 0 and at most 1, got {self.learning_rate}")
         if self.rank is not None and self.rank < 0:

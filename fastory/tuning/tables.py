@@ -26,8 +26,8 @@ class Tables:
     """The frames of all stories, one after another. starts: the first frame of each story, and the number of frames.
 
     arrays, in memory-mapped files: latents (F, c, h, w) as the UNet takes them; captions (F, Lt, C_x), unseen (F, Lt)
-    True for padding; ids, mask (F, S) and squares (F, 3, s, s) uint8 for the history encoder. nothing: the same of an
-    empty caption and a black picture, a single row.
+    True for padding; ids, mask (F, S) and squares (F, 3, s, s) uint8 for the history encoder; references (F, T, C_x),
+    where an IP-Adapter is imitated. nothing: the same of an empty caption and a black picture, a single row.
     """
 
     arrays: Arrays
@@ -44,12 +44,16 @@ class Tables:
 
 
 def encode_examples(
-    model: StoryModel, examples: Sequence[Example], size: tuple[int, int], folder: Path
+    model: StoryModel,
+    examples: Sequence[Example],
+    size: tuple[int, int],
+    folder: Path,
+    references: bool = False,
 ) -> Iterator[tuple[int, int]]:
     """Fill `folder` with the tables of `examples`; yields (frames done, frames). A kill leaves no half-filled folder.
 
     size: (width, height) in pixels; a larger picture is cropped to that shape and reduced, as the first picture of a
-    continuation is.
+    continuation is. references: also each picture's tokens for the base's IP-Adapter.
     """
     if folder.exists():
         return
@@ -59,7 +63,7 @@ def encode_examples(
     frames = [(p, file) for one in examples for p, file in zip(one.prompts, one.pictures, strict=True)]
     files: Arrays = {}
     for number, (prompt, path) in enumerate(frames):
-        for name, row in encode(model, prompt, _open(path, size)).items():
+        for name, row in encode(model, prompt, _open(path, size), references).items():
             if number == 0:
                 shape = (len(frames), *row.shape)
                 files[name] = np.lib.format.open_memmap(partial / f"{name}.npy", "w+", row.dtype, shape)
@@ -79,13 +83,13 @@ def open_tables(
     return Tables(arrays, encode(model, "", Image.new("RGB", size)), tuple(int(n) for n in starts))
 
 
-def encode(model: StoryModel, prompt: str, image: Image.Image) -> Arrays:
+def encode(model: StoryModel, prompt: str, image: Image.Image, references: bool = False) -> Arrays:
     """One frame's row of every table."""
     text = model.encode_caption(prompt).tokens[0]
     ids, mask = history_ids(model, prompt)
     processor = model.require_history().image_processor
     square = processor(image, return_tensors="np", do_rescale=False, do_normalize=False).pixel_values[0]
-    return {
+    row = {
         "latents": encode_picture(model, image)[0].float().cpu().numpy(),
         "captions": text.float().cpu().numpy(),
         "unseen": model.caption_padding(prompt)[0].cpu().numpy(),
@@ -93,6 +97,9 @@ def encode(model: StoryModel, prompt: str, image: Image.Image) -> Arrays:
         "mask": mask,
         "squares": square.astype(np.uint8),
     }
+    if references:
+        row["references"] = model.encode_reference(image)[0].float().cpu().numpy()
+    return row
 
 
 def history_ids(model: StoryModel, prompt: str) -> tuple[np.ndarray, np.ndarray]:

@@ -24,6 +24,7 @@ from fastory.checkpoints.history import History, image_processor
 from fastory.errors import InputError
 from fastory.history import HistoryEncoder
 from fastory.model import StoryModel
+from fastory.tuning.imitation import Teacher, difference
 from fastory.tuning.sizes import HistorySizes
 from fastory.tuning.tables import Arrays, history_pixels
 
@@ -41,6 +42,7 @@ class Batch:
     ids, mask (B, N - 1, S), pixels (B, N - 1, 3, s, s): what can become history. story, place (R,): which stretch a
     drawn frame is in, and how many frames of it come before. latents, noise (R, c, h, w); timesteps (R,);
     captions (R, Lt, C_x), unseen (R, Lt); dropped (R,) True for a row without conditions. window: L_M, 0 is all.
+    references (B, N - 1, T, C_x): the history for an IP-Adapter, in a step that imitates it.
     """
 
     ids: Tensor
@@ -55,6 +57,7 @@ class Batch:
     unseen: Tensor
     dropped: Tensor
     window: int
+    references: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same on another device."""
@@ -72,9 +75,10 @@ class Trainee(nn.Module):
     no_mask: Tensor
     no_pixels: Tensor
 
-    def __init__(self, model: StoryModel, nothing: Arrays) -> None:
-        """nothing: an empty caption and a black picture, a row of Tables."""
+    def __init__(self, model: StoryModel, nothing: Arrays, teacher: Teacher | None = None) -> None:
+        """nothing: an empty caption and a black picture, a row of Tables. teacher: for batches with references."""
         super().__init__()
+        self.teacher = teacher
         self.unet, self.encoder = model.unet, model.require_history().encoder
         self.layers = model.layers
         self.scheduler = DDPMScheduler.from_config(model.pipeline.scheduler.config)
@@ -87,8 +91,13 @@ class Trainee(nn.Module):
             self.register_buffer(f"no_{name}", row, persistent=False)
 
     def forward(self, batch: Batch) -> Tensor:
-        """The mean square error of the prediction, epsilon or v as the base's scheduler says."""
+        """The mean square error of the prediction, epsilon or v as the base's scheduler says.
+
+        Of a batch with references instead how far the layers are from imitating the teacher.
+        """
         noisy = self.scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
+        if batch.references is not None:
+            return self.imitate(noisy, batch, batch.references)
         wanted = batch.noise
         if self.prediction == "v_prediction":
             wanted = self.scheduler.get_velocity(batch.latents, batch.noise, batch.timesteps)
@@ -104,6 +113,15 @@ class Trainee(nn.Module):
             return_dict=False,
         )[0]
         return output
+
+    def imitate(self, noisy: Tensor, batch: Batch, references: Tensor) -> Tensor:
+        """The layers' difference to the teacher, which sees the same captions and frames, and drops the same rows."""
+        assert self.teacher is not None
+        captions = torch.where(batch.dropped[:, None, None], self.no_captions, batch.captions)
+        lesson = self.teacher.lesson(
+            noisy, batch.timesteps, captions, references.flatten(0, 1), visible_references(batch)
+        )
+        return difference(self.layers, lesson, self.context(batch))
 
     def context(self, batch: Batch) -> HistoryContext:
         """What the drawn frames attend to, dropped ones to the unconditional row of modes/causal.py."""
@@ -153,7 +171,24 @@ class Trainee(nn.Module):
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
 
-def prepare(model: StoryModel, sizes: HistorySizes, rank: int | None, longest: int, seed: int) -> None:
+def visible_references(batch: Batch) -> Tensor:
+    """(R, B * (N - 1) + 1) bool: a row sees the frames of its window; dropped, the null reference in their place."""
+    stories, before = batch.mask.shape[:2]
+    frame, place = torch.arange(before, device=batch.place.device), batch.place[:, None]
+    within = (frame < place) & (frame >= place - (batch.window or before))
+    own = batch.story[:, None, None] == torch.arange(stories, device=frame.device)[None, :, None]
+    kept = (own & within[:, None] & ~batch.dropped[:, None, None]).flatten(1)
+    return torch.cat([kept, (batch.dropped & (batch.place > 0))[:, None]], 1)
+
+
+def prepare(
+    model: StoryModel,
+    sizes: HistorySizes,
+    rank: int | None,
+    longest: int,
+    seed: int,
+    self_attention: bool = False,
+) -> None:
     """Give `model` the history encoder and the low-rank updates that will be trained, and freeze all else.
 
     longest: frames of the longest window. Raises InputError where sizes, rank and what the model brings do not fit.
@@ -169,7 +204,7 @@ def prepare(model: StoryModel, sizes: HistorySizes, rank: int | None, longest: i
         rank = rank_of(given, rank)
         model.unet.requires_grad_(False)
         if rank:
-            add_updates(model.unet, rank, given)
+            add_updates(model.unet, rank, given, self_attention)
     tokenizer = history.tokenizer if history else model.pipeline.tokenizer
     attached = History(grown.to(model.device), tokenizer, image_processor(grown.config), {}, ())
     model.checkpoint = replace(model.checkpoint, history=attached)
@@ -238,11 +273,16 @@ def rank_of(given: Mapping[str, Tensor], rank: int | None) -> int:
     return ranks.pop()
 
 
-def add_updates(unet: Any, rank: int, given: Mapping[str, Tensor]) -> None:
-    """Low-rank updates (peft) of every cross-attention's four matrices, beginning with the given ones, else at zero."""
+def add_updates(unet: Any, rank: int, given: Mapping[str, Tensor], self_attention: bool = False) -> None:
+    """Low-rank updates (peft) of every cross-attention's four matrices, beginning with the given ones, else at zero.
+
+    self_attention: of the self-attentions' as well; always where the given ones have some.
+    """
     # alpha = rank: peft's scaling is 1, and B A is what is added to the weight.
-    pattern = r".*\.attn2\.(to_q|to_k|to_v|to_out\.0)"
-    unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=pattern))
+    both = self_attention or any(".attn1." in name for name in given)
+    pattern = r"\.(to_q|to_k|to_v|to_out\.0)"
+    layers = r".*\.attn[12]" if both else r".*\.attn2"
+    unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=layers + pattern))
     parameters = dict(unet.named_parameters())
     with torch.no_grad():
         for name, tensor in given.items():

@@ -1,0 +1,196 @@
+"""A tuning that begins by imitating an IP-Adapter: the lesson is the base's own, of the right frames, and it is learned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from small_stories import write_stories
+
+from fastory import StoryModel
+from fastory.attention import ReferenceContext
+from fastory.tuning import loop
+from fastory.tuning.imitation import difference
+from fastory.tuning.loop import Stepped, sha256_of, tune
+from fastory.tuning.sizes import HistorySizes, Tuning
+from fastory.tuning.tables import Tables
+from fastory.tuning.trainee import Batch, Trainee, visible_references
+
+SMALL = HistorySizes(positions=3, local_heads=4, bottleneck=8, frame_tokens=12)
+SHORT = Tuning(
+    steps=5,
+    batch_size=2,
+    frames=4,
+    rank=2,
+    warmup=1,
+    learning_rate=1e-3,
+    save_every=2,
+    validate_every=0,
+    self_attention=True,
+    imitate=3,
+    imitate_scale=0.8,
+)
+TOLERANCE = 1e-5  # float32, values about 1; a batched product rounds otherwise than a single one
+
+
+@pytest.fixture(scope="module")
+def stories(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_stories(tmp_path_factory.mktemp("examples"))
+
+
+class Class:
+    """A job with its tables, and a trainee with random updates, as the middle of a training has them."""
+
+    def __init__(self, base: Path, adapter: Path, stories: Path, folder: Path) -> None:
+        files = {"ip_adapter": str(adapter)}
+        output = folder / "a.safetensors"
+        self.job = loop.begin(stories, output, str(base), files, SHORT, SMALL, 0, "cpu", False, True)
+        list(
+            loop.encode_examples(
+                self.job.model, self.job.examples, self.job.size, folder / "tables", references=True
+            )
+        )
+        self.tables: Tables = loop.open_tables(
+            self.job.model, self.job.examples, self.job.size, folder / "tables"
+        )
+        self.trainee = Trainee(self.job.model, self.tables.nothing, self.job.teacher)
+        generator = torch.Generator().manual_seed(5)
+        with torch.no_grad():
+            for parameter in self.trainee.learning().values():
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+        self.base, self.adapter = base, adapter
+
+    def batch(self, window: int, dropped: tuple[int, ...] = ()) -> Batch:
+        """All frames of the first two stories, of 3 and 4 frames; these rows are dropped."""
+        tuning = Tuning(window=window or "all", dropout=0.0)
+        source = loop.Batches(self.tables, [0, 1], tuning, self.job.model.require_history(), 1000)
+        batch = source.of([np.arange(3), np.arange(3, 7)], np.random.default_rng(2), references=True)
+        batch.dropped[list(dropped)] = True
+        return batch
+
+
+@pytest.fixture(scope="module")
+def lessons(
+    sd15_folder: Path, sd15_adapter_base: Path, stories: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Class:
+    return Class(sd15_folder, sd15_adapter_base, stories, tmp_path_factory.mktemp("lessons"))
+
+
+@pytest.mark.parametrize("window", [0, 1, 2])
+def test_a_row_sees_the_references_of_its_window(lessons: Class, window: int) -> None:
+    batch = lessons.batch(window, dropped=(0, 5))
+    before = batch.mask.shape[1]
+    expected = torch.zeros(len(batch.place), len(batch.mask) * before + 1, dtype=torch.bool)
+    for row, (story, place) in enumerate(zip(batch.story.tolist(), batch.place.tolist(), strict=True)):
+        if row in (0, 5):
+            expected[row, -1] = place > 0
+            continue
+        for frame in range(max(0, place - (window or place)), place):
+            expected[row, story * before + frame] = True
+    assert torch.equal(visible_references(batch), expected)
+
+
+def test_the_lesson_is_what_the_base_gives_for_these_frames_alone(lessons: Class) -> None:
+    """Every row against a freshly opened base that is shown the row's references and no others."""
+    batch = lessons.batch(2, dropped=(5,))
+    assert batch.references is not None and lessons.job.teacher is not None
+    references, visible = batch.references.flatten(0, 1), visible_references(batch)
+    captions = torch.where(batch.dropped[:, None, None], lessons.trainee.no_captions, batch.captions)
+    lesson = lessons.job.teacher.lesson(batch.noise, batch.timesteps, captions, references, visible)
+    model = StoryModel.open(str(lessons.base), ip_adapter=str(lessons.adapter), graphs="off")
+    every = torch.cat([references, model.null_reference()])
+    for row in range(len(batch.place)):
+        tokens = every[visible[row]].flatten(0, 1)[None]
+        context = ReferenceContext(
+            model.layers.project_text(captions[row : row + 1]),
+            model.layers.project_references(tokens),
+            torch.tensor([0.8]),
+            torch.ones(1, int(visible[row].sum()), dtype=torch.bool),
+            torch.tensor([0, tokens.shape[1]], dtype=torch.int32),
+            model.tokens_per_ref,
+        )
+        seen: dict[str, torch.Tensor] = {}
+        hooks = [
+            layer.attn.register_forward_hook(lambda _, i, o, name=layer.name, to=seen: to.update({name: o}))
+            for layer in model.layers.layers
+        ]
+        with torch.inference_mode():
+            model.unet(
+                batch.noise[row : row + 1],
+                batch.timesteps[row],
+                None,
+                cross_attention_kwargs={"context": context},
+            )
+        for hook in hooks:
+            hook.remove()
+        assert len(seen) == len(model.layers.layers) > 1
+        for name, output in seen.items():
+            assert (lesson[name][1][row] - output[0]).abs().max() < TOLERANCE, (row, name)
+
+
+def test_the_difference_is_zero_for_the_teacher_itself_alone(lessons: Class) -> None:
+    """And the trainee with its random updates is far from it."""
+    batch = lessons.batch(0)
+    teacher = lessons.job.teacher
+    assert batch.references is not None and teacher is not None
+    references, visible = batch.references.flatten(0, 1), visible_references(batch)
+    lesson = teacher.lesson(batch.noise, batch.timesteps, batch.captions, references, visible)
+    context = ReferenceContext(
+        teacher.layers.project_text(batch.captions),
+        teacher.layers.project_references(torch.cat([references, teacher.null]).flatten(0, 1)[None]),
+        torch.tensor([0.8]),
+        visible,
+        torch.tensor([0, visible.shape[1] * teacher.tokens_per_ref], dtype=torch.int32),
+        teacher.tokens_per_ref,
+    )
+    with torch.no_grad():
+        assert difference(teacher.layers, lesson, context) < TOLERANCE**2
+        assert difference(lessons.trainee.layers, lesson, lessons.trainee.context(batch)) > 0.01
+
+
+def test_imitation_teaches_history_and_updates_and_leaves_base_and_adapter(lessons: Class) -> None:
+    """A few hundred steps on one batch: the difference falls to less than half."""
+    trainee, batch = lessons.trainee, lessons.batch(0)
+    frozen = {n: p.clone() for n, p in trainee.named_parameters() if not p.requires_grad}
+    projections = [weight.clone() for weight in lessons.job.model.layers.key_weights]
+    optimizer = torch.optim.Adam(trainee.learning().values(), 3e-3)
+    losses = []
+    for _ in range(150):
+        optimizer.zero_grad()
+        loss = trainee(batch)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 2, losses[::10]
+    # What is not asked anything by a lesson: self-attention.
+    assert all(".attn1." in n for n, p in trainee.learning().items() if p.grad is None)
+    assert any(".attn2." in n for n in trainee.learning())
+    assert all(torch.equal(p, frozen[n]) for n, p in trainee.named_parameters() if n in frozen)
+    assert all(map(torch.equal, projections, lessons.job.model.layers.key_weights))
+
+
+def run(base: Path, adapter: Path, stories: Path, output: Path, **options: Any) -> Iterator[Any]:
+    given = {"tuning": SHORT, "sizes": SMALL, "device": "cpu", **options}
+    return tune(stories, output, model=str(base), ip_adapter=str(adapter), **given)
+
+
+@pytest.mark.parametrize("stop", [1, 3])
+def test_a_tuning_killed_while_it_imitates_ends_in_the_same_bytes(
+    sd15_folder: Path, sd15_adapter_base: Path, stories: Path, tmp_path: Path, stop: int
+) -> None:
+    whole, output = tmp_path / "whole.safetensors", tmp_path / "adapter.safetensors"
+    list(run(sd15_folder, sd15_adapter_base, stories, whole))
+    events = run(sd15_folder, sd15_adapter_base, stories, output)
+    for event in events:
+        if isinstance(event, Stepped) and event.step == stop:
+            break
+    events.close()  # type: ignore[attr-defined]
+    list(run(sd15_folder, sd15_adapter_base, stories, output))
+    assert sha256_of(output) == sha256_of(whole)
+    other = tmp_path / "other.safetensors"
+    list(run(sd15_folder, sd15_adapter_base, stories, other, tuning=Tuning(**{**vars(SHORT), "imitate": 0})))
+    assert sha256_of(other) != sha256_of(whole)
