@@ -116,16 +116,20 @@ def resolve(
 ) -> tuple[Settings, dict[str, str]]:
     """The settings and where each came from: flag > story file > preset > the model folder's defaults > paper.
 
-    A value of None in `flags` or `story` means "not given". Raises InputError for an unknown preset, name or value.
+    A value of None in `flags` or `story` means "not given". The folder's defaults may hold others under the name of a mode,
+    which count in that mode alone. Raises InputError for an unknown preset, name or value.
     """
     if preset is not None and preset not in PRESETS:
         raise InputError(f"unknown preset {preset!r}; wanted one of {', '.join(PRESETS)}")
-    origins: list[tuple[str, Mapping[str, Any]]] = [
-        ("model", folder_defaults),
+    asked: list[tuple[str, Mapping[str, Any]]] = [
         (f"preset {preset}", PRESETS[preset] if preset else {}),
         ("story", story),
         ("flag", flags),
     ]
+    general = {name: value for name, value in folder_defaults.items() if name not in MODES}
+    modes = [given.get("mode") for given in (general, *(given for _, given in asked))]
+    mode = [Settings.mode, *(value for value in modes if value is not None)][-1]
+    origins = [("model", general), ("model", _of_mode(folder_defaults, mode)), *asked]
     values: dict[str, Any] = {}
     sources = {field.name: "paper" for field in fields(Settings)}
     for origin, given in origins:
@@ -135,6 +139,14 @@ def resolve(
                 sources[name] = origin
     settings = replace(Settings(), **values)
     return settings, sources
+
+
+def _of_mode(folder_defaults: Mapping[str, Any], mode: Any) -> Mapping[str, Any]:
+    """What a model folder sets for one mode; `mode` may be anything, it is checked with the others."""
+    own = folder_defaults.get(mode, {}) if isinstance(mode, str) else {}
+    if not isinstance(own, Mapping):
+        raise InputError(f"{mode} (model): wanted settings by name, got {own!r}")
+    return own
 
 
 def check(name: str, value: Any, origin: str) -> Any:
