@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,20 +100,13 @@ def test_the_lesson_is_what_the_base_gives_for_these_frames_alone(lessons: Class
     batch = lessons.batch(2, dropped=(5,))
     assert batch.references is not None and lessons.job.teacher is not None
     references, visible = batch.references.flatten(0, 1), visible_references(batch)
+    others = visible.roll(1, 0)
     captions = torch.where(batch.dropped[:, None, None], lessons.trainee.no_captions, batch.captions)
-    lesson = lessons.job.teacher.lesson(batch.noise, batch.timesteps, captions, references, visible)
+    lesson = lessons.job.teacher.lesson(batch.noise, batch.timesteps, captions, references, visible, others)
     model = StoryModel.open(str(lessons.base), ip_adapter=str(lessons.adapter), graphs="off")
     every = torch.cat([references, model.null_reference()])
     for row in range(len(batch.place)):
-        tokens = every[visible[row]].flatten(0, 1)[None]
-        context = ReferenceContext(
-            model.layers.project_text(captions[row : row + 1]),
-            model.layers.project_references(tokens),
-            torch.tensor([0.8]),
-            torch.ones(1, int(visible[row].sum()), dtype=torch.bool),
-            torch.tensor([0, tokens.shape[1]], dtype=torch.int32),
-            model.tokens_per_ref,
-        )
+        context = shown(model, captions[row : row + 1], every[visible[row]])
         seen: dict[str, torch.Tensor] = {}
         hooks = [
             layer.attn.register_forward_hook(lambda _, i, o, name=layer.name, to=seen: to.update({name: o}))
@@ -128,8 +122,27 @@ def test_the_lesson_is_what_the_base_gives_for_these_frames_alone(lessons: Class
         for hook in hooks:
             hook.remove()
         assert len(seen) == len(model.layers.layers) > 1
-        for name, output in seen.items():
-            assert (lesson[name][1][row] - output[0]).abs().max() < TOLERANCE, (row, name)
+        another = shown(model, captions[row : row + 1], every[others[row]])
+        for layer in model.layers.layers:
+            taken, output, instead = lesson[layer.name]
+            assert (output[row] - seen[layer.name][0]).abs().max() < TOLERANCE, (row, layer.name)
+            with torch.inference_mode():
+                expected = layer.attn(taken[row : row + 1], context=another)
+            assert (instead[row] - expected[0]).abs().max() < TOLERANCE, (row, layer.name)
+
+
+@torch.inference_mode()
+def shown(model: StoryModel, caption: torch.Tensor, references: torch.Tensor) -> ReferenceContext:
+    """The context of one row: its caption (1, Lt, C_x) and its references (n, T, C_x), no others."""
+    tokens = references.flatten(0, 1)[None]
+    return ReferenceContext(
+        model.layers.project_text(caption),
+        model.layers.project_references(tokens),
+        torch.tensor([0.8]),
+        torch.ones(1, len(references), dtype=torch.bool),
+        torch.tensor([0, tokens.shape[1]], dtype=torch.int32),
+        model.tokens_per_ref,
+    )
 
 
 def test_the_difference_is_zero_for_the_teacher_itself_alone(lessons: Class) -> None:
@@ -138,7 +151,8 @@ def test_the_difference_is_zero_for_the_teacher_itself_alone(lessons: Class) -> 
     teacher = lessons.job.teacher
     assert batch.references is not None and teacher is not None
     references, visible = batch.references.flatten(0, 1), visible_references(batch)
-    lesson = teacher.lesson(batch.noise, batch.timesteps, batch.captions, references, visible)
+    others = visible_references(replace(batch, story=1 - batch.story))
+    lesson = teacher.lesson(batch.noise, batch.timesteps, batch.captions, references, visible, others)
     context = ReferenceContext(
         teacher.layers.project_text(batch.captions),
         teacher.layers.project_references(torch.cat([references, teacher.null]).flatten(0, 1)[None]),
@@ -147,9 +161,13 @@ def test_the_difference_is_zero_for_the_teacher_itself_alone(lessons: Class) -> 
         torch.tensor([0, visible.shape[1] * teacher.tokens_per_ref], dtype=torch.int32),
         teacher.tokens_per_ref,
     )
+    another, trainee = replace(context, ref_visible=others), lessons.trainee
     with torch.no_grad():
-        assert difference(teacher.layers, lesson, context) < TOLERANCE**2
-        assert difference(lessons.trainee.layers, lesson, lessons.trainee.context(batch)) > 0.01
+        assert difference(teacher.layers, lesson, context, another) < TOLERANCE**2
+        # Deaf to what the references say: all of the second term is left, and nothing of the first.
+        assert abs(float(difference(teacher.layers, lesson, context, context)) - 1) < 1e-3
+        told = trainee.context(batch), trainee.context(replace(batch, story=1 - batch.story))
+        assert difference(trainee.layers, lesson, *told) > 0.5
 
 
 def test_imitation_teaches_history_and_updates_and_leaves_base_and_adapter(lessons: Class) -> None:

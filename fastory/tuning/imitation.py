@@ -4,24 +4,28 @@ A new history means nothing to the UNet, and the noise loss says so only through
 its target. An IP-Adapter of the same base has already learned what a layer must give for a picture. So the base draws with
 the history's frames as references (algorithms.md, section 1), and every layer learns its output there:
 
-sum over layers l of |attn_l(x_l, history) - attn_l(x_l, references)|^2 / Var(attn_l(x_l, references))
+sum over layers l of  |attn_l(x_l, H) - attn_l(x_l, R)|^2 / Var(attn_l(x_l, R))
+                    + |D_l(H, H') - D_l(R, R')|^2 / |D_l(R, R')|^2,    D_l(A, B) = attn_l(x_l, A) - attn_l(x_l, B)
 
-The inputs x_l are the teacher's: no gradient runs through the UNet, which makes such a step cheaper than one of noise.
+for the history H of a frame and the same frames R as references, and H', R' of another story: the second term is about what
+references say, which is little beside what they all share. The inputs x_l are the teacher's: no gradient runs through the
+UNet, which makes such a step cheaper than one of noise.
 """
 
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastory.attention import CrossAttentionLayers, ReferenceContext
+from fastory.attention import Context, CrossAttentionLayers, ReferenceContext
 from fastory.model import StoryModel
 
-Lesson = dict[str, tuple[Tensor, Tensor]]
-"""Layer -> what went in and what came out, (B, L, C) each."""
+Lesson = dict[str, tuple[Tensor, Tensor, Tensor]]
+"""Layer -> what went in, what came out, and what would have for other references, (R, L, C) each."""
 
 
 class Teacher:
@@ -37,12 +41,18 @@ class Teacher:
 
     @torch.no_grad()
     def lesson(
-        self, noisy: Tensor, timesteps: Tensor, captions: Tensor, references: Tensor, visible: Tensor
+        self,
+        noisy: Tensor,
+        timesteps: Tensor,
+        captions: Tensor,
+        references: Tensor,
+        visible: Tensor,
+        others: Tensor,
     ) -> Lesson:
         """What the cross-attentions of one call take and give.
 
         noisy (R, c, h, w), captions (R, Lt, C_x), references (n, T, C_x); visible (R, n + 1) bool, whether a row sees
-        a reference, and last the null reference.
+        a reference, and last the null reference; others: the same for another story.
         """
         tokens = torch.cat([references.flatten(0, 1)[None], self.null.to(references)], 1)
         context = ReferenceContext(
@@ -53,10 +63,10 @@ class Teacher:
             ref_offsets=torch.tensor([0, tokens.shape[1]], dtype=torch.int32, device=tokens.device),
             tokens_per_ref=self.tokens_per_ref,
         )
-        lesson: Lesson = {}
+        seen: dict[str, tuple[Tensor, Tensor]] = {}
         hooks = [
             layer.attn.register_forward_hook(
-                lambda _, inputs, output, name=layer.name: lesson.update({name: (inputs[0], output)})
+                lambda _, inputs, output, name=layer.name: seen.update({name: (inputs[0], output)})
             )
             for layer in self.layers.layers
         ]
@@ -71,14 +81,26 @@ class Teacher:
         finally:
             for hook in hooks:
                 hook.remove()
-        return lesson
+        another = replace(context, ref_visible=others)
+        return {
+            layer.name: (*seen[layer.name], layer.attn(seen[layer.name][0], context=another))
+            for layer in self.layers.layers
+        }
 
 
-def difference(layers: CrossAttentionLayers, lesson: Lesson, context: Any) -> Tensor:
-    """How far the layers are from the lesson where they see `context`: the mean share of variance, 0 is equal."""
+def difference(layers: CrossAttentionLayers, lesson: Lesson, context: Context, another: Context) -> Tensor:
+    """How far the layers are from the lesson where they see `context`, and `another` in its place: 0 is equal.
+
+    The sum of both shares of variance (see above), mean over the layers.
+    """
     shares = []
     for layer in layers.layers:
-        taken, wanted = lesson[layer.name]
-        given = layer.attn(taken, context=context)
-        shares.append(nn.functional.mse_loss(given.float(), wanted.float()) / wanted.float().var())
-    return torch.stack(shares).mean()
+        taken, *wanted = lesson[layer.name]
+        given = [layer.attn(taken, context=c).float() for c in (context, another)]
+        told = [tensor.float() for tensor in wanted]
+        shares.append(nn.functional.mse_loss(given[0], told[0]) / told[0].var())
+        change = told[0] - told[1]
+        shares.append(
+            nn.functional.mse_loss(given[0] - given[1], change) / change.square().mean().clamp(min=1e-12)
+        )
+    return 2 * torch.stack(shares).mean()

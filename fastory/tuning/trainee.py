@@ -115,20 +115,33 @@ class Trainee(nn.Module):
         return output
 
     def imitate(self, noisy: Tensor, batch: Batch, references: Tensor) -> Tensor:
-        """The layers' difference to the teacher, which sees the same captions and frames, and drops the same rows."""
+        """The layers' difference to the teacher, which sees the same captions and frames, and drops the same rows.
+
+        Another story's frames are those of the next one in the batch.
+        """
         assert self.teacher is not None
+        other = replace(batch, story=(batch.story + 1) % len(batch.mask))
         captions = torch.where(batch.dropped[:, None, None], self.no_captions, batch.captions)
         lesson = self.teacher.lesson(
-            noisy, batch.timesteps, captions, references.flatten(0, 1), visible_references(batch)
+            noisy,
+            batch.timesteps,
+            captions,
+            references.flatten(0, 1),
+            visible_references(batch),
+            visible_references(other),
         )
-        return difference(self.layers, lesson, self.context(batch))
+        frames = self.frames(batch)
+        return difference(self.layers, lesson, self.context(batch, frames), self.context(other, frames))
 
-    def context(self, batch: Batch) -> HistoryContext:
-        """What the drawn frames attend to, dropped ones to the unconditional row of modes/causal.py."""
+    def context(self, batch: Batch, frames: tuple[Tensor, Tensor] | None = None) -> HistoryContext:
+        """What the drawn frames attend to, dropped ones to the unconditional row of modes/causal.py.
+
+        frames: self.frames(batch), where it is known.
+        """
         drop, kind = batch.dropped[:, None], self.encoder.type_embeddings.weight[0]
         captions = torch.where(drop[..., None], self.no_captions, batch.captions)
         unseen = torch.where(drop, self.no_unseen, batch.unseen)
-        kv, hidden = self.history(batch)
+        kv, hidden = self.history(batch, *(frames or self.frames(batch)))
         return HistoryContext(
             torch.cat([self.layers.project_text(captions + kind), kv], 1),
             torch.cat([unseen, hidden], 1),
@@ -136,21 +149,23 @@ class Trainee(nn.Module):
             self.encoder.config.frame_tokens,
         )
 
-    def history(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """K and V (R, places * S, W) of each frame's window, oldest first, and padding; empty places behind, padded."""
+    def frames(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """K and V (B + 1, N - 1, S, W) of every frame, those of the null frame last, and padding (B + 1, N - 1, S)."""
         tokens, padding = self.tokens(batch)
+        shape = (len(batch.mask) + 1, -1)
+        return self.layers.project_text(tokens).unflatten(0, shape), padding.unflatten(0, shape)
+
+    def history(self, batch: Batch, kv: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V (R, places * S, W) of each frame's window, oldest first, and padding; empty places behind, padded."""
         stories, before = batch.mask.shape[:2]
         places = min(batch.window or before, before)
-        kv = self.layers.project_text(tokens).unflatten(0, (stories + 1, -1))  # the last is the null frame's
         # The frame in each place of each row's window; where there is none, any, since it is padded.
         at = torch.arange(places, device=kv.device)[None]
         frame = (batch.place[:, None] - places).clamp(min=0) + at
         empty = frame >= batch.place[:, None]
         story = torch.where(batch.dropped, stories, batch.story)[:, None]
         chosen = kv[story, frame.clamp(max=before - 1)]
-        hidden = (
-            padding.unflatten(0, (stories + 1, -1))[story, frame.clamp(max=before - 1)] | empty[..., None]
-        )
+        hidden = padding[story, frame.clamp(max=before - 1)] | empty[..., None]
         table = self.layers.project_text(self.encoder.positions()[None])[0, :places]
         return (chosen + table[:, None]).flatten(1, 2), hidden.flatten(1, 2)
 
