@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -300,15 +300,18 @@ class StoryModel:
         updates = self.require_history().updates
         if not updates:
             return self
-        changed = {f"{name}.weight" for name in updates}
-        shared = {id(p): p for name, p in self.unet.named_parameters() if name not in changed}
         twin = copy.copy(self)
-        twin.unet = copy.deepcopy(self.unet, memo=dict(shared))
+        twin.unet = self.unet_twin({f"{name}.weight" for name in updates})
         for name, update in updates.items():
             weight = twin.unet.get_submodule(name).weight
             weight.data.add_(update.to(weight.device))
         twin.layers = CrossAttentionLayers(twin.unet)
         return twin
+
+    def unet_twin(self, own: Container[str] = ()) -> Any:
+        """A second UNet of the same weights; only the parameters named in `own` are copies, the others are shared."""
+        shared: dict[int, Any] = {id(p): p for name, p in self.unet.named_parameters() if name not in own}
+        return copy.deepcopy(self.unet, memo=shared)
 
     def require_history(self) -> History:
         """The history encoder. InputError where this model cannot draw frame after frame."""

@@ -121,15 +121,16 @@ def resolve(
     """
     if preset is not None and preset not in PRESETS:
         raise InputError(f"unknown preset {preset!r}; wanted one of {', '.join(PRESETS)}")
-    asked: list[tuple[str, Mapping[str, Any]]] = [
+    general = {name: value for name, value in folder_defaults.items() if name not in MODES}
+    origins: list[tuple[str, Mapping[str, Any]]] = [
+        ("model", general),
         (f"preset {preset}", PRESETS[preset] if preset else {}),
         ("story", story),
         ("flag", flags),
     ]
-    general = {name: value for name, value in folder_defaults.items() if name not in MODES}
-    modes = [given.get("mode") for given in (general, *(given for _, given in asked))]
-    mode = [Settings.mode, *(value for value in modes if value is not None)][-1]
-    origins = [("model", general), ("model", _of_mode(folder_defaults, mode)), *asked]
+    modes = (given.get("mode") for _, given in reversed(origins))
+    mode = next((value for value in modes if value is not None), Settings.mode)
+    origins.insert(1, ("model", _of_mode(folder_defaults, mode)))
     values: dict[str, Any] = {}
     sources = {field.name: "paper" for field in fields(Settings)}
     for origin, given in origins:

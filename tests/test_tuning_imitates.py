@@ -171,7 +171,7 @@ def test_the_difference_is_zero_for_the_teacher_itself_alone(lessons: Class) -> 
 
 
 def test_imitation_teaches_history_and_updates_and_leaves_base_and_adapter(lessons: Class) -> None:
-    """A few hundred steps on one batch: the difference falls to less than half."""
+    """150 steps on one batch: the difference falls to less than half."""
     trainee, batch = lessons.trainee, lessons.batch(0)
     frozen = {n: p.clone() for n, p in trainee.named_parameters() if not p.requires_grad}
     projections = [weight.clone() for weight in lessons.job.model.layers.key_weights]

@@ -80,6 +80,7 @@ def test_two_processes_are_one_with_both_batches(
         cwd=tmp_path,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
+    assert len(list((tmp_path / "two.tuning" / "tensorboard").iterdir())) == 1  # one process reports
     expected = one_process(sd15_folder, sd15_adapter_base, stories, tmp_path)
     got = load_file(output)
     assert got.keys() == expected.keys()

@@ -14,9 +14,7 @@ UNet, which makes such a step cheaper than one of noise.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +32,7 @@ class Teacher:
     def __init__(self, model: StoryModel, scale: float) -> None:
         """scale: the weight l of the references. Raises InputError where the base has no IP-Adapter."""
         self.null = model.null_reference().clone()  # one of inference mode could not meet autograd
-        shared = {id(p): p for p in [*model.unet.parameters(), *model.unet.buffers()]}
-        self.unet: Any = copy.deepcopy(model.unet, memo=dict(shared)).requires_grad_(False)
+        self.unet = model.unet_twin().requires_grad_(False)
         self.layers = CrossAttentionLayers(self.unet, model.layers.key_weights, model.layers.value_weights)
         self.tokens_per_ref, self.scale = model.tokens_per_ref, scale
 

@@ -272,8 +272,10 @@ def train(job: Job, tables: Tables, state: dict[str, Any] | None, stack: ExitSta
     judge = Validation(
         job.model, trainee, batches_of(job, trainee, tables, range(count - job.held_out, count))
     )
-    writer = job.writer_class(str(job.progress.folder / "tensorboard"), purge_step=learner.step)
-    stack.callback(writer.close)
+    writer = None
+    if accelerator.is_main_process:
+        writer = job.writer_class(str(job.progress.folder / "tensorboard"), purge_step=learner.step)
+        stack.callback(writer.close)
     parallel, optimizer = accelerator.prepare(trainee, learner.optimizer, device_placement=[False, False])
     losses: list[torch.Tensor] = []
     while learner.step < tuning.steps:
@@ -328,15 +330,19 @@ def learning_rate_factor(step: int, tuning: Tuning) -> float:
 
 
 def log(writer: Any, losses: list[torch.Tensor], learner: Learner) -> float:
-    """The mean of the last losses, to TensorBoard as well. Raises FastoryError where it is not finite."""
+    """The mean of the last losses, to TensorBoard as well, where there is a writer: in the main process.
+
+    Raises FastoryError where it is not finite.
+    """
     loss = float(torch.stack(losses).mean())
     losses.clear()
     if not np.isfinite(loss):
         raise FastoryError(
             f"the loss is {loss} at step {learner.step}; tune anew with a lower --learning-rate, and --overwrite"
         )
-    writer.add_scalar("loss", loss, learner.step)
-    writer.add_scalar("learning rate", learner.optimizer.param_groups[0]["lr"], learner.step)
+    if writer is not None:
+        writer.add_scalar("loss", loss, learner.step)
+        writer.add_scalar("learning rate", learner.optimizer.param_groups[0]["lr"], learner.step)
     return loss
 
 

@@ -36,8 +36,8 @@ class Tuning:
     rank: of the low-rank updates, 0 for none, None for the starting adapter's or else 8. self_attention: such updates of the
     self-attentions too, not of the cross-attentions alone. dropout: share of frames
     trained as the unconditional row. high_noise: share of frames whose noise is drawn from the upper half.
-    imitate: steps at the beginning that learn from the base's IP-Adapter (imitation.py), where its references have the
-    weight imitate_scale.
+    imitate: steps at the beginning that learn from the base's IP-Adapter (imitation.py; its second term wants two stories a
+    step), where its references have the weight imitate_scale.
     ema_decay: of the averaged weights, which are the result. clip: most of the gradient's norm. warmup: steps.
     """
 
