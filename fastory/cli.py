@@ -90,6 +90,9 @@ def generate(
     window: Annotated[
         str | None, option(METHOD, metavar="L_M", help="Causal: earlier frames that a frame sees, or all.")
     ] = None,
+    drafts: Annotated[
+        int | None, option(METHOD, help="Causal: how often frame 0 is drawn before it is kept (default 0).")
+    ] = None,
     first_frame: Annotated[
         Path | None, option(METHOD, help="Causal: the picture that the story goes on from, as its frame 0.")
     ] = None,
@@ -163,6 +166,7 @@ def generate(
         "reference_fit": reference_fit,
         "reference_start": reference_start,
         "window": window,
+        "drafts": drafts,
         "steps": steps,
         "guidance_scale": guidance_scale,
         "scheduler": scheduler,
@@ -293,6 +297,9 @@ def tune(
     self_attention: Annotated[
         bool, option(METHOD, "--self-attention", help="Low-rank updates of self-attention too.")
     ] = False,
+    freeze_encoder: Annotated[
+        bool, option(METHOD, "--freeze-encoder", help="Of the history encoder train what follows Blip alone.")
+    ] = False,
     window: Annotated[
         str,
         option(METHOD, metavar="L_M", help="random (the default: another one every step), all, or a number."),
@@ -307,6 +314,16 @@ def tune(
     imitate_scale: Annotated[
         float, option(METHOD, help="Weight of the references that are imitated (default 0.5).")
     ] = 0.5,
+    contrast: Annotated[
+        float,
+        option(METHOD, help="Weight of what tells stories with the same captions apart (default 0)."),
+    ] = 0.0,
+    patches: Annotated[
+        float, option(METHOD, help="Share of frames with patches of such a story, to be mended (default 0).")
+    ] = 0.0,
+    first_frames: Annotated[
+        float, option(METHOD, help="Share of frames trained as a story's first (default 0).")
+    ] = 0.0,
     steps: Annotated[int, option(METHOD, help="Optimizer steps (default 1000).")] = 1000,
     batch_size: Annotated[int, option(METHOD, help="Stories a step (default 4).")] = 4,
     frames: Annotated[int, option(METHOD, help="Most frames of a story in a step (default 8).")] = 8,
@@ -347,11 +364,15 @@ def tune(
             warmup=warmup,
             rank=rank,
             self_attention=self_attention,
+            freeze_encoder=freeze_encoder,
             window=int(window) if window.isdecimal() else window,
             dropout=dropout,
             high_noise=high_noise,
             imitate=imitate,
             imitate_scale=imitate_scale,
+            contrast=contrast,
+            patches=patches,
+            first_frames=first_frames,
             ema_decay=ema_decay,
             save_every=save_every,
             validate_every=validate_every,
@@ -719,10 +740,12 @@ class Screen:
                 if not self.round and first != self.frame:  # causal: what memory may cost is one frame
                     self.frame, self.done_in_round = first, 0
                 title = self.titles[event.place] if len(self.titles) > 1 else ""
+                which += f", draft {event.draft}" if event.draft else ""
                 parts = [title, self.round, which, f"step {event.step} of {event.steps}"]
                 described = _plain(", ".join(part for part in parts if part))
-                self.done_in_round += len(event.frames)
-                self.progress.update(self.task, advance=len(event.frames), description=described)
+                done = 0 if event.draft else len(event.frames)
+                self.done_in_round += done
+                self.progress.update(self.task, advance=done, description=described)
             case events.FrameDrawn() if event.left_out:
                 which = (
                     f"frame {event.frame} of round {event.round}" if self.round else f"frame {event.frame}"

@@ -55,7 +55,8 @@ class RoundStarted:
 class StepDone:
     """One denoising step of one micro-batch: `frames` are the story's frames in it, `step` counts from 1.
 
-    place: of the story in the call; causal mode draws several side by side.
+    place: of the story in the call; causal mode draws several side by side. draft: of frame 0, counted from 1; 0 is the
+    frame itself.
     """
 
     round: int
@@ -64,6 +65,7 @@ class StepDone:
     steps: int
     seconds: float
     place: int = 0
+    draft: int = 0
 
 
 @dataclass(frozen=True)

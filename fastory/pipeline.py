@@ -389,6 +389,7 @@ def footer(model: StoryModel, settings: Settings) -> dict[str, str]:
     first, last = settings.reference_scale
     if settings.mode == "causal":
         method = {"Window": f"{settings.window} frames" if settings.window != "all" else "all earlier frames"}
+        method |= {"Drafts": f"{settings.drafts} of frame 0"} if settings.drafts else {}
     else:
         scale = f"reference scale {first:g} to {last:g}"
         method = {"Rounds": f"{settings.iterations}, {scale}, references {settings.references}"}
@@ -425,7 +426,7 @@ def png_chunks(story: Story, settings: Settings, model: StoryModel, drawn: Frame
         "left_out": drawn.left_out,
     }
     if settings.mode == "causal":
-        values["window"] = settings.window
+        values |= {"window": settings.window, "drafts": settings.drafts}
     else:
         values["reference_scale"] = settings.reference_scale_of(drawn.round) if drawn.round else 0.0
         values["references"] = settings.references

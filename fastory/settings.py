@@ -17,6 +17,7 @@ NOISES = ("shared", "per-frame")
 MODES = ("iterative", "causal")
 SEED_LIMIT = 2**63
 ITERATIVE_ALONE = ("iterations", "reference_scale", "references", "reference_fit", "reference_start")
+CAUSAL_ALONE = ("window", "drafts")
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class Settings:
 
     width, height: pixels; None is the model's own size. reference_scale: l_1 and l_K of the linear weighting.
     reference_start: the first round in which pictures given for a character are references. window: L_M of causal mode,
-    the frames before it that a frame sees, or "all" (AR-LDM).
+    the frames before it that a frame sees, or "all" (AR-LDM). drafts: how often frame 0 of causal mode is drawn before it is
+    kept, each time from the one before; see modes/causal.py.
     """
 
     mode: str = "iterative"
@@ -44,6 +46,7 @@ class Settings:
     width: int | None = None
     height: int | None = None
     window: int | str = "all"
+    drafts: int = 0
 
     @property
     def rounds(self) -> int:
@@ -52,7 +55,7 @@ class Settings:
 
     def identity(self) -> dict[str, Any]:
         """The values that this mode reads, as a manifest holds them."""
-        other = ("window",) if self.mode == "iterative" else ITERATIVE_ALONE
+        other = CAUSAL_ALONE if self.mode == "iterative" else ITERATIVE_ALONE
         return {name: value for name, value in asdict(self).items() if name not in other}
 
     def reference_scale_of(self, round: int) -> float:
@@ -87,7 +90,14 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "guidance_scale": 5.0,
         "reference_fit": "squash",
     },
-    "ar-ldm": {"mode": "causal", "scheduler": "ddim", "steps": 250, "guidance_scale": 6.0, "window": "all"},
+    "ar-ldm": {
+        "mode": "causal",
+        "scheduler": "ddim",
+        "steps": 250,
+        "guidance_scale": 6.0,
+        "window": "all",
+        "drafts": 0,
+    },
 }
 
 _CHOICES = {
@@ -97,11 +107,12 @@ _CHOICES = {
     "scheduler": SCHEDULERS,
     "noise": NOISES,
 }
-_LEAST = {"iterations": 0, "steps": 1, "reference_start": 0, "seed": 0, "width": 8, "height": 8}
+_LEAST = {"iterations": 0, "steps": 1, "reference_start": 0, "drafts": 0, "seed": 0, "width": 8, "height": 8}
 _MOST = {
     "iterations": 1000,
     "steps": 1000,
     "reference_start": 1000,
+    "drafts": 100,
     "seed": SEED_LIMIT - 1,
     "width": 8192,
     "height": 8192,

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from fastory.builtin.captions import words
 from fastory.builtin.drawn_stories import main
 from fastory.builtin.world import COLOURS, HATS, SCARVES, SIZE
+from fastory.tuning.siblings import families_of
 from fastory.tuning.stories import digest_of, read_examples
 
 
@@ -20,6 +23,34 @@ def test_stories_are_read_as_they_were_written(tmp_path: Path) -> None:
     assert digest_of(first) == digest_of(again) != digest_of(other)
     said = {word for example in first for prompt in example.prompts for word in words(prompt)}
     assert not said & {*COLOURS, *HATS, *SCARVES, "hat", "scarf"}
+
+
+def test_siblings_have_the_same_captions_and_places_and_six_colours(tmp_path: Path) -> None:
+    main([str(tmp_path / "a"), "--stories", "13", "--frames", "4", "--seed", "5", "--siblings", "6"])
+    main([str(tmp_path / "b"), "--stories", "3", "--frames", "4", "--seed", "5"])
+    examples, alone = (read_examples(tmp_path / name, (SIZE, SIZE)) for name in "ab")
+    assert families_of(examples) == [list(range(6)), list(range(6, 12))]
+    assert [examples[n].prompts for n in (0, 6, 12)] == [one.prompts for one in alone]
+    assert [examples[n].digest for n in (0, 6, 12)] == [
+        one.digest for one in alone
+    ]  # the first is the plain story
+    for first in (0, 6):
+        for frame in range(4):
+            pictures = np.stack(
+                [np.asarray(Image.open(one.pictures[frame]), np.int64) for one in examples[first : first + 6]]
+            )
+            same = (np.ptp(pictures, 0) <= (40 if first == 0 else 0)).all(
+                -1
+            )  # every third went through the autoencoder
+            assert same[:16].mean() > 0.5 and 0.4 < same.mean() < 0.98
+            assert len({tuple(p[~same].mean(0).round()) for p in pictures}) == 6
+
+
+def test_siblings_beyond_the_colours_are_refused(tmp_path: Path) -> None:
+    for number in ("0", "7"):
+        with pytest.raises(SystemExit):
+            main([str(tmp_path / "new"), "--siblings", number])
+    assert not list(tmp_path.iterdir())
 
 
 def test_stories_too_short_or_too_long_are_refused(tmp_path: Path) -> None:

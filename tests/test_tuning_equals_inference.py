@@ -46,7 +46,7 @@ class Tuned:
             for parameter in self.trainee.learning().values():
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
         self.file = folder / "adapter.safetensors"
-        tensors, metadata = adapter_file(self.trainee)
+        tensors, metadata = adapter_file(self.trainee, ())
         save_file(tensors, self.file, metadata)
         self.base = base
         self.history = model.require_history()

@@ -41,7 +41,7 @@ def one_process(base: Path, adapter: Path, stories: Path, folder: Path) -> dict[
     tables = loop.open_tables(job.model, job.examples, job.size, folder / "tables")
     trainee = Trainee(job.model, tables.nothing, job.teacher)
     learner = Learner(trainee.learning(), TUNING.learning_rate, TUNING.ema_decay)
-    source = loop.batches_of(job, trainee, tables, range(3))
+    source = loop.batches_of(job, trainee, tables, range(3), job.tuning)
     for step in range(TUNING.steps):
         for group in learner.optimizer.param_groups:
             group["lr"] = TUNING.learning_rate * loop.learning_rate_factor(step, TUNING)
@@ -56,7 +56,7 @@ def one_process(base: Path, adapter: Path, stories: Path, folder: Path) -> dict[
         learner.average.step(learner.named.values())
         learner.step += 1
     with learner.averaged():
-        return adapter_file(trainee)[0]
+        return adapter_file(trainee, ())[0]
 
 
 def test_two_processes_are_one_with_both_batches(

@@ -90,7 +90,7 @@ def test_gradients_reach_every_trained_tensor_and_nothing_else(
     with torch.no_grad():  # what begins at zero lets no gradient through
         for parameter in trainee.learning().values():
             parameter.add_(torch.randn_like(parameter) * 0.05)
-    trainee(loop.batches_of(job, trainee, tables, range(3)).draw(0, 0)).backward()
+    trainee(loop.batches_of(job, trainee, tables, range(3), job.tuning).draw(0, 0)).backward()
     named = dict(trainee.named_parameters())
     assert {n for n, p in named.items() if p.grad is not None} == trainee.learning().keys()
     assert all(n.startswith("encoder.") or ".lora_" in n for n in trainee.learning())
@@ -147,10 +147,27 @@ def test_a_tuning_goes_on_from_an_adapter(
         True,
     )
     nothing = encode(job.model, "", Image.new("RGB", job.size))
-    tensors, metadata = adapter_file(Trainee(job.model, nothing))
+    tensors, metadata = adapter_file(Trainee(job.model, nothing), ())
     given = load_file(whole)
     assert tensors.keys() == given.keys() and all(torch.equal(tensors[k], given[k]) for k in given)
     assert json.loads(metadata["history"])["local_heads"] == 4
+
+
+def test_a_frozen_encoder_stays_and_what_follows_it_learns(
+    sd15_folder: Path, stories: Path, whole: Path, tmp_path: Path
+) -> None:
+    """The file has the whole encoder all the same, and opens alone; a new encoder cannot be kept as it is."""
+    output = tmp_path / "adapter.safetensors"
+    asked = Tuning(**{**vars(SHORT), "freeze_encoder": True})
+    list(run(sd15_folder, stories, output, tuning=asked, sizes=HistorySizes(), adapter=str(whole)))
+    given, tuned = load_file(whole), load_file(output)
+    assert given.keys() == tuned.keys()
+    for name, tensor in given.items():
+        frozen = name.startswith(("history.vision.", "history.text."))
+        assert torch.equal(tensor, tuned[name]) == frozen, name
+    assert StoryModel.open(str(sd15_folder), adapter=str(output)).require_history() is not None
+    with pytest.raises(InputError, match="--freeze-encoder: the history encoder would be new"):
+        run(sd15_folder, stories, tmp_path / "new.safetensors", tuning=asked)
 
 
 def test_updates_of_self_attention_are_asked_for_and_kept(

@@ -3,12 +3,16 @@
 python -m fastory.builtin.drawn_stories DIR --stories 1000 --frames 8 --seed 0
 fastory tune DIR --model builtin --output ADAPTER.safetensors
 
+With --siblings N, N stories in a row have the same captions and places and other looks: what `--contrast` and
+`--nearest-noise` learn from.
+
 No story shows a held-out scene, so `fastory.builtin.evaluate` measures what was never trained. Every third story went
 through the built-in autoencoder: a history is made of pictures that the model drew.
 """
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,16 +24,21 @@ from fastory import Story
 from fastory.builtin import WEIGHTS
 from fastory.builtin.autoencoder import to_pictures, to_tensor
 from fastory.builtin.captions import caption, sample_names
-from fastory.builtin.corpus import sample_training_tale
+from fastory.builtin.corpus import sample_character, sample_training_tale
 from fastory.builtin.networks import Network
 from fastory.builtin.training import stream
-from fastory.builtin.world import draw
+from fastory.builtin.world import COLOURS, Character, draw
 
 
-def write_story(folder: Path, frames: int, seed: int, index: int, vae: Network) -> None:
-    """One story as `fastory tune` reads it: story.yaml and frame-000.png .. in a new folder."""
+def write_story(folder: Path, frames: int, seed: int, index: int, vae: Network, sibling: int = 0) -> None:
+    """One story as `fastory tune` reads it: story.yaml and frame-000.png .. in a new folder.
+
+    sibling: above 0 another story of the same captions and places, with each character in another of the six colours.
+    """
     rng = stream("drawn story", seed, 0, index)
     tale = sample_training_tale(rng, frames)
+    if sibling:
+        tale = replace(tale, cast=other_looks(tale.cast, sibling, stream("sibling", seed, sibling, index)))
     names = sample_names(rng, len(tale.cast))
     captions = [caption(rng, tale.cast, scene, names) for scene in tale.scenes]
     folder.mkdir(parents=True)
@@ -38,6 +47,15 @@ def write_story(folder: Path, frames: int, seed: int, index: int, vae: Network) 
     pictures = [draw(tale.cast, scene, rng) for scene in tale.scenes]
     for number, picture in enumerate(restored(vae, pictures) if index % 3 == 0 else pictures):
         picture.save(folder / f"frame-{number:03d}.png")
+
+
+def other_looks(cast: Sequence[Character], sibling: int, rng: np.random.Generator) -> tuple[Character, ...]:
+    """The same species in other colours, hats and scarves; six siblings, 0 to 5, have six colours."""
+    looks = []
+    for character in cast:
+        colour = COLOURS[(COLOURS.index(character.colour) + sibling) % len(COLOURS)]
+        looks.append(replace(sample_character(rng, character.species), colour=colour))
+    return tuple(looks)
 
 
 @torch.inference_mode()
@@ -56,12 +74,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--stories", type=int, default=1000)
     parser.add_argument("--frames", type=int, default=8, help="of every story, 4 to 40")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--siblings", type=int, default=1, help="stories of the same captions, 1 to 6")
     options = parser.parse_args(arguments)
+    if not 1 <= options.siblings <= len(COLOURS):
+        parser.error(f"--siblings: wanted 1 to {len(COLOURS)}, got {options.siblings}")
     if not 4 <= options.frames <= 40:
         parser.error(f"--frames: wanted 4 to 40, got {options.frames}")
     vae: Network = AutoencoderKL.from_pretrained(WEIGHTS / "vae").eval()
-    for index in range(options.stories):
-        write_story(options.folder / f"story-{index:05d}", options.frames, options.seed, index, vae)
+    for number in range(options.stories):
+        index, sibling = divmod(number, options.siblings)
+        folder = options.folder / f"story-{number:05d}"
+        write_story(folder, options.frames, options.seed, index, vae, sibling)
 
 
 if __name__ == "__main__":

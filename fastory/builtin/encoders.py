@@ -5,6 +5,7 @@ image encoder's embedding must tell the free attributes of every species in the 
 used: nothing compares the two, and it left two-character pictures unlearned in the prototype.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +29,18 @@ from fastory.builtin.networks import (
 )
 from fastory.builtin.tokenizer import build_tokenizer
 from fastory.builtin.training import Batch, Objective
-from fastory.builtin.world import ACTIONS, COLOURS, HATS, PLACES, SCARVES, SPECIES, Scene, Tale, draw
+from fastory.builtin.world import (
+    ACTIONS,
+    COLOURS,
+    HATS,
+    PLACES,
+    SCARVES,
+    SPECIES,
+    Character,
+    Scene,
+    Tale,
+    draw,
+)
 
 MEAN, STD = (0.481, 0.458, 0.408), (0.269, 0.261, 0.276)
 RESTORED = 20  # one picture of so many goes through the autoencoder; each costs as much as ten others
@@ -150,8 +162,16 @@ class ClipObjective(Objective):
         # A list hides the frozen autoencoder from parameters(): it only spoils pictures as drawing would.
         self._vae = [] if vae is None else [vae.eval().requires_grad_(False)]
 
-    def batch(self, rng: np.random.Generator, progress: float) -> Batch:
-        """Pictures, their captions and labels. Nearly half show two characters: telling them apart is learned last."""
+    def batch(
+        self,
+        rng: np.random.Generator,
+        progress: float,
+        paint: Callable[[tuple[Character, ...], Scene, np.random.Generator], Image.Image] = draw,
+    ) -> Batch:
+        """Pictures, their captions and labels. Nearly half show two characters: telling them apart is learned last.
+
+        paint: what draws a scene.
+        """
         pictures: list[np.ndarray] = []
         texts: list[str] = []
         labels: list[Labels] = []
@@ -161,7 +181,7 @@ class ClipObjective(Objective):
             for scene in tale.scenes:
                 texts.append(caption(rng, tale.cast, scene, names))
                 labels.append(label(tale, scene))
-                pictures.append(np.asarray(draw(tale.cast, scene, rng)))
+                pictures.append(np.asarray(paint(tale.cast, scene, rng)))
         return {
             "pixels": pixel_values(np.stack(pictures)),
             "pictures": to_tensor(np.stack(pictures[: self.pictures // RESTORED])),

@@ -76,7 +76,8 @@ def with_history(
         replace(Story.from_captions(s.captions), settings={"seed": s.seed}, first_frame=file)
         for s, file in pairs
     ]
-    events = generate(told, model=model, **_sampling(settings), mode="causal", window=settings.window)
+    own: dict[str, Any] = {"window": settings.window, "drafts": settings.drafts}
+    events = generate(told, model=model, **_sampling(settings), mode="causal", **own)
     return drawn_frames(events, len(told))
 
 
@@ -101,7 +102,7 @@ def frames_alone(stories: Stories, settings: Settings) -> list[Story]:
 def without_history(model: StoryModel, settings: Settings, stories: Stories) -> list[Pictures]:
     """Causal mode's UNet from captions alone."""
     alone = frames_alone(stories, settings)
-    events = generate(alone, model=model, **_sampling(settings), mode="causal", window=1)
+    events = generate(alone, model=model, **_sampling(settings), mode="causal", window=1, drafts=0)
     pictures = iter(np.concatenate(drawn_frames(events, len(alone))))
     return [np.stack([next(pictures) for _ in story.captions]) for story in stories]
 
@@ -256,6 +257,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--classifier", type=Path, default=FILE)
     parser.add_argument("--steps", type=int, help="as shipped unless given")
     parser.add_argument("--guidance-scale", type=float, help="as shipped unless given")
+    parser.add_argument("--drafts", type=int, help="of frame 0; as shipped unless given")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--output", type=Path, help="a folder for evaluation.json, a sheet, and the pictures")
     options = parser.parse_args(arguments)
@@ -308,13 +310,14 @@ def main(arguments: list[str] | None = None) -> None:
     """Print the figures; with --output also write them, and a sheet of some stories."""
     options = parse(arguments)
     model = StoryModel.open(options.model, adapter=options.adapter)
-    given = {"steps": options.steps, "guidance_scale": options.guidance_scale, "mode": "causal"}
+    named = ("steps", "guidance_scale", "drafts")
+    given = {**{name: getattr(options, name) for name in named}, "mode": "causal"}
     settings = resolve(given, {}, None, model.defaults)[0]
     print(settings)
     stories = held_out_stories(options.stories, options.seed, options.frames)
     report, drawn = measure(model, settings, stories, options)
     if options.output:
-        asked = ("stories", "frames", "windows", "steps", "guidance_scale", "seed")
+        asked = ("stories", "frames", "windows", "steps", "guidance_scale", "drafts", "seed")
         whole = {
             "command": {name: getattr(options, name) for name in asked},
             "settings": settings.identity(),

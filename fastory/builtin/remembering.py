@@ -1,16 +1,22 @@
 """The history stage: an encoder of (caption, picture) that names what it saw, where `fastory tune` then starts.
 
 Trained on the noise loss alone, an encoder takes far longer to tell two characters of a picture apart than the rest of a
-tuning takes together. So it learns that first, as the clip stage does: the token of every species word must name the
-free attributes of that character. The vision part begins as the image encoder that the model already has.
+tuning takes together. So it learns that first, as the clip stage does: every token of a caption must name the species
+and the free attributes of the character whose word is next to it. At every token, since nobody knows beforehand which
+tokens a layer will attend to. The vision part begins as the image encoder that the model already has.
+
+A history is made of pictures that the model drew, and where a caption leaves a colour open, it draws bodies of two. So
+half of the pictures here are patchy, and what is named is the larger part.
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
@@ -19,8 +25,9 @@ from fastory.builtin.captions import SPECIES_WORDS, TOKEN_LIMIT
 from fastory.builtin.encoders import ABSENT, FREE, ClipObjective
 from fastory.builtin.networks import PATCH_SIZE, REFERENCE_SIZE, WIDTH, Network
 from fastory.builtin.training import Batch, Objective
-from fastory.builtin.world import SPECIES
+from fastory.builtin.world import COLOURS, SIZE, SPECIES, Character, Scene, draw
 from fastory.history import HistoryConfig, HistoryEncoder
+from fastory.tuning.siblings import patch_shares
 
 POSITIONS = 39  # a story of 40 frames with the whole of its past
 START = "history-start.safetensors"
@@ -86,8 +93,26 @@ def see_as(vision: Network, image_encoder: Network, pixels: Tensor) -> None:
         layer.mlp.load_state_dict(given.mlp.state_dict())
 
 
+def patchy(cast: tuple[Character, ...], scene: Scene, rng: np.random.Generator) -> Image.Image:
+    """A scene as `draw` has it, or with patches of another colour on up to 0.4 of every character's body."""
+    seed = int(rng.integers(2**62))
+    own = draw(cast, scene, np.random.default_rng(seed))
+    if rng.random() < 0.5:
+        return own
+    others = tuple(replace(c, colour=str(rng.choice([k for k in COLOURS if k != c.colour]))) for c in cast)
+    one, two = (
+        np.asarray(picture, np.float32)
+        for picture in (own, draw(others, scene, np.random.default_rng(seed)))  # the same places
+    )
+    body = torch.from_numpy((one != two).any(-1)).float()
+    share = torch.zeros(SIZE, SIZE, 1)
+    for columns in np.split(np.arange(SIZE), len(scene.roles)):
+        share[:, columns, 0] = patch_shares(body[:, columns], 0.4, rng)
+    return Image.fromarray(np.round(one + share.numpy() * (two - one)).astype(np.uint8))
+
+
 class HistoryObjective(Objective):
-    """The history encoder with one linear head for the words, which is thrown away."""
+    """The history encoder with one linear head for all tokens, which is thrown away."""
 
     name = "history"
     learning_rate = 1e-3
@@ -123,20 +148,28 @@ class HistoryObjective(Objective):
 
     def batch(self, rng: np.random.Generator, progress: float) -> Batch:
         """Pictures, their captions and the free attributes of every species in them."""
-        batch = self._clip[0].batch(rng, progress)
+        batch = self._clip[0].batch(rng, progress, patchy)
         return {name: batch[name] for name in ("pixels", "pictures", "ids", "free")}
 
     def named(self, batch: Batch, pixels: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Logits of every species word and what they should name: species, colour, hat, scarf."""
+        """Logits of every token of the captions and what they should name: species, colour, hat, scarf."""
         ids = batch["ids"]
         ended = ids == self.tokenizer.eos_token_id
         mask = (ended.cumsum(1) - ended.long() == 0).long()  # the first end token is part of the caption
         tokens = self.encoder.multimodal(ids, mask, pixels)
-        species = self.species.to(ids.device)[ids]
-        rows, places = torch.where(species != ABSENT)
+        species = self.next_species(ids)
+        rows, places = torch.where(mask == 1)
         which = species[rows, places]
         logits = self.words(tokens[rows, places]).float().split(self.sizes, -1)
         return list(logits), [which, *batch["free"][rows, which].unbind(-1)]
+
+    def next_species(self, ids: Tensor) -> Tensor:
+        """The species whose word is nearest to each token of ids (B, S), the earlier of two as near."""
+        species = self.species.to(ids.device)[ids]
+        at = torch.arange(ids.shape[1], device=ids.device)
+        distance = (at[:, None] - at).abs().expand(len(ids), -1, -1)
+        nearest = distance.masked_fill((species == ABSENT)[:, None], 2 * ids.shape[1]).argmin(-1)
+        return species.gather(1, nearest)
 
     def forward(self, batch: Batch) -> Tensor:
         """The sum of the cross entropies."""

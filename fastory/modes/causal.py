@@ -3,6 +3,10 @@
 x_t = D(c_t, z_t, [CLIP(c_t) ; h_{t-L} .. h_{t-1}])     frame after frame, from its caption and the last L_M frames
 h_t = history(c_t, x_t)                                 encoded once, then in the ring until L_M frames came after it
 
+A caption leaves open what its characters look like, and a UNet may begin a story with a picture between two looks, which
+every later frame would take for another one of them. With drafts, frame 0 is drawn, taken into the history alone, and drawn
+again from it, with the same noise: what the history makes of it is what it will make of it later.
+
 Frames of one story wait for each other, so several stories are drawn side by side, one frame of each at a time.
 """
 
@@ -222,18 +226,52 @@ def draw_frame(company: Company, frame: int, size: int) -> Generator[Event, None
         if not todo:
             continue
         sampler = company.sampler_of(size)
-        drawn = {telling.place: company.row(telling, frame, sampler) for telling in todo}
-        stand_in = next(iter(drawn.values()))
-        rows = [drawn.get(telling.place, stand_in) for telling in members]
-        before = time.monotonic()
-        for step in sampler.denoise(rows):
-            now = time.monotonic()
-            for telling in todo:
-                yield StepDone(0, (frame,), step, sampler.settings.steps, now - before, telling.place)
-            before = now
-        for n, telling in enumerate(members):
-            if telling in todo:
-                yield finish_frame(company, telling, frame, rows[n], sampler.latents[n : n + 1])
+        drafts = company.settings.drafts if frame == 0 else 0
+        if drafts:
+            forget(company, todo)  # of drafts that ran out of memory
+        for draft in range(1, drafts + 1):
+            yield from denoise(company, sampler, members, todo, frame, draft)
+            pictures = {n: company.model.decode(sampler.latents[n : n + 1]) for n in places(members, todo)}
+            forget(company, todo)
+            for n, decoded in pictures.items():
+                company.tell(members[n], frame, None if decoded.left_out else decoded.image)
+        rows = yield from denoise(company, sampler, members, todo, frame)
+        if drafts:
+            forget(company, todo)
+        for n in places(members, todo):
+            yield finish_frame(company, members[n], frame, rows[n], sampler.latents[n : n + 1])
+
+
+def places(members: Sequence[Telling], todo: Sequence[Telling]) -> list[int]:
+    """Where in the batch those are that are drawn."""
+    return [n for n, telling in enumerate(members) if telling in todo]
+
+
+def forget(company: Company, tellings: Sequence[Telling]) -> None:
+    """Begin the history anew."""
+    for telling in tellings:
+        telling.ring, telling.told = company.new_ring(), 0
+
+
+def denoise(
+    company: Company,
+    sampler: Sampler,
+    members: Sequence[Telling],
+    todo: Sequence[Telling],
+    frame: int,
+    draft: int = 0,
+) -> Generator[Event, None, list[Row]]:
+    """Denoise `frame` of all members, of which those in `todo` count; returns their rows. draft: as in StepDone."""
+    drawn = {telling.place: company.row(telling, frame, sampler) for telling in todo}
+    stand_in = next(iter(drawn.values()))
+    rows = [drawn.get(telling.place, stand_in) for telling in members]
+    before = time.monotonic()
+    for step in sampler.denoise(rows):
+        now = time.monotonic()
+        for telling in todo:
+            yield StepDone(0, (frame,), step, sampler.settings.steps, now - before, telling.place, draft)
+        before = now
+    return rows
 
 
 def finish_frame(company: Company, telling: Telling, frame: int, row: Row, latents: Tensor) -> FrameDrawn:

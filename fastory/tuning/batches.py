@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastory.checkpoints.history import History
+from fastory.tuning.siblings import LEAST_NOISE, Families, paired_rows, patches_of
 from fastory.tuning.sizes import Tuning
 from fastory.tuning.tables import Tables, history_pixels
 from fastory.tuning.trainee import Batch
@@ -19,11 +20,19 @@ class Batches:
     """Draws batches from the tables. stories: which of them."""
 
     def __init__(
-        self, tables: Tables, stories: Sequence[int], tuning: Tuning, history: History, timesteps: int
+        self,
+        tables: Tables,
+        stories: Sequence[int],
+        tuning: Tuning,
+        history: History,
+        timesteps: int,
+        families: Families = (),
     ) -> None:
-        """timesteps: of the base's noise schedule."""
+        """timesteps: of the base's noise schedule. families: stories of the same captions, for what siblings.py adds."""
         self.tables, self.stories, self.tuning, self.timesteps = tables, list(stories), tuning, timesteps
         self.positions, self.processor = history.encoder.config.positions, history.image_processor
+        self.families = [np.array(family) for family in families]
+        self.family_of = {story: family for family in self.families for story in family.tolist()}
 
     def draw(self, *key: int, references: bool = False) -> Batch:
         """The batch of a step. key: what it depends on beside the tuning's seed, such as step and process.
@@ -31,32 +40,79 @@ class Batches:
         references: with what an IP-Adapter is given, to be imitated.
         """
         rng = np.random.default_rng([self.tuning.seed, *key])
-        chosen = np.resize(rng.permutation(self.stories), self.tuning.batch_size)
+        paired = bool(self.tuning.contrast)
+        chosen = (
+            self._pairs(rng) if paired else np.resize(rng.permutation(self.stories), self.tuning.batch_size)
+        )
         starts = self.tables.starts
         stretches = []
-        for story in chosen:
+        for number, story in enumerate(chosen):
             length = min(self.tuning.frames, self.tables.length(story))
-            first = int(rng.integers(self.tables.length(story) - length + 1))
+            if not (paired and number % 2):  # the second of a pair takes the same stretch
+                first = int(rng.integers(self.tables.length(story) - length + 1))
             stretches.append(np.arange(starts[story] + first, starts[story] + first + length))
-        return self.of(stretches, rng, references)
+        return self.of(stretches, rng, references, chosen.tolist() if self.families else ())
 
-    def of(self, stretches: Sequence[np.ndarray], rng: np.random.Generator, references: bool) -> Batch:
-        """The batch of these stretches of frames; every frame of each is drawn."""
+    def _pairs(self, rng: np.random.Generator) -> np.ndarray:
+        """Two stories of a family, then two of another, .."""
+        families = np.resize(rng.permutation(len(self.families)), self.tuning.batch_size // 2)
+        return np.concatenate([rng.choice(self.families[n], 2, replace=False) for n in families])
+
+    def of(
+        self,
+        stretches: Sequence[np.ndarray],
+        rng: np.random.Generator,
+        references: bool,
+        stories: Sequence[int] = (),
+    ) -> Batch:
+        """The batch of these stretches of frames; every frame of each is drawn. stories: whose they are."""
         rows = np.concatenate(stretches)
         latents = self.tables.take("latents", rows)
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(int(rng.integers(2**62))))
+        timesteps = self._timesteps(rng, len(rows))
+        dropped = torch.from_numpy(rng.random(len(rows)) < self.tuning.dropout)
+        window = self._window(rng, max(map(len, stretches)) - 1)
+        place = torch.from_numpy(np.concatenate([np.arange(len(s)) for s in stretches]))
+        if self.tuning.first_frames:
+            place[torch.from_numpy(rng.random(len(rows)) < self.tuning.first_frames)] = 0
+        pairs = None
+        if self.tuning.contrast:
+            pairs = paired_rows([len(s) for s in stretches])
+            one, two = pairs.unbind(1)
+            for values in (timesteps, dropped, place):
+                values[two] = values[one]
+            pairs = pairs[(place[one] > 0) & ~dropped[one]]
+            noise[pairs[:, 1]] = noise[pairs[:, 0]]
+        patches = None
+        if self.tuning.patches and stories:
+            owners = np.repeat(stories, [len(s) for s in stretches])
+            seen = torch.from_numpy(rng.random(len(rows)) < self.tuning.patches)
+            seen &= ~dropped & (timesteps >= LEAST_NOISE * self.timesteps)
+            others = latents.clone()
+            for row in torch.where(seen)[0].tolist():
+                others[row] = self._sibling(int(owners[row]), int(rows[row]), rng)
+            patches = patches_of(latents, others, seen, pairs, rng)
         return Batch(
             **self._history(stretches, references),
             story=torch.from_numpy(np.repeat(np.arange(len(stretches)), [len(s) for s in stretches])),
-            place=torch.from_numpy(np.concatenate([np.arange(len(s)) for s in stretches])),
+            place=place,
             latents=latents,
             noise=noise,
-            timesteps=self._timesteps(rng, len(rows)),
+            timesteps=timesteps,
             captions=self.tables.take("captions", rows),
             unseen=self.tables.take("unseen", rows),
-            dropped=torch.from_numpy(rng.random(len(rows)) < self.tuning.dropout),
-            window=self._window(rng, max(map(len, stretches)) - 1),
+            dropped=dropped,
+            window=window,
+            pairs=pairs,
+            patches=patches,
         )
+
+    def _sibling(self, story: int, row: int, rng: np.random.Generator) -> Tensor:
+        """The latents of the same frame in another story of the family; its own where it has none."""
+        others = [one for one in self.family_of.get(story, ()) if one != story]
+        if others:
+            row += self.tables.starts[int(rng.choice(others))] - self.tables.starts[story]
+        return self.tables.take("latents", np.array([row]))[0]
 
     def _history(self, stretches: Sequence[np.ndarray], references: bool) -> dict[str, Any]:
         """Every frame but the last of each stretch; a short stretch repeats its last one, which nobody sees."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from fastory.errors import FastoryError, InputError
 from fastory.model import StoryModel
 from fastory.tuning.batches import Batches
 from fastory.tuning.imitation import Teacher
+from fastory.tuning.siblings import check_families, families_of
 from fastory.tuning.sizes import HistorySizes, Tuning
 from fastory.tuning.state import Learner, Progress, write_tensors
 from fastory.tuning.stories import Example, digest_of, read_examples
@@ -68,7 +69,10 @@ Event = Encoded | Stepped | Validated | Tuned
 
 @dataclass
 class Job:
-    """A tuning whose input is good. held_out: stories, the last ones by name, that are not trained."""
+    """A tuning whose input is good. held_out: stories, the last ones by name, that are not trained.
+
+    base: weights of the history encoder that the base brings.
+    """
 
     model: StoryModel
     examples: list[Example]
@@ -80,6 +84,7 @@ class Job:
     accelerator: Accelerator
     writer_class: Any
     teacher: Teacher | None
+    base: Collection[str]
 
     @property
     def tables(self) -> Path:
@@ -151,19 +156,24 @@ def begin(
         raise InputError(
             f"--validation: wanted 0 to {len(examples) - 1} of the {len(examples)} stories, got {held_out}"
         )
+    check_families(families_of(examples[: len(examples) - held_out]), tuning)
     asked = {name: value for name, value in asdict(tuning).items() if name not in NO_RESULT}
     identity = {**asked, **{f"history {k}": v for k, v in asdict(sizes).items()}, "size": size,
                 "validation": held_out, "stories": digest_of(examples), "base": opened.hashes}  # fmt: skip
     longest = min(tuning.frames, max(len(one.prompts) for one in examples)) - 1
     window = tuning.window if isinstance(tuning.window, int) else longest
-    prepare(opened, sizes, tuning.rank, max(window, 1), tuning.seed, tuning.self_attention)
+    base = prepare(
+        opened, sizes, tuning.rank, max(window, 1), tuning.seed, tuning.self_attention, tuning.freeze_encoder
+    )
     check_window(opened.require_history().encoder.config.positions, tuning, longest)
     progress = Progress(output.with_suffix(".tuning"), identity)
     if not overwrite and progress.read() is None and output.exists():
         raise InputError(
             f"{output} exists and no tuning beside it made it; choose another --output, or --overwrite"
         )
-    return Job(opened, examples, tuning, size, output, held_out, progress, accelerator, writer_class, teacher)
+    return Job(
+        opened, examples, tuning, size, output, held_out, progress, accelerator, writer_class, teacher, base
+    )
 
 
 def teacher_of(model: StoryModel, tuning: Tuning) -> Teacher | None:
@@ -263,14 +273,15 @@ def claim(job: Job, overwrite: bool, stack: ExitStack) -> None:
 def train(job: Job, tables: Tables, state: dict[str, Any] | None, stack: ExitStack) -> Iterator[Event]:
     """All steps, from the last checkpoint on, then the file of averaged weights."""
     tuning, accelerator = job.tuning, job.accelerator
-    trainee = Trainee(job.model, tables.nothing, job.teacher).to(job.model.device)
+    trainee = Trainee(job.model, tables.nothing, job.teacher, tuning.contrast).to(job.model.device)
     learner = Learner(trainee.learning(), tuning.learning_rate, tuning.ema_decay)
     if state and "file" in state:
         job.progress.resume(learner, state)
     count = len(job.examples)
-    source = batches_of(job, trainee, tables, range(count - job.held_out))
+    source = batches_of(job, trainee, tables, range(count - job.held_out), tuning)
+    plain = replace(tuning, contrast=0.0, patches=0.0, first_frames=0.0)
     judge = Validation(
-        job.model, trainee, batches_of(job, trainee, tables, range(count - job.held_out, count))
+        job.model, trainee, batches_of(job, trainee, tables, range(count - job.held_out, count), plain)
     )
     writer = None
     if accelerator.is_main_process:
@@ -298,10 +309,11 @@ def train(job: Job, tables: Tables, state: dict[str, Any] | None, stack: ExitSta
         yield finish(job, trainee, learner)
 
 
-def batches_of(job: Job, trainee: Trainee, tables: Tables, stories: range) -> Batches:
+def batches_of(job: Job, trainee: Trainee, tables: Tables, stories: range, tuning: Tuning) -> Batches:
     """The batches of some of the stories."""
     timesteps = int(trainee.scheduler.config.num_train_timesteps)
-    return Batches(tables, stories, job.tuning, job.model.require_history(), timesteps)
+    families = families_of(job.examples[: stories.stop]) if tuning.contrast or tuning.patches else ()
+    return Batches(tables, stories, tuning, job.model.require_history(), timesteps, families)
 
 
 def one_step(
@@ -349,7 +361,7 @@ def log(writer: Any, losses: list[torch.Tensor], learner: Learner) -> float:
 def finish(job: Job, trainee: Trainee, learner: Learner) -> Tuned:
     """Write the averaged weights as an adapter; tables and state are not needed any more."""
     with learner.averaged():
-        write_tensors(job.output, *adapter_file(trainee))
+        write_tensors(job.output, *adapter_file(trainee, job.base))
     job.progress.finish(learner.step, sha256_of(job.output))
     shutil.rmtree(job.tables, ignore_errors=True)
     return Tuned(job.output, learner.step)

@@ -22,9 +22,10 @@ _LEAST: Mapping[str, float] = {
     "save_every": 1,
     "validate_every": 0,
     "imitate": 0,
+    "contrast": 0,
     "seed": 0,
 }
-_SHARES = ("dropout", "high_noise", "ema_decay")
+_SHARES = ("dropout", "high_noise", "first_frames", "patches", "ema_decay")
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,14 @@ class Tuning:
     batch_size: stories a step. frames: most consecutive frames that a step takes of each, all of them trained.
     window: L_M of a step: `random` draws it from 1 .. the most that fits, `all` is unlimited, or a number.
     rank: of the low-rank updates, 0 for none, None for the starting adapter's or else 8. self_attention: such updates of the
-    self-attentions too, not of the cross-attentions alone. dropout: share of frames
+    self-attentions too, not of the cross-attentions alone. freeze_encoder: of the history encoder only what comes behind the
+    Blip classes learns. dropout: share of frames
     trained as the unconditional row. high_noise: share of frames whose noise is drawn from the upper half.
     imitate: steps at the beginning that learn from the base's IP-Adapter (imitation.py; its second term wants two stories a
     step), where its references have the weight imitate_scale.
+    contrast: where stories share their captions and show other characters, weight of the second term of siblings.py.
+    patches: share of frames that are seen with patches of such a story, to be mended (siblings.py).
+    first_frames: share of frames trained without their history, as the first one of a story.
     ema_decay: of the averaged weights, which are the result. clip: most of the gradient's norm. warmup: steps.
     """
 
@@ -48,11 +53,15 @@ class Tuning:
     warmup: int = 100
     rank: int | None = None
     self_attention: bool = False
+    freeze_encoder: bool = False
     window: int | str = "random"
     dropout: float = 0.1
     high_noise: float = 0.0
     imitate: int = 0
     imitate_scale: float = 0.5
+    contrast: float = 0.0
+    patches: float = 0.0
+    first_frames: float = 0.0
     ema_decay: float = 0.999
     clip: float = 1.0
     save_every: int = 100
@@ -71,6 +80,10 @@ class Tuning:
                 raise InputError(
                     f"{_flag(name)}: wanted 0 or more and less than 1, got {getattr(self, name)}"
                 )
+        if self.contrast and self.batch_size % 2:
+            raise InputError(
+                f"--batch-size: with --contrast stories come in pairs; wanted an even number, got {self.batch_size}"
+            )
         if not 0 < self.imitate_scale <= 2:
             raise InputError(f"--imitate-scale: wanted more than 0 and at most 2, got {self.imitate_scale}")
         if not 0 < self.learning_rate <= 1:

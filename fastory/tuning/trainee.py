@@ -9,7 +9,7 @@ h comes from one banded pass over the stretch of a story, which equals the runti
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +25,7 @@ from fastory.errors import InputError
 from fastory.history import HistoryEncoder
 from fastory.model import StoryModel
 from fastory.tuning.imitation import Teacher, difference
+from fastory.tuning.siblings import contrast, mending, patched_noise
 from fastory.tuning.sizes import HistorySizes
 from fastory.tuning.tables import Arrays, history_pixels
 
@@ -42,7 +43,9 @@ class Batch:
     ids, mask (B, N - 1, S), pixels (B, N - 1, 3, s, s): what can become history. story, place (R,): which stretch a
     drawn frame is in, and how many frames of it come before. latents, noise (R, c, h, w); timesteps (R,);
     captions (R, Lt, C_x), unseen (R, Lt); dropped (R,) True for a row without conditions. window: L_M, 0 is all.
-    references (B, N - 1, T, C_x): the history for an IP-Adapter, in a step that imitates it.
+    references (B, N - 1, T, C_x): the history for an IP-Adapter, in a step that imitates it. pairs (P, 2): rows with a
+    history that have the same caption and noise, of two stories. patches (R, c, h, w): what is added to the latents of a
+    noisy picture, and not wanted.
     """
 
     ids: Tensor
@@ -58,6 +61,8 @@ class Batch:
     dropped: Tensor
     window: int
     references: Tensor | None = None
+    pairs: Tensor | None = None
+    patches: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same on another device."""
@@ -75,9 +80,15 @@ class Trainee(nn.Module):
     no_mask: Tensor
     no_pixels: Tensor
 
-    def __init__(self, model: StoryModel, nothing: Arrays, teacher: Teacher | None = None) -> None:
-        """nothing: an empty caption and a black picture, a row of Tables. teacher: for batches with references."""
+    def __init__(
+        self, model: StoryModel, nothing: Arrays, teacher: Teacher | None = None, contrast: float = 0.0
+    ) -> None:
+        """nothing: an empty caption and a black picture, a row of Tables. teacher: for batches with references.
+
+        contrast: weight of siblings.py's further terms, for batches with pairs and patches.
+        """
         super().__init__()
+        self.contrast = contrast
         self.teacher = teacher
         self.unet, self.encoder = model.unet, model.require_history().encoder
         self.layers = model.layers
@@ -91,17 +102,32 @@ class Trainee(nn.Module):
             self.register_buffer(f"no_{name}", row, persistent=False)
 
     def forward(self, batch: Batch) -> Tensor:
-        """The mean square error of the prediction, epsilon or v as the base's scheduler says.
+        """The mean square error of the prediction, epsilon or v as the base's scheduler says; siblings.py has what is added.
 
         Of a batch with references instead how far the layers are from imitating the teacher.
         """
+        if batch.patches is not None:
+            alphas = self.scheduler.alphas_cumprod.to(batch.noise)[batch.timesteps]
+            batch = replace(batch, noise=patched_noise(batch.noise, batch.patches, alphas))
         noisy = self.scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
         if batch.references is not None:
             return self.imitate(noisy, batch, batch.references)
         wanted = batch.noise
         if self.prediction == "v_prediction":
             wanted = self.scheduler.get_velocity(batch.latents, batch.noise, batch.timesteps)
-        return nn.functional.mse_loss(self.predict(noisy, batch).float(), wanted.float())
+        errors = self.predict(noisy, batch).float() - wanted.float()
+        loss = errors.square().mean()
+        if batch.pairs is not None:
+            loss = loss + self.contrast * contrast(errors, wanted.float(), batch.pairs)
+        if batch.patches is not None:
+            loss = loss + self.contrast * mending(self.picture_errors(errors, batch.timesteps), batch.patches)
+        return loss
+
+    def picture_errors(self, errors: Tensor, timesteps: Tensor) -> Tensor:
+        """Errors of a prediction (R, c, h, w) as errors of the latents that it amounts to."""
+        alphas = self.scheduler.alphas_cumprod.to(errors)[timesteps].view(-1, 1, 1, 1)
+        noise = (1 - alphas).sqrt()
+        return -errors * (noise if self.prediction == "v_prediction" else noise / alphas.sqrt())
 
     def predict(self, noisy: Tensor, batch: Batch) -> Tensor:
         """The UNet's output (R, c, h, w) for noisy latents."""
@@ -117,10 +143,12 @@ class Trainee(nn.Module):
     def imitate(self, noisy: Tensor, batch: Batch, references: Tensor) -> Tensor:
         """The layers' difference to the teacher, which sees the same captions and frames, and drops the same rows.
 
-        Another story's frames are those of the next one in the batch.
+        Another story's frames are those of the next one in the batch; of a pair, those of the other one, which differ in what
+        no caption says.
         """
         assert self.teacher is not None
-        other = replace(batch, story=(batch.story + 1) % len(batch.mask))
+        another = (batch.story + 1) % len(batch.mask) if batch.pairs is None else batch.story ^ 1
+        other = replace(batch, story=another)
         captions = torch.where(batch.dropped[:, None, None], self.no_captions, batch.captions)
         lesson = self.teacher.lesson(
             noisy,
@@ -203,19 +231,26 @@ def prepare(
     longest: int,
     seed: int,
     self_attention: bool = False,
-) -> None:
+    freeze_encoder: bool = False,
+) -> set[str]:
     """Give `model` the history encoder and the low-rank updates that will be trained, and freeze all else.
 
-    longest: frames of the longest window. Raises InputError where sizes, rank and what the model brings do not fit.
+    longest: frames of the longest window. Returns the encoder's weights that the base brings: an adapter need not have
+    them. Raises InputError where sizes, rank and what the model brings do not fit.
     """
     if model.family != "sd15":
         raise InputError(f"{model.name} is an SDXL model; wanted a UNet of the SD1.5 family for causal mode")
     history, given = start(model, sizes)
+    if freeze_encoder and history is None:
+        raise InputError(
+            "--freeze-encoder: the history encoder would be new and stay as it is; wanted --adapter, or a base that has one"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         encoder = history.encoder if history else None
         grown = new_encoder(model, sizes, longest) if encoder is None else extended(encoder, sizes)
-        teach(grown, whole=not brought(history, given))
+        base = brought(history, given)
+        teach(grown, whole=not base and not freeze_encoder, within=not freeze_encoder)
         rank = rank_of(given, rank)
         model.unet.requires_grad_(False)
         if rank:
@@ -223,6 +258,7 @@ def prepare(
     tokenizer = history.tokenizer if history else model.pipeline.tokenizer
     attached = History(grown.to(model.device), tokenizer, image_processor(grown.config), {}, ())
     model.checkpoint = replace(model.checkpoint, history=attached)
+    return base
 
 
 def start(model: StoryModel, sizes: HistorySizes) -> tuple[History | None, dict[str, Tensor]]:
@@ -270,10 +306,13 @@ def extended(encoder: HistoryEncoder, sizes: HistorySizes) -> HistoryEncoder:
     return grown.eval()
 
 
-def teach(encoder: HistoryEncoder, whole: bool) -> None:
-    """Mark what learns: all of a new encoder or an adapter's own (`whole`); of the base's, what LEARNS names."""
+def teach(encoder: HistoryEncoder, whole: bool, within: bool = True) -> None:
+    """Mark what learns: all of a new encoder or an adapter's own (`whole`); of the base's, what LEARNS names.
+
+    within: what LEARNS_WITHIN names as well.
+    """
     for name, parameter in encoder.named_parameters():
-        part = name.startswith(LEARNS) or any(within in name for within in LEARNS_WITHIN)
+        part = name.startswith(LEARNS) or (within and any(inner in name for inner in LEARNS_WITHIN))
         parameter.requires_grad_(part or whole)
 
 
@@ -305,13 +344,15 @@ def add_updates(unet: Any, rank: int, given: Mapping[str, Tensor], self_attentio
                 parameters[f"{name.removeprefix('unet.')}.default.weight"].copy_(tensor)
 
 
-def adapter_file(trainee: Trainee) -> tuple[dict[str, Tensor], dict[str, str]]:
+def adapter_file(trainee: Trainee, base: Collection[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of the file that --adapter opens (fastory/checkpoints/history.py).
 
+    What learned, and of the encoder also what did not but is not among the `base`'s weights.
     A second key of metadata would stand before or behind the first by chance, and equal weights must be equal bytes.
     """
     tensors: dict[str, Tensor] = {}
-    for name, parameter in trainee.learning().items():
+    kept = {f"encoder.{n}": p for n, p in trainee.encoder.named_parameters() if n not in base}
+    for name, parameter in {**kept, **trainee.learning()}.items():
         part, rest = name.split(".", 1)
         key = f"history.{rest}" if part == "encoder" else f"unet.{rest.removesuffix('.default.weight')}"
         tensors[key] = parameter.detach().cpu().contiguous().clone()
