@@ -2,8 +2,8 @@
 
 Draws the held-out stories of `evaluate` in causal mode with several windows, and the same stories in two ways without a
 history: "no history" is causal mode's UNet with every frame as frame 0 of a story of its own, with the noise that the
-frame has in its story; "round 0" is round 0 of the iterative mode, the base without anything tuned. Noise, steps and
-guidance are the same in all of them. "first frame given" is the widest window with a continuation: frame 0 is the true
+frame has in its story; "round 0" is round 0 of the iterative mode as the model's folder sets it, the base without anything
+tuned. Noise, scheduler, steps and guidance are the same in all the others. "first frame given" is the widest window with a continuation: frame 0 is the true
 picture through the autoencoder. "drawn world" is the true pictures through the autoencoder: what can be reached.
 
 The classifier of `evaluate` judges them. `first colour`, `first hat`, `first scarf`: the share of a character's later
@@ -108,8 +108,8 @@ def without_history(model: StoryModel, settings: Settings, stories: Stories) -> 
 
 
 def round_zero(model: StoryModel, settings: Settings, stories: Stories) -> list[Pictures]:
-    """Round 0 of the iterative mode: the base as it is, from captions alone."""
-    sampling = _sampling(settings)
+    """Round 0 of the iterative mode: the base as it is, from captions alone, sampled as that mode is."""
+    sampling = _sampling(resolve({"mode": "iterative", "noise": settings.noise}, {}, None, model.defaults)[0])
     return [draw_rounds(model, s.captions, s.seed, iterations=0, **sampling)[0] for s in stories]
 
 

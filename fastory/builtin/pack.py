@@ -45,6 +45,8 @@ DEFAULTS = {
     "reference_scale": [0.3, 0.5],
     "ip_adapter": "ip_adapter/ip_adapter.safetensors",
     "adapter": CAUSAL,
+    # A first frame between two colours is made up for by drafts, and by noise that is drawn anew at every step.
+    "causal": {"scheduler": "euler-ancestral", "steps": 25, "guidance_scale": 2.0, "drafts": 4},
 }
 
 
@@ -57,7 +59,7 @@ def pack(model: Path, folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     defaults = dict(DEFAULTS)
     if not (model / CAUSAL).exists():
-        del defaults["adapter"]  # not tuned yet: the model draws in iterative mode
+        del defaults["adapter"], defaults["causal"]  # not tuned yet: the model draws in iterative mode
     for part in PARTS:
         if part != "causal" or "adapter" in defaults:
             shutil.copytree(model / part, folder / part)
