@@ -1,10 +1,11 @@
 """Measure causal mode on the built-in world: python -m fastory.builtin.evaluate_causal --stories 100 --output DIR
 
 Draws the held-out stories of `evaluate` in causal mode with several windows, and the same stories in two ways without a
-history: "no history" is causal mode's UNet with every frame as frame 0 of a story of its own, with the noise that the
-frame has in its story; "round 0" is round 0 of the iterative mode as the model's folder sets it, the base without anything
-tuned. Noise, scheduler, steps and guidance are the same in all the others. "first frame given" is the widest window with a continuation: frame 0 is the true
-picture through the autoencoder. "drawn world" is the true pictures through the autoencoder: what can be reached.
+history: "no history" is causal mode's UNet with every frame as frame 0 of a story of its own, without drafts, with the noise
+that the frame has in its story; "round 0" is round 0 of the iterative mode as the model's folder sets it, the base without
+anything tuned. Noise, scheduler, steps and guidance are the same in all the others. "first frame given" is the widest window
+with a continuation: frame 0 is the true picture through the autoencoder. "drawn world" is the true pictures through the
+autoencoder: what can be reached.
 
 The classifier of `evaluate` judges them. `first colour`, `first hat`, `first scarf`: the share of a character's later
 appearances that show what its first one shows; no caption mentions them. Intervals are 95 % bootstrap intervals over
