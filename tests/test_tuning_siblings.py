@@ -204,7 +204,9 @@ def test_shares_are_spread_over_what_changes_alone() -> None:
         0.4 < np.mean(covered) < 0.6 and np.quantile(covered, 0.1) < 0.25 and np.quantile(covered, 0.9) > 0.75
     )
     small = [float(patch_shares(changed, 0.4, rng)[:6, :6].mean()) for _ in range(200)]
-    assert 0.1 < np.mean(small) < 0.35
+    assert (
+        0.1 < np.mean(small) < 0.35 and max(small) < 0.6
+    )  # never the larger part; faded edges go a little beyond
 
 
 def test_patches_are_seen_and_not_wanted(lot: Lot) -> None:
