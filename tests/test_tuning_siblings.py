@@ -88,6 +88,7 @@ def lot(sd15_folder: Path, stories: Path, tmp_path_factory: pytest.TempPathFacto
 def test_families_have_the_same_captions_in_the_same_order(stories: Path) -> None:
     examples = read_examples(stories, (64, 64))
     assert families_of(examples) == [[0, 3, 4], [1, 5]]
+    assert families_of([*examples, examples[2], examples[4]]) == [[0, 3, 4], [1, 5]]  # copies are no siblings
     other_order = [*examples[:3], type(examples[0])("x", examples[0].prompts[::-1], (), "")]
     assert families_of(other_order) == []
 

@@ -12,7 +12,8 @@ with the mean of all of them, may end in a body with patches of several. Such pi
 nothing ever taught the UNet to mend them. Here a noisy picture has patches of a sibling, and what is wanted is the picture
 itself: the larger part, or where a pair looks the same, what the history says. It is the cure of "Input Perturbation
 Reduces Exposure Bias in Diffusion Models" (Ning et al., ICML 2023), with errors of the kind that are made in place of
-Gaussian ones. For x0 with patches d
+Gaussian ones. (MODEL_CARD.md has what came of it: much for frames with a history, nothing for first frames.) For x0 with
+patches d
 
 x_t = a (x0 + d) + s n = a x0 + s (n + a d / s),    a^2 + s^2 = 1
 
@@ -41,11 +42,14 @@ SMALLER_PART = 0.4  # most of a picture that is another's, where it should be to
 
 
 def families_of(examples: Sequence[Example]) -> Families:
-    """The stories, by number, that have the same captions in the same order; a story without such others is left out."""
-    found: dict[tuple[str, ...], list[int]] = {}
+    """The stories, by number, that have the same captions in the same order; a story without such others is left out.
+
+    So is a copy: nothing tells it apart, and the contrast is a share of what does.
+    """
+    found: dict[tuple[str, ...], dict[str, int]] = {}
     for number, example in enumerate(examples):
-        found.setdefault(example.prompts, []).append(number)
-    return [family for family in found.values() if len(family) > 1]
+        found.setdefault(example.prompts, {}).setdefault(example.digest, number)
+    return [list(family.values()) for family in found.values() if len(family) > 1]
 
 
 def check_families(families: Families, tuning: Tuning) -> None:
