@@ -4,7 +4,7 @@ python -m fastory.builtin.drawn_stories DIR --stories 1000 --frames 8 --seed 0
 fastory tune DIR --model builtin --output ADAPTER.safetensors
 
 With --siblings N, N stories in a row have the same captions and places and other looks: what `--contrast` and
-`--nearest-noise` learn from.
+`--patches` learn from.
 
 No story shows a held-out scene, so `fastory.builtin.evaluate` measures what was never trained. Every third story went
 through the built-in autoencoder: a history is made of pictures that the model drew.

@@ -109,8 +109,8 @@ def without_history(model: StoryModel, settings: Settings, stories: Stories) -> 
 
 
 def round_zero(model: StoryModel, settings: Settings, stories: Stories) -> list[Pictures]:
-    """Round 0 of the iterative mode: the base as it is, from captions alone, sampled as that mode is."""
-    sampling = _sampling(resolve({"mode": "iterative", "noise": settings.noise}, {}, None, model.defaults)[0])
+    """Round 0 of the iterative mode: the base as it is, from captions alone."""
+    sampling = _sampling(settings)
     return [draw_rounds(model, s.captions, s.seed, iterations=0, **sampling)[0] for s in stories]
 
 
@@ -220,7 +220,8 @@ def ways(
     model: StoryModel, settings: Settings, windows: Sequence[int | str], frames: int
 ) -> Iterator[tuple[str, Way | str, Settings]]:
     """Every way of drawing with its name and settings; for a window that this encoder cannot have, why."""
-    yield from ((name, way, settings) for name, way in WITHOUT.items())
+    iterative = resolve({"mode": "iterative", "noise": settings.noise}, {}, None, model.defaults)[0]
+    yield from ((name, way, iterative if way is round_zero else settings) for name, way in WITHOUT.items())
     config = model.require_history().encoder.config
     widest: Settings | None = None
     for window in windows:

@@ -27,7 +27,7 @@ from fastory.builtin.networks import PATCH_SIZE, REFERENCE_SIZE, WIDTH, Network
 from fastory.builtin.training import Batch, Objective
 from fastory.builtin.world import COLOURS, SIZE, SPECIES, Character, Scene, draw
 from fastory.history import HistoryConfig, HistoryEncoder
-from fastory.tuning.siblings import patch_shares
+from fastory.tuning.siblings import SMALLER_PART, patch_shares
 
 POSITIONS = 39  # a story of 40 frames with the whole of its past
 START = "history-start.safetensors"
@@ -94,7 +94,7 @@ def see_as(vision: Network, image_encoder: Network, pixels: Tensor) -> None:
 
 
 def patchy(cast: tuple[Character, ...], scene: Scene, rng: np.random.Generator) -> Image.Image:
-    """A scene as `draw` has it, or with patches of another colour on up to 0.4 of every character's body."""
+    """A scene as `draw` has it, or with patches of another colour on the smaller part of every character's body."""
     seed = int(rng.integers(2**62))
     own = draw(cast, scene, np.random.default_rng(seed))
     if rng.random() < 0.5:
@@ -107,7 +107,7 @@ def patchy(cast: tuple[Character, ...], scene: Scene, rng: np.random.Generator) 
     body = torch.from_numpy((one != two).any(-1)).float()
     share = torch.zeros(SIZE, SIZE, 1)
     for columns in np.split(np.arange(SIZE), len(scene.roles)):
-        share[:, columns, 0] = patch_shares(body[:, columns], 0.4, rng)
+        share[:, columns, 0] = patch_shares(body[:, columns], SMALLER_PART, rng)
     return Image.fromarray(np.round(one + share.numpy() * (two - one)).astype(np.uint8))
 
 

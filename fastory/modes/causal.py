@@ -140,7 +140,9 @@ class Company:
 
     @torch.inference_mode()
     def tell(self, telling: Telling, frame: int, picture: Image.Image | None) -> None:
-        """Append a finished frame to the history. None is a picture that was left out: nobody sees its frame."""
+        """Append a finished frame to the history, which frame 0 begins anew. None: left out, nobody sees its frame."""
+        if frame == 0:
+            telling.ring = self.new_ring()
         prompt = telling.story.prompt(frame, telling.settings.style)
         seen = self.model.encode_frame(prompt, picture or Image.new("RGB", self.size))
         if picture is None:
@@ -227,17 +229,14 @@ def draw_frame(company: Company, frame: int, size: int) -> Generator[Event, None
             continue
         sampler = company.sampler_of(size)
         drafts = company.settings.drafts if frame == 0 else 0
-        if drafts:
-            forget(company, todo)  # of drafts that ran out of memory
+        for telling in todo if drafts else ():  # memory may have run out behind a draft
+            telling.ring, telling.told = None, 0
         for draft in range(1, drafts + 1):
             yield from denoise(company, sampler, members, todo, frame, draft)
-            pictures = {n: company.model.decode(sampler.latents[n : n + 1]) for n in places(members, todo)}
-            forget(company, todo)
-            for n, decoded in pictures.items():
+            for n in places(members, todo):
+                decoded = company.model.decode(sampler.latents[n : n + 1])
                 company.tell(members[n], frame, None if decoded.left_out else decoded.image)
         rows = yield from denoise(company, sampler, members, todo, frame)
-        if drafts:
-            forget(company, todo)
         for n in places(members, todo):
             yield finish_frame(company, members[n], frame, rows[n], sampler.latents[n : n + 1])
 
@@ -245,12 +244,6 @@ def draw_frame(company: Company, frame: int, size: int) -> Generator[Event, None
 def places(members: Sequence[Telling], todo: Sequence[Telling]) -> list[int]:
     """Where in the batch those are that are drawn."""
     return [n for n, telling in enumerate(members) if telling in todo]
-
-
-def forget(company: Company, tellings: Sequence[Telling]) -> None:
-    """Begin the history anew."""
-    for telling in tellings:
-        telling.ring, telling.told = company.new_ring(), 0
 
 
 def denoise(
@@ -287,6 +280,5 @@ def given_frame(company: Company, telling: Telling) -> FrameDrawn:
     """Frame 0 of a continuation: the given picture, cropped to the story's shape."""
     assert telling.story.first_frame is not None
     picture = ImageOps.fit(open_picture(telling.story.first_frame), company.size, Image.Resampling.LANCZOS)
-    telling.ring = company.new_ring()
     company.tell(telling, 0, picture)
     return FrameDrawn(0, 0, picture, telling.settings.seed, None, place=telling.place)
