@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,32 +10,23 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_history import write_causal_folder
+from small_history import pictures, write_causal_folder
+from small_history import tell as tell_causally
 
 from fastory import InputError, Story, StoryModel, generate
-from fastory.events import BatchHalved, Event, FrameDrawn, StepDone
+from fastory.events import BatchHalved, FrameDrawn, StepDone
 from fastory.modes import causal as mode
 from fastory.sampler import Sampler
 from fastory.settings import Settings
 
 CAPTIONS = ["a red fox in the sea", "the rabbit sleeps", "a fox and a rabbit with fruit"]
 OTHER = ["the forest", "a fox sleeps in the forest", "the red rabbit swims"]
+tell = partial(tell_causally, window=1, noise="shared")
 
 
 @pytest.fixture(scope="module")
 def model(sd15_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> StoryModel:
     return StoryModel.open(str(write_causal_folder(sd15_folder, tmp_path_factory.mktemp("causal") / "model")))
-
-
-def tell(
-    model: StoryModel, stories: Story | list[Story], output: Path | None = None, **options: Any
-) -> Iterator[Event]:
-    options = {"mode": "causal", "window": 1, "steps": 2, "noise": "shared", "batch_size": 2, **options}
-    return generate(stories, model=model, output=output, **options)
-
-
-def pictures(events: Iterator[Event]) -> dict[tuple[int, int], bytes]:
-    return {(e.place, e.frame): e.image.tobytes() for e in events if isinstance(e, FrameDrawn)}
 
 
 @pytest.mark.parametrize("window", [1, 3])

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
-from small_history import write_causal_folder
+from small_history import pictures, write_causal_folder
+from small_history import tell as tell_causally
 
-from fastory import Story, StoryModel, generate
-from fastory.events import BatchHalved, Event, FrameDrawn, StepDone, StoryStarted
+from fastory import Story, StoryModel
+from fastory.events import BatchHalved, FrameDrawn, StepDone, StoryStarted
 from fastory.modes import causal as mode
 
 CAPTIONS = [
@@ -25,22 +26,12 @@ CAPTIONS = [
     "a rabbit in the forest",
 ]
 OTHER = ["the forest", "a fox sleeps in the forest", "the red rabbit swims"]
+tell = partial(tell_causally, window=2, noise="per-frame")
 
 
 @pytest.fixture(scope="module")
 def model(sd15_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> StoryModel:
     return StoryModel.open(str(write_causal_folder(sd15_folder, tmp_path_factory.mktemp("causal") / "model")))
-
-
-def tell(
-    model: StoryModel, stories: Story | list[Story], output: Path | None = None, **options: Any
-) -> Iterator[Event]:
-    options = {"mode": "causal", "window": 2, "steps": 2, "noise": "per-frame", "batch_size": 2, **options}
-    return generate(stories, model=model, output=output, **options)
-
-
-def pictures(events: Iterator[Event]) -> dict[tuple[int, int], bytes]:
-    return {(e.place, e.frame): e.image.tobytes() for e in events if isinstance(e, FrameDrawn)}
 
 
 def on_disk(folder: Path) -> dict[str, bytes]:
