@@ -324,6 +324,10 @@ def tune(
     first_frames: Annotated[
         float, option(METHOD, help="Share of frames trained as a story's first (default 0).")
     ] = 0.0,
+    preserve: Annotated[
+        float,
+        option(METHOD, help="Weight of staying with the base where there is no history (default 0)."),
+    ] = 0.0,
     steps: Annotated[int, option(METHOD, help="Optimizer steps (default 1000).")] = 1000,
     batch_size: Annotated[int, option(METHOD, help="Stories a step (default 4).")] = 4,
     frames: Annotated[int, option(METHOD, help="Most frames of a story in a step (default 8).")] = 8,
@@ -373,6 +377,7 @@ def tune(
             contrast=contrast,
             patches=patches,
             first_frames=first_frames,
+            preserve=preserve,
             ema_decay=ema_decay,
             save_every=save_every,
             validate_every=validate_every,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -25,4 +26,15 @@ def write_stories(folder: Path, side: int = 64) -> Path:
         for i in range(len(captions)):
             blocks = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
             Image.fromarray(blocks).resize((side, side)).save(pictures / f"frame-{i:03d}.png")
+    return folder
+
+
+def write_siblings(folder: Path, side: int = 64) -> Path:
+    """Beside the stories of `write_stories` others of the same captions: 0 gets two, 1 one, and 2 none."""
+    rng = np.random.default_rng(3)
+    for own, sibling in ((0, 3), (0, 4), (1, 5)):
+        shutil.copytree(folder / f"story-{own}", folder / f"story-{sibling}")
+        for file in (folder / f"story-{sibling}").rglob("*.png"):
+            blocks = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+            Image.fromarray(blocks).resize((side, side)).save(file)
     return folder

@@ -74,6 +74,7 @@ def test_stories_that_are_not_whole(stories: Path, sd15_folder: Path) -> None:
         (["--imitate", "-1"], "--imitate: wanted 0 or more, got -1"),
         (["--imitate", "5"], "has no IP-Adapter to imitate; wanted: --ip-adapter FILE.safetensors"),
         (["--imitate-scale", "0"], "--imitate-scale: wanted more than 0 and at most 2, got 0.0"),
+        (["--preserve", "-1"], "--preserve: wanted 0 or more, got -1"),
         (["--contrast", "-1"], "--contrast: wanted 0 or more, got -1"),
         (["--contrast", "1"], "--contrast wants stories that share their captions"),
         (["--patches", "0.5"], "--patches wants stories that share their captions"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from small_stories import write_stories
+from small_stories import write_siblings, write_stories
 
 from fastory.checkpoints.history import History
 from fastory.tuning import loop
@@ -41,15 +39,7 @@ OPTIONS: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def stories(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of the three stories, 0 has two siblings and 1 has one; 2 has none."""
-    folder = write_stories(tmp_path_factory.mktemp("siblings"))
-    rng = np.random.default_rng(3)
-    for own, sibling in ((0, 3), (0, 4), (1, 5)):
-        shutil.copytree(folder / f"story-{own}", folder / f"story-{sibling}")
-        for file in (folder / f"story-{sibling}").rglob("*.png"):
-            blocks = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
-            Image.fromarray(blocks).resize((64, 64)).save(file)
-    return folder
+    return write_siblings(write_stories(tmp_path_factory.mktemp("siblings")))
 
 
 class Lot:

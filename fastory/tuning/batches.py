@@ -83,11 +83,14 @@ class Batches:
                 values[two] = values[one]
             pairs = pairs[(place[one] > 0) & ~dropped[one]]
             noise[pairs[:, 1]] = noise[pairs[:, 0]]
+        preserved = (place == 0) | dropped if self.tuning.preserve else None
         patches = None
         if self.tuning.patches and stories:
             owners = np.repeat(stories, [len(s) for s in stretches])
             seen = torch.from_numpy(rng.random(len(rows)) < self.tuning.patches)
             seen &= ~dropped & (timesteps >= LEAST_NOISE * self.timesteps)
+            if preserved is not None:
+                seen &= ~preserved
             others = latents.clone()
             for row in torch.where(seen)[0].tolist():
                 others[row] = self._sibling(int(owners[row]), int(rows[row]), rng)
@@ -105,6 +108,7 @@ class Batches:
             window=window,
             pairs=pairs,
             patches=patches,
+            preserved=preserved,
         )
 
     def _sibling(self, story: int, row: int, rng: np.random.Generator) -> Tensor:

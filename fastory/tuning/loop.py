@@ -19,6 +19,7 @@ from fastory.errors import FastoryError, InputError
 from fastory.model import StoryModel
 from fastory.tuning.batches import Batches
 from fastory.tuning.imitation import Teacher
+from fastory.tuning.preservation import Base
 from fastory.tuning.siblings import check_families, families_of
 from fastory.tuning.sizes import HistorySizes, Tuning
 from fastory.tuning.state import Learner, Progress, write_tensors
@@ -84,6 +85,7 @@ class Job:
     accelerator: Accelerator
     writer_class: Any
     teacher: Teacher | None
+    untuned: Base | None
     base: Collection[str]
 
     @property
@@ -150,6 +152,7 @@ def begin(
         device = str(accelerator.device) if accelerator.device.type == "cuda" else "cpu"
     opened = StoryModel.open(model, **files, device=device, dtype="float32", graphs="off", offline=offline)
     teacher = teacher_of(opened, tuning)
+    untuned = Base(opened, tuning.preserve) if tuning.preserve else None  # before there are updates
     size = trained_size(opened, tuning)
     examples = read_examples(stories, size)
     if not 0 <= held_out < len(examples):
@@ -172,7 +175,18 @@ def begin(
             f"{output} exists and no tuning beside it made it; choose another --output, or --overwrite"
         )
     return Job(
-        opened, examples, tuning, size, output, held_out, progress, accelerator, writer_class, teacher, base
+        opened,
+        examples,
+        tuning,
+        size,
+        output,
+        held_out,
+        progress,
+        accelerator,
+        writer_class,
+        teacher,
+        untuned,
+        base,
     )
 
 
@@ -273,13 +287,15 @@ def claim(job: Job, overwrite: bool, stack: ExitStack) -> None:
 def train(job: Job, tables: Tables, state: dict[str, Any] | None, stack: ExitStack) -> Iterator[Event]:
     """All steps, from the last checkpoint on, then the file of averaged weights."""
     tuning, accelerator = job.tuning, job.accelerator
-    trainee = Trainee(job.model, tables.nothing, job.teacher, tuning.contrast).to(job.model.device)
+    trainee = Trainee(job.model, tables.nothing, job.teacher, tuning.contrast, job.untuned).to(
+        job.model.device
+    )
     learner = Learner(trainee.learning(), tuning.learning_rate, tuning.ema_decay)
     if state and "file" in state:
         job.progress.resume(learner, state)
     count = len(job.examples)
     source = batches_of(job, trainee, tables, range(count - job.held_out), tuning)
-    plain = replace(tuning, contrast=0.0, patches=0.0, first_frames=0.0)
+    plain = replace(tuning, contrast=0.0, patches=0.0, first_frames=0.0, preserve=0.0)
     judge = Validation(
         job.model, trainee, batches_of(job, trainee, tables, range(count - job.held_out, count), plain)
     )

@@ -23,6 +23,7 @@ _LEAST: Mapping[str, float] = {
     "validate_every": 0,
     "imitate": 0,
     "contrast": 0,
+    "preserve": 0,
     "seed": 0,
 }
 _SHARES = ("dropout", "high_noise", "first_frames", "patches", "ema_decay")
@@ -43,6 +44,7 @@ class Tuning:
     contrast: where stories share their captions and show other characters, weight of the second term of siblings.py.
     patches: share of frames that are seen with patches of such a story, to be mended (siblings.py).
     first_frames: share of frames trained without their history, as the first one of a story.
+    preserve: weight of staying with the base where there is no history (preservation.py), 0 for the noise loss there as well.
     ema_decay: of the averaged weights, which are the result. clip: most of the gradient's norm. warmup: steps.
     """
 
@@ -62,6 +64,7 @@ class Tuning:
     contrast: float = 0.0
     patches: float = 0.0
     first_frames: float = 0.0
+    preserve: float = 0.0
     ema_decay: float = 0.999
     clip: float = 1.0
     save_every: int = 100

@@ -25,6 +25,7 @@ from fastory.errors import InputError
 from fastory.history import HistoryEncoder
 from fastory.model import StoryModel
 from fastory.tuning.imitation import Teacher, difference
+from fastory.tuning.preservation import Base
 from fastory.tuning.siblings import contrast, mending, patched_noise
 from fastory.tuning.sizes import HistorySizes
 from fastory.tuning.tables import Arrays, history_pixels
@@ -45,7 +46,7 @@ class Batch:
     captions (R, Lt, C_x), unseen (R, Lt); dropped (R,) True for a row without conditions. window: L_M, 0 is all.
     references (B, N - 1, T, C_x): the history for an IP-Adapter, in a step that imitates it. pairs (P, 2): rows with a
     history that have the same caption and noise, of two stories. patches (R, c, h, w): what is added to the latents of a
-    noisy picture, and not wanted.
+    noisy picture, and not wanted. preserved (R,): rows that are wanted as the base predicts them.
     """
 
     ids: Tensor
@@ -63,6 +64,7 @@ class Batch:
     references: Tensor | None = None
     pairs: Tensor | None = None
     patches: Tensor | None = None
+    preserved: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same on another device."""
@@ -81,15 +83,21 @@ class Trainee(nn.Module):
     no_pixels: Tensor
 
     def __init__(
-        self, model: StoryModel, nothing: Arrays, teacher: Teacher | None = None, contrast: float = 0.0
+        self,
+        model: StoryModel,
+        nothing: Arrays,
+        teacher: Teacher | None = None,
+        contrast: float = 0.0,
+        base: Base | None = None,
     ) -> None:
         """nothing: an empty caption and a black picture, a row of Tables. teacher: for batches with references.
 
-        contrast: weight of siblings.py's further terms, for batches with pairs and patches.
+        contrast: weight of siblings.py's further terms, for batches with pairs and patches. base: for batches with preserved
+        rows.
         """
         super().__init__()
         self.contrast = contrast
-        self.teacher = teacher
+        self.teacher, self.base = teacher, base
         self.unet, self.encoder = model.unet, model.require_history().encoder
         self.layers = model.layers
         self.scheduler = DDPMScheduler.from_config(model.pipeline.scheduler.config)
@@ -115,13 +123,27 @@ class Trainee(nn.Module):
         wanted = batch.noise
         if self.prediction == "v_prediction":
             wanted = self.scheduler.get_velocity(batch.latents, batch.noise, batch.timesteps)
+        weights = torch.ones(len(wanted), 1, 1, 1, device=wanted.device)
+        if batch.preserved is not None:
+            wanted, weights = self.preserve(noisy, batch, wanted, weights, batch.preserved)
         errors = self.predict(noisy, batch).float() - wanted.float()
-        loss = errors.square().mean()
+        loss = (weights * errors.square()).mean()
         if batch.pairs is not None:
             loss = loss + self.contrast * contrast(errors, wanted.float(), batch.pairs)
         if batch.patches is not None:
             loss = loss + self.contrast * mending(self.picture_errors(errors, batch.timesteps), batch.patches)
         return loss
+
+    def preserve(
+        self, noisy: Tensor, batch: Batch, wanted: Tensor, weights: Tensor, rows: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`wanted` (R, c, h, w) and the weights (R, 1, 1, 1) of its errors, with the base's prediction in these rows (R,)."""
+        assert self.base is not None
+        captions = torch.where(batch.dropped[:, None, None], self.no_captions, batch.captions)[rows]
+        wanted, weights = wanted.clone(), weights.clone()
+        wanted[rows] = self.base.predict(noisy[rows], batch.timesteps[rows], captions).to(wanted)
+        weights[rows] = self.base.weight
+        return wanted, weights
 
     def picture_errors(self, errors: Tensor, timesteps: Tensor) -> Tensor:
         """Errors of a prediction (R, c, h, w) as errors of the latents that it amounts to."""

@@ -1,0 +1,48 @@
+"""Frames without a history stay what the base makes of them.
+
+Low-rank updates learn to follow a history from few captions, and what a caption alone says suffers, most of all in scenes that
+are not among them: noise says little about either. But of a frame that has no history, the first one of a story and the
+unconditional row, it is known what should come out: what the base gives, without noise of its own. So there
+
+loss = weight * |prediction - the base's prediction|^2
+
+takes the place of the noise loss, as "Learning without Forgetting" (Li and Hoiem, ECCV 2016, section 3) has it. No
+patches are mended there: the base does not mend them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastory.attention import CrossAttentionLayers, References
+from fastory.model import StoryModel
+
+
+class Base:
+    """The base as it is before the tuning, weights shared, low-rank updates not. weight: of the loss, see above."""
+
+    def __init__(self, model: StoryModel, weight: float) -> None:
+        self.unet = model.unet_twin().requires_grad_(False)
+        self.layers = CrossAttentionLayers(self.unet)
+        self.weight = weight
+
+    @torch.no_grad()
+    def predict(self, noisy: Tensor, timesteps: Tensor, captions: Tensor) -> Tensor:
+        """The UNet's output (R, c, h, w) from captions (R, Lt, C_x) alone, as round 0 of iterative mode has it."""
+        text = self.layers.project_text(captions)
+        one_empty = (
+            text.new_zeros(1, dtype=torch.float32),
+            torch.zeros(2, dtype=torch.int32, device=text.device),
+        )
+        references = References(text.new_zeros(1, 0, text.shape[2]), *one_empty, 1, text.shape[1])
+        context = references.context(len(text))
+        context.text_kv.copy_(text)
+        output: Tensor = self.unet(
+            noisy,
+            timesteps,
+            encoder_hidden_states=None,
+            cross_attention_kwargs={"context": context},
+            return_dict=False,
+        )[0]
+        return output

@@ -1,0 +1,147 @@
+"""`--preserve`: what has no history is held to the base, the untuned one, and nothing else is."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from small_stories import write_siblings, write_stories
+
+from fastory.tuning import loop
+from fastory.tuning.batches import Batches
+from fastory.tuning.siblings import families_of
+from fastory.tuning.sizes import HistorySizes, Tuning
+from fastory.tuning.tables import Tables
+from fastory.tuning.trainee import Batch, Trainee
+
+SMALL = HistorySizes(positions=3, local_heads=4, bottleneck=8, frame_tokens=12)
+OPTIONS: dict[str, Any] = {
+    "steps": 12, "batch_size": 3, "frames": 4, "rank": 4, "warmup": 1, "learning_rate": 3e-3, "save_every": 5,
+    "validate_every": 0, "preserve": 8.0, "first_frames": 0.3, "dropout": 0.3, "self_attention": True, "ema_decay": 0.0,
+}  # fmt: skip
+TOLERANCE = 1e-5  # float32, values about 1; other products of matrices round otherwise
+
+
+class Lot:
+    """A job with its tables, and a trainee with random updates, as the middle of a training has them."""
+
+    def __init__(self, base: Path, stories: Path, folder: Path) -> None:
+        self.folder = base
+        self.job = loop.begin(stories, folder / "a.safetensors", str(base), {}, Tuning(**OPTIONS), SMALL, 0,
+                              "cpu", False, True)  # fmt: skip
+        list(loop.encode_examples(self.job.model, self.job.examples, self.job.size, folder / "tables"))
+        self.tables: Tables = loop.open_tables(
+            self.job.model, self.job.examples, self.job.size, folder / "tables"
+        )
+        self.trainee = Trainee(self.job.model, self.tables.nothing, base=self.job.untuned)
+        generator = torch.Generator().manual_seed(5)
+        with torch.no_grad():
+            for parameter in self.trainee.learning().values():
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+
+    def batches(self, **options: Any) -> Batches:
+        tuning = Tuning(**{**OPTIONS, **options})
+        families = families_of(self.job.examples) if tuning.patches else ()
+        return Batches(self.tables, range(6), tuning, self.job.model.require_history(), 1000, families)
+
+    @torch.no_grad()
+    def base_s(self, batch: Batch) -> torch.Tensor:
+        """What diffusers' UNet predicts for the same noisy latents from the same captions, with none of our layers."""
+        unet = UNet2DConditionModel.from_pretrained(self.folder / "unet")
+        noisy = self.trainee.scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
+        captions = torch.where(batch.dropped[:, None, None], self.trainee.no_captions, batch.captions)
+        output: torch.Tensor = unet(noisy, batch.timesteps, captions).sample
+        return output
+
+
+@pytest.fixture(scope="module")
+def lot(sd15_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Lot:
+    stories = write_siblings(write_stories(tmp_path_factory.mktemp("examples")))
+    return Lot(sd15_folder, stories, tmp_path_factory.mktemp("lot"))
+
+
+def test_first_frames_and_unconditional_rows_are_preserved_and_no_others(lot: Lot) -> None:
+    found = set()
+    for step in range(8):
+        batch = lot.batches().draw(step)
+        assert batch.preserved is not None and lot.batches(preserve=0.0).draw(step).preserved is None
+        for row, kept in enumerate(batch.preserved.tolist()):
+            place, dropped = int(batch.place[row]), bool(batch.dropped[row])
+            assert kept == (place == 0 or dropped)
+            found.add((place == 0, dropped))
+    assert len(found) == 4
+
+
+def test_the_loss_is_the_distance_to_diffusers_unet_where_there_is_no_history(lot: Lot) -> None:
+    """The weighted distance in those rows, the noise loss in the others, though the trainee's own layers have updates."""
+    batch = lot.batches().draw(1)
+    kept = batch.preserved
+    assert kept is not None and kept.any() and not kept.all()
+    noisy = lot.trainee.scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
+    with torch.no_grad():
+        given = lot.trainee.predict(noisy, batch)
+        found = float(lot.trainee(batch))
+        alone = float(lot.trainee(replace(batch, preserved=None)))
+    base = lot.base_s(batch)
+    wanted = lot.trainee.scheduler.get_velocity(
+        batch.latents, batch.noise, batch.timesteps
+    )  # this base predicts v
+    assert (given - base)[kept].abs().max() > 100 * TOLERANCE
+    errors = torch.where(kept.view(-1, 1, 1, 1), 8.0 * (given - base) ** 2, (given - wanted) ** 2)
+    size = float(errors.mean())
+    assert abs(found - size) < TOLERANCE * size * 10
+    assert abs(alone - float(((given - wanted) ** 2).mean())) < TOLERANCE * 10 and abs(found - alone) > 0.01
+
+
+def test_the_base_s_prediction_has_no_part_in_the_gradient(lot: Lot) -> None:
+    """Weights are shared with the UNet that learns; its updates get their gradient, the base's weights none."""
+    lot.trainee(lot.batches().draw(2)).backward()
+    with_gradient = {name for name, p in lot.trainee.named_parameters() if p.grad is not None}
+    lot.trainee.zero_grad(set_to_none=True)
+    assert with_gradient and with_gradient <= set(lot.trainee.learning())
+    assert lot.job.untuned is not None
+    own = dict(lot.trainee.unet.named_parameters())
+    twin = dict(lot.job.untuned.unet.named_parameters())
+    shared = {p.data_ptr() for p in own.values()}
+    assert {p.data_ptr() for p in twin.values()} <= shared and not any("lora" in name for name in twin)
+
+
+def test_preserved_rows_have_no_patches(lot: Lot) -> None:
+    """The base does not mend them; without --preserve first frames have some."""
+    seen, later = {0.0: 0, 8.0: 0}, 0
+    for preserve in seen:
+        for step in range(6):
+            batch = lot.batches(patches=0.9, preserve=preserve).draw(step)
+            assert batch.patches is not None
+            rows = batch.patches.flatten(1).any(1)
+            assert not rows[batch.dropped].any()
+            seen[preserve] += int(rows[batch.place == 0].sum())
+            later += int(rows[batch.place > 0].sum())
+    assert seen[8.0] == 0 < seen[0.0] and later > 20
+
+
+def test_a_tuning_with_a_large_weight_ends_nearer_to_the_base(
+    sd15_folder: Path, tmp_path: Path, lot: Lot
+) -> None:
+    """The same tuning with and without it: how far first frames are from what the base draws of them."""
+    stories = write_stories(tmp_path / "examples")
+    far = []
+    for weight in (0.0, 100.0):
+        output = tmp_path / f"{weight}.safetensors"
+        tuning = Tuning(**{**OPTIONS, "preserve": weight})
+        list(loop.tune(stories, output, model=str(sd15_folder), tuning=tuning, sizes=SMALL, device="cpu"))
+        files = {"adapter": str(output)}
+        job = loop.begin(stories, tmp_path / "next.safetensors", str(sd15_folder), files,
+                         Tuning(**OPTIONS), HistorySizes(), 0, "cpu", False, True)  # fmt: skip
+        trainee = Trainee(job.model, lot.tables.nothing)
+        batch = lot.batches(first_frames=0.9).draw(4)
+        noisy = trainee.scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
+        assert batch.preserved is not None
+        with torch.no_grad():
+            change = (trainee.predict(noisy, batch) - lot.base_s(batch))[batch.preserved]
+        far.append(float(change.square().mean()))
+    assert far[1] < far[0] / 2
