@@ -143,5 +143,9 @@ def test_a_tuning_with_a_large_weight_ends_nearer_to_the_base(
         assert batch.preserved is not None
         with torch.no_grad():
             change = (trainee.predict(noisy, batch) - lot.base_s(batch))[batch.preserved]
+            captions = torch.where(batch.dropped[:, None, None], trainee.no_captions, batch.captions)
+            assert job.untuned is not None  # and without the adapter that the tuning starts from
+            untuned = job.untuned.predict(noisy, batch.timesteps, captions)
+            assert (untuned - lot.base_s(batch)).abs().max() < TOLERANCE
         far.append(float(change.square().mean()))
     assert far[1] < far[0] / 2
