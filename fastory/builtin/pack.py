@@ -46,7 +46,7 @@ DEFAULTS = {
     "ip_adapter": "ip_adapter/ip_adapter.safetensors",
     "adapter": CAUSAL,
     # A first frame between two colours is made up for by drafts, and by noise that is drawn anew at every step.
-    "causal": {"scheduler": "euler-ancestral", "steps": 25, "guidance_scale": 2.0, "drafts": 4},
+    "causal": {"scheduler": "euler-ancestral", "steps": 25, "guidance_scale": 2.0, "drafts": 6},
 }
 
 
