@@ -8,6 +8,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from fastory.tuning import loop
+from fastory.tuning.tables import Tables
+
 CAPTIONS = (
     ("a red fox in the sea", "the fox sleeps", "a fox swims in the sea"),
     ("a blue rabbit picks fruit", "the rabbit in the forest", "a rabbit sleeps", "robinson with a rabbit"),
@@ -38,3 +41,9 @@ def write_siblings(folder: Path, side: int = 64) -> Path:
             blocks = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
             Image.fromarray(blocks).resize((side, side)).save(file)
     return folder
+
+
+def encoded(job: loop.Job, folder: Path, references: bool = False) -> Tables:
+    """The tables of a job's stories, in `folder`, as a tuning has them when it begins to train."""
+    list(loop.encode_examples(job.model, job.examples, job.size, folder / "tables", references))
+    return loop.open_tables(job.model, job.examples, job.size, folder / "tables")

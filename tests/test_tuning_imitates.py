@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_stories import write_stories
+from small_stories import encoded, write_stories
 
 from fastory import StoryModel
 from fastory.attention import ReferenceContext
@@ -18,7 +18,6 @@ from fastory.tuning import loop
 from fastory.tuning.imitation import difference
 from fastory.tuning.loop import Stepped, sha256_of, tune
 from fastory.tuning.sizes import HistorySizes, Tuning
-from fastory.tuning.tables import Tables
 from fastory.tuning.trainee import Batch, Trainee, visible_references
 
 SMALL = HistorySizes(positions=3, local_heads=4, bottleneck=8, frame_tokens=12)
@@ -50,14 +49,7 @@ class Class:
         files = {"ip_adapter": str(adapter)}
         output = folder / "a.safetensors"
         self.job = loop.begin(stories, output, str(base), files, SHORT, SMALL, 0, "cpu", False, True)
-        list(
-            loop.encode_examples(
-                self.job.model, self.job.examples, self.job.size, folder / "tables", references=True
-            )
-        )
-        self.tables: Tables = loop.open_tables(
-            self.job.model, self.job.examples, self.job.size, folder / "tables"
-        )
+        self.tables = encoded(self.job, folder, references=True)
         self.trainee = Trainee(self.job.model, self.tables.nothing, self.job.teacher)
         generator = torch.Generator().manual_seed(5)
         with torch.no_grad():

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_stories import write_stories
+from small_stories import encoded, write_stories
 
 from fastory.tuning import loop
 from fastory.tuning.sizes import HistorySizes, Tuning
@@ -37,8 +37,7 @@ def one_process(base: Path, adapter: Path, stories: Path, folder: Path) -> dict[
     job = loop.begin(
         stories, folder / "one.safetensors", str(base), {"ip_adapter": str(adapter)}, TUNING, SMALL, 0, "cpu", False, True
     )  # fmt: skip
-    list(loop.encode_examples(job.model, job.examples, job.size, folder / "tables", references=True))
-    tables = loop.open_tables(job.model, job.examples, job.size, folder / "tables")
+    tables = encoded(job, folder, references=True)
     trainee = Trainee(job.model, tables.nothing, job.teacher)
     learner = Learner(trainee.learning(), TUNING.learning_rate, TUNING.ema_decay)
     source = loop.batches_of(job, trainee, tables, range(3), job.tuning)

@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from small_stories import write_siblings, write_stories
+from small_stories import encoded, write_siblings, write_stories
 
 from fastory.tuning import loop
 from fastory.tuning.batches import Batches
 from fastory.tuning.siblings import families_of
 from fastory.tuning.sizes import HistorySizes, Tuning
-from fastory.tuning.tables import Tables
 from fastory.tuning.trainee import Batch, Trainee
 
 SMALL = HistorySizes(positions=3, local_heads=4, bottleneck=8, frame_tokens=12)
@@ -33,10 +32,7 @@ class Lot:
         self.folder = base
         self.job = loop.begin(stories, folder / "a.safetensors", str(base), {}, Tuning(**OPTIONS), SMALL, 0,
                               "cpu", False, True)  # fmt: skip
-        list(loop.encode_examples(self.job.model, self.job.examples, self.job.size, folder / "tables"))
-        self.tables: Tables = loop.open_tables(
-            self.job.model, self.job.examples, self.job.size, folder / "tables"
-        )
+        self.tables = encoded(self.job, folder)
         self.trainee = Trainee(self.job.model, self.tables.nothing, base=self.job.untuned)
         generator = torch.Generator().manual_seed(5)
         with torch.no_grad():

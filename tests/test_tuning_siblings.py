@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_stories import write_siblings, write_stories
+from small_stories import encoded, write_siblings, write_stories
 
 from fastory.checkpoints.history import History
 from fastory.tuning import loop
@@ -27,7 +27,6 @@ from fastory.tuning.siblings import (
 )
 from fastory.tuning.sizes import HistorySizes, Tuning
 from fastory.tuning.stories import read_examples
-from fastory.tuning.tables import Tables
 from fastory.tuning.trainee import Trainee
 
 SMALL = HistorySizes(positions=3, local_heads=4, bottleneck=8, frame_tokens=12)
@@ -48,10 +47,7 @@ class Lot:
     def __init__(self, base: Path, stories: Path, folder: Path) -> None:
         self.job = loop.begin(stories, folder / "a.safetensors", str(base), {}, Tuning(**OPTIONS), SMALL, 0,
                               "cpu", False, True)  # fmt: skip
-        list(loop.encode_examples(self.job.model, self.job.examples, self.job.size, folder / "tables"))
-        self.tables: Tables = loop.open_tables(
-            self.job.model, self.job.examples, self.job.size, folder / "tables"
-        )
+        self.tables = encoded(self.job, folder)
 
     def batches(self, **options: Any) -> Batches:
         tuning = Tuning(**{**OPTIONS, **options})

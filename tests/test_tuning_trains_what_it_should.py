@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from small_stories import write_stories
+from small_stories import encoded, write_stories
 
 from fastory import InputError, StoryModel
 from fastory.tuning import loop
@@ -84,8 +84,7 @@ def test_gradients_reach_every_trained_tensor_and_nothing_else(
     job = loop.begin(
         stories, tmp_path / "a.safetensors", str(sd15_folder), {}, SHORT, SMALL, 0, "cpu", False, True
     )
-    list(loop.encode_examples(job.model, job.examples, job.size, tmp_path / "tables"))
-    tables = loop.open_tables(job.model, job.examples, job.size, tmp_path / "tables")
+    tables = encoded(job, tmp_path)
     trainee = Trainee(job.model, tables.nothing)
     with torch.no_grad():  # what begins at zero lets no gradient through
         for parameter in trainee.learning().values():

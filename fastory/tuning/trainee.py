@@ -139,9 +139,9 @@ class Trainee(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """`wanted` (R, c, h, w) and the weights (R, 1, 1, 1) of its errors, with the base's prediction in these rows (R,)."""
         assert self.base is not None
-        captions = torch.where(batch.dropped[:, None, None], self.no_captions, batch.captions)[rows]
         wanted, weights = wanted.clone(), weights.clone()
-        wanted[rows] = self.base.predict(noisy[rows], batch.timesteps[rows], captions).to(wanted)
+        told = self.base.predict(noisy[rows], batch.timesteps[rows], self.captions(batch)[rows])
+        wanted[rows] = told.to(wanted)
         weights[rows] = self.base.weight
         return wanted, weights
 
@@ -171,11 +171,10 @@ class Trainee(nn.Module):
         assert self.teacher is not None
         another = (batch.story + 1) % len(batch.mask) if batch.pairs is None else batch.story ^ 1
         other = replace(batch, story=another)
-        captions = torch.where(batch.dropped[:, None, None], self.no_captions, batch.captions)
         lesson = self.teacher.lesson(
             noisy,
             batch.timesteps,
-            captions,
+            self.captions(batch),
             references.flatten(0, 1),
             visible_references(batch),
             visible_references(other),
@@ -189,7 +188,7 @@ class Trainee(nn.Module):
         frames: self.frames(batch), where it is known.
         """
         drop, kind = batch.dropped[:, None], self.encoder.type_embeddings.weight[0]
-        captions = torch.where(drop[..., None], self.no_captions, batch.captions)
+        captions = self.captions(batch)
         unseen = torch.where(drop, self.no_unseen, batch.unseen)
         kv, hidden = self.history(batch, *(frames or self.frames(batch)))
         return HistoryContext(
@@ -198,6 +197,10 @@ class Trainee(nn.Module):
             captions.shape[1],
             self.encoder.config.frame_tokens,
         )
+
+    def captions(self, batch: Batch) -> Tensor:
+        """(R, Lt, C_x): the rows' captions, the empty one where a row is dropped."""
+        return torch.where(batch.dropped[:, None, None], self.no_captions, batch.captions)
 
     def frames(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """K and V (B + 1, N - 1, S, W) of every frame, those of the null frame last, and padding (B + 1, N - 1, S)."""
