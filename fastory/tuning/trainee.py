@@ -123,27 +123,24 @@ class Trainee(nn.Module):
         wanted = batch.noise
         if self.prediction == "v_prediction":
             wanted = self.scheduler.get_velocity(batch.latents, batch.noise, batch.timesteps)
-        weights = torch.ones(len(wanted), 1, 1, 1, device=wanted.device)
+        weight: float | Tensor = 1.0
         if batch.preserved is not None:
-            wanted, weights = self.preserve(noisy, batch, wanted, weights, batch.preserved)
+            assert self.base is not None
+            wanted = self.preserve(noisy, batch, wanted, batch.preserved)
+            weight = torch.where(batch.preserved, self.base.weight, 1.0).view(-1, 1, 1, 1)
         errors = self.predict(noisy, batch).float() - wanted.float()
-        loss = (weights * errors.square()).mean()
+        loss = (weight * errors.square()).mean()
         if batch.pairs is not None:
             loss = loss + self.contrast * contrast(errors, wanted.float(), batch.pairs)
         if batch.patches is not None:
             loss = loss + self.contrast * mending(self.picture_errors(errors, batch.timesteps), batch.patches)
         return loss
 
-    def preserve(
-        self, noisy: Tensor, batch: Batch, wanted: Tensor, weights: Tensor, rows: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """`wanted` (R, c, h, w) and the weights (R, 1, 1, 1) of its errors, with the base's prediction in these rows (R,)."""
+    def preserve(self, noisy: Tensor, batch: Batch, wanted: Tensor, rows: Tensor) -> Tensor:
+        """`wanted` (R, c, h, w) with the base's prediction in these rows (R,)."""
         assert self.base is not None
-        wanted, weights = wanted.clone(), weights.clone()
         told = self.base.predict(noisy[rows], batch.timesteps[rows], self.captions(batch)[rows])
-        wanted[rows] = told.to(wanted)
-        weights[rows] = self.base.weight
-        return wanted, weights
+        return wanted.masked_scatter(rows.view(-1, 1, 1, 1), told.to(wanted))
 
     def picture_errors(self, errors: Tensor, timesteps: Tensor) -> Tensor:
         """Errors of a prediction (R, c, h, w) as errors of the latents that it amounts to."""
