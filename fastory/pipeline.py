@@ -32,7 +32,7 @@ from fastory.modes.causal import Telling, causal, window_of
 from fastory.modes.iterative import iterative
 from fastory.placement import choose_batch
 from fastory.run import Identity, RunFolder
-from fastory.sampler import make_scheduler
+from fastory.sampler import is_guided, make_scheduler, rows_per_frame
 from fastory.settings import Settings, check, resolve
 from fastory.story import Story
 
@@ -134,7 +134,8 @@ def prepare(
     """Resolve a story's settings and check them against the model."""
     for name, value in story.settings.items():
         check(name, value, story.where(f"settings.{name}") or "story")
-    own = {**story.settings, "style": story.style, "negative_prompt": story.negative_prompt}
+    named = {"style": story.style, "negative_prompt": story.negative_prompt}
+    own = {**story.settings, **{name: value for name, value in named.items() if value is not None}}
     settings, sources = resolve(flags, own, preset, model.defaults)
     width, height = model.native_size
     settings = replace(settings, width=settings.width or width, height=settings.height or height)
@@ -157,7 +158,7 @@ def check_drawable(model: StoryModel, story: Story, settings: Settings, batch_si
     # A null block ends every group.
     references = len(story.frames) + 1 + sum(len(own) + 1 for own in pictures) if iterative_mode else 0
     groups = 1 + len(pictures) if iterative_mode else 0
-    rows = (batch_size or 1) * (2 if settings.guidance_scale > 1 else 1)
+    rows = (batch_size or 1) * rows_per_frame(model, settings)
     model.check_drawable(settings.width or 0, settings.height or 0, references, groups, rows)
 
 
@@ -345,7 +346,8 @@ def micro_batch(model: StoryModel, settings: Settings, count: int, asked: int | 
         return min(asked, count), f"{min(asked, count)} of {count} {what} at once, as asked for"
     factor = model.vae_factor
     width, height = (settings.width or 0) // factor, (settings.height or 0) // factor
-    return choose_batch(model.unet, model.placement, width, height, settings.guidance_scale > 1, count, what)
+    guided = is_guided(model, settings)
+    return choose_batch(model.unet, model.placement, width, height, guided, count, what)
 
 
 def record(jobs: Mapping[int, Job], events: Iterator[Event]) -> Iterator[Event]:

@@ -60,8 +60,8 @@ class Sampler:
         self.model, self.settings, self.batch_size = model, settings, batch_size
         unet = model.unet
         self.distilled = unet.config.time_cond_proj_dim is not None
-        self.guided = settings.guidance_scale > 1 and not self.distilled
-        self.rows = batch_size * (2 if self.guided else 1)
+        self.guided = is_guided(model, settings)
+        self.rows = batch_size * rows_per_frame(model, settings)
         self.scheduler = make_scheduler(model, settings.scheduler)
         self.scheduler.set_timesteps(settings.steps, device="cpu")
         self.timesteps = self.scheduler.timesteps.to(model.device)
@@ -199,6 +199,16 @@ class Sampler:
         shape = (1, *self.latent_shape)
         noise = randn_tensor(shape, generator=generator, device=self.model.device, dtype=self.model.dtype)
         return noise * self.scheduler.init_noise_sigma
+
+
+def is_guided(model: StoryModel, settings: Settings) -> bool:
+    """Whether a frame has an unconditional row; a UNet distilled with guidance (LCM) takes the scale as an input."""
+    return settings.guidance_scale > 1 and model.unet.config.time_cond_proj_dim is None
+
+
+def rows_per_frame(model: StoryModel, settings: Settings) -> int:
+    """Rows of a UNet call that one frame takes."""
+    return 2 if is_guided(model, settings) else 1
 
 
 def make_scheduler(model: StoryModel, name: str) -> Any:

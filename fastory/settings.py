@@ -16,6 +16,7 @@ REFERENCE_FITS = ("pad", "squash", "crop")
 NOISES = ("shared", "per-frame")
 MODES = ("iterative", "causal")
 SEED_LIMIT = 2**63
+MOST_SCALE = 10  # of references; an IP-Adapter is trained at 1
 ITERATIVE_ALONE = ("iterations", "reference_scale", "references", "reference_fit", "reference_start")
 CAUSAL_ALONE = ("window", "drafts")
 
@@ -199,6 +200,8 @@ def _scale(value: Any, origin: str) -> tuple[float, float]:
         raise InputError(
             f"reference_scale ({origin}): wanted FIRST:LAST such as 0.3:0.5, or one number, got {value!r}"
         )
+    if not all(0 <= number <= MOST_SCALE for number in numbers):
+        raise InputError(f"reference_scale ({origin}): wanted 0 to {MOST_SCALE} for both, got {value!r}")
     return numbers[0], numbers[-1]
 
 
