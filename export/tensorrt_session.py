@@ -241,7 +241,8 @@ class TensorRtSession:
 
     def _captured(self, context: trt.IExecutionContext) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # torch's own capture stream belongs to the device that was current at the first capture of the process.
+        with torch.cuda.graph(graph, stream=torch.cuda.Stream(self.device)):
             self._execute(context)
         return graph
 

@@ -55,6 +55,7 @@ class RoundStarted:
 class StepDone:
     """One denoising step of one micro-batch: `frames` are the story's frames in it, `step` counts from 1.
 
+    seconds: what the step took on its device, which on CUDA has done it when the event comes.
     place: of the story in the call; causal mode draws several side by side. draft: of frame 0, counted from 1; 0 is the
     frame itself.
     """

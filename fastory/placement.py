@@ -111,10 +111,15 @@ def frame_bytes(unet: UNet2DConditionModel, dtype: torch.dtype, width: int, heig
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that is free on `device`, in bytes; what PyTorch has reserved and not used counts as free."""
+    """Memory that is free on `device`, in bytes.
+
+    What PyTorch has reserved and does not use is given back first: of what remains reserved, a captured graph's own
+    memory looks unused and is not.
+    """
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return free
     return psutil.virtual_memory().available
 
 

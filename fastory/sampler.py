@@ -3,44 +3,63 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
-import diffusers
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from fastory.attention import Context, Shared
-from fastory.errors import FastoryError, InputError
+from fastory.clock import timed
+from fastory.errors import FastoryError
 from fastory.model import Caption, StoryModel
 from fastory.placement import is_out_of_memory
+from fastory.schedulers import SchedulerStep, make_scheduler
 from fastory.settings import Settings
 
-SCHEDULER_CLASSES = {
-    "ddim": "DDIMScheduler",
-    "lcm": "LCMScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "euler-ancestral": "EulerAncestralDiscreteScheduler",
-    "dpm++": "DPMSolverMultistepScheduler",
-    "unipc": "UniPCMultistepScheduler",
-    "pndm": "PNDMScheduler",
-}
+
+class Replayed(Protocol):
+    """A captured UNet call."""
+
+    def replay(self) -> None:
+        """Compute it again from what its static inputs hold now."""
 
 
-@dataclass(frozen=True)
+@contextmanager
+def explained(capture: AbstractContextManager[Any]) -> Iterator[None]:
+    """`capture`, with the error that a failed call raised in place of the one that torch raises at the end of it.
+
+    Raises FastoryError for a call that cannot be captured; memory that ran out is what it is, so that less is tried.
+    """
+    first: RuntimeError | None = None
+    try:
+        with capture:
+            try:
+                yield
+            except RuntimeError as error:
+                first = error
+                raise
+    except RuntimeError as error:
+        first = first or error
+        if is_out_of_memory(first):
+            raise first from None
+        raise FastoryError(f"a UNet call could not be captured ({first}); draw with --graphs off") from error
+
+
+@dataclass(frozen=True, eq=False)
 class Row:
-    """One frame to denoise. latents (1, c, h, w): its initial noise.
+    """One frame to denoise. seed: of its generator, from which its initial noise and the noise of every step are drawn.
 
     inputs and null_inputs: what the conditional and the unconditional row attend to, a row of each of the context's
     per_row tensors. caption and negative: whose pooled text SDXL takes.
     """
 
     frame: int
-    latents: Tensor
-    generator: torch.Generator
+    seed: int
     caption: Caption
     negative: Caption
     inputs: tuple[Tensor, ...]
@@ -70,7 +89,6 @@ class Sampler:
         self.host_timesteps: list[Any] = (
             list(self.scheduler.timesteps) if by_index else self.scheduler.timesteps.tolist()
         )
-        self.takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         factor = model.vae_factor
         self.latent_shape = (int(unet.config.in_channels), height // factor, width // factor)
         options: dict[str, Any] = {"device": model.device, "dtype": model.dtype}
@@ -80,7 +98,7 @@ class Sampler:
         self.conditions = self._added_conditions(width, height)
         self.model_input = torch.zeros(self.rows, *self.latent_shape, **options)
         self.context: Context | None = None
-        self.graph: torch.cuda.CUDAGraph | None = None
+        self.graph: Replayed | None = None
 
     def _guidance_embedding(self) -> Tensor:
         """The guidance scale as an input, for UNets distilled with it (LCM)."""
@@ -108,10 +126,15 @@ class Sampler:
             self.context = shared.context(self.rows)
 
     def _load(self, rows: Sequence[Row]) -> list[torch.Generator]:
-        """Copy the rows into the static buffers; a short micro-batch is padded with its last frame."""
+        """Copy the rows into the static buffers, padded with the last one; returns each row's generator.
+
+        A row that stands in for others, too, has one generator, and all of them get its noise.
+        """
         padded = [*rows, *[rows[-1]] * (self.batch_size - len(rows))]
+        generators = {row: torch.Generator().manual_seed(row.seed) for row in padded}
+        noise = {row: self.initial_noise(generator) for row, generator in generators.items()}
         for place, row in enumerate(padded):
-            self.latents[place : place + 1] = row.latents
+            self.latents[place : place + 1] = noise[row]
         inputs = [(row.inputs, row.caption) for row in padded]
         if self.guided:
             inputs = [(row.null_inputs, row.negative) for row in padded] + inputs
@@ -122,33 +145,35 @@ class Sampler:
             if self.conditions is not None:
                 assert caption.pooled is not None
                 self.conditions["text_embeds"][place : place + 1] = caption.pooled
-        generators = [row.generator for row in rows]
-        return generators + [_copy(rows[-1].generator) for _ in range(self.batch_size - len(rows))]
+        return [generators[row] for row in padded]
 
     @torch.inference_mode()
-    def denoise(self, rows: Sequence[Row]) -> Iterator[int]:
-        """Denoise up to batch_size rows from their initial noise; yields the number of each finished step.
+    def denoise(self, rows: Sequence[Row]) -> Iterator[tuple[int, float]]:
+        """Denoise up to batch_size rows from their initial noise; yields (its number from 1, seconds) of each finished step.
 
-        Afterwards `latents[n : n + 1]` is row n. Raises what PyTorch raises when memory runs out.
+        seconds: on the device, without what the reader does between two steps. Afterwards `latents[n : n + 1]` is row n.
+        Raises what PyTorch raises when memory runs out.
         """
-        generators = self._load(rows)
+        within = SchedulerStep(self.model.device, self._load(rows))
         self.scheduler.set_timesteps(
             self.settings.steps, device="cpu"
         )  # clears what multi-step schedulers remember
         if hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(0)
-        options = {"generator": generators} if self.takes_generator else {}
-        for number, timestep in enumerate(self.host_timesteps):
-            self.timestep.copy_(self.timesteps[number])
-            scaled = self.scheduler.scale_model_input(self.latents, timestep)
-            self.model_input.copy_(torch.cat([scaled, scaled]) if self.guided else scaled)
-            noise = self._guide(self._captured() if self.model.placement.graphs else self._predict())
+        steps = map(partial(self._step, within), range(len(self.host_timesteps)))
+        yield from enumerate(timed(self.model.device, steps), 1)
+
+    def _step(self, within: SchedulerStep, number: int) -> None:
+        """One denoising step of all rows, from `latents` to `latents`."""
+        timestep = self.host_timesteps[number]
+        self.timestep.copy_(self.timesteps[number])
+        scaled = self.scheduler.scale_model_input(self.latents, timestep)
+        self.model_input.copy_(torch.cat([scaled, scaled]) if self.guided else scaled)
+        noise = self._guide(self._replayed() if self.model.placement.graphs else self._predict())
+        with within:
             # UniPC and PNDM keep the sample they are given, so it must not be the buffer that is written next.
-            latents = self.scheduler.step(
-                noise, timestep, self.latents.clone(), **options, return_dict=False
-            )[0]
-            self.latents.copy_(latents)
-            yield number + 1
+            latents = self.scheduler.step(noise, timestep, self.latents.clone(), return_dict=False)[0]
+        self.latents.copy_(latents)
 
     def _predict(self) -> Tensor:
         """One UNet call over the static buffers -> (rows, c, h, w)."""
@@ -162,35 +187,37 @@ class Sampler:
             return_dict=False,
         )[0]
 
-    def _captured(self) -> Tensor:
-        """The same call replayed from a CUDA graph, captured on first use: one launch in place of some thousand."""
+    def _replayed(self) -> Tensor:
+        """The same call replayed from a CUDA graph, captured on first use: one launch in place of some thousand.
+
+        The result lies in the graph's own memory, which the next replay writes again.
+        """
         if self.graph is None:
-            aside = torch.cuda.Stream(self.model.device)
-            aside.wait_stream(torch.cuda.current_stream(self.model.device))
+            self.graph, self.prediction = self._capture()
+        self.graph.replay()
+        return self.prediction
+
+    def _capture(self) -> tuple[Replayed, Tensor]:
+        """A graph of the call, and where its replay leaves the prediction."""
+        device, graph = self.model.device, torch.cuda.CUDAGraph()
+        with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
+            # torch's own capture stream belongs to the device that was current at the first capture of the process.
+            aside = torch.cuda.Stream(device)
+            aside.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(
                 aside
             ):  # compiles kernels and lets libraries choose, which capture forbids
                 self._predict()
                 self._predict()
-            torch.cuda.current_stream(self.model.device).wait_stream(aside)
-            graph = torch.cuda.CUDAGraph()
-            try:
-                with torch.cuda.graph(graph):
-                    self.prediction = self._predict()
-            except RuntimeError as error:
-                if is_out_of_memory(error):
-                    raise
-                raise FastoryError(
-                    f"a UNet call could not be captured ({error}); draw with --graphs off"
-                ) from error
-            self.graph = graph
-        self.graph.replay()
-        return self.prediction
+            torch.cuda.current_stream(device).wait_stream(aside)
+            with explained(torch.cuda.graph(graph, stream=aside)):
+                prediction = self._predict()
+        return graph, prediction
 
     def _guide(self, prediction: Tensor) -> Tensor:
-        """Classifier-free guidance: rows are [unconditional; conditional]."""
+        """Classifier-free guidance: rows are [unconditional; conditional]. The result is never the graph's own memory."""
         if not self.guided:
-            return prediction
+            return prediction.clone()  # PNDM keeps it for later steps
         unconditional, conditional = prediction.chunk(2)
         return unconditional + self.settings.guidance_scale * (conditional - unconditional)
 
@@ -211,23 +238,6 @@ def rows_per_frame(model: StoryModel, settings: Settings) -> int:
     return 2 if is_guided(model, settings) else 1
 
 
-def make_scheduler(model: StoryModel, name: str) -> Any:
-    """The named scheduler with the checkpoint's own noise schedule.
-
-    Raises InputError for LCM on a UNet that was not distilled for it (no time_cond_proj_dim).
-    """
-    if name == "lcm" and model.unet.config.time_cond_proj_dim is None:
-        raise InputError(
-            f"scheduler lcm wants a UNet distilled for it (time_cond_proj_dim); {model.name} has none. "
-            "Give an LCM UNet with --model, or another --scheduler."
-        )
-    kind, config = getattr(diffusers, SCHEDULER_CLASSES[name]), dict(model.pipeline.scheduler.config)
-    if "clip_sample" in inspect.signature(kind).parameters:
-        # DDIM clips by default, which is for pixels. A checkpoint that came with another scheduler does not say so.
-        config.setdefault("clip_sample", False)
-    return kind.from_config(config)
-
-
 def noise_seed(own: int | None, seed: int, noise: str, frame: int) -> int:
     """The generator's seed: the frame's own; else `seed` (shared), or the first 8 bytes of sha256("seed:frame")."""
     if own is not None:
@@ -235,9 +245,3 @@ def noise_seed(own: int | None, seed: int, noise: str, frame: int) -> int:
     if noise == "shared":
         return seed
     return int.from_bytes(hashlib.sha256(f"{seed}:{frame}".encode()).digest()[:8], "big")
-
-
-def _copy(generator: torch.Generator) -> torch.Generator:
-    twin = torch.Generator()
-    twin.set_state(generator.get_state())
-    return twin

@@ -5,12 +5,29 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, get_args, get_type_hints
 
 from fastory.errors import InputError
 
-SCHEDULERS = ("ddim", "lcm", "euler", "euler-ancestral", "dpm++", "unipc", "pndm")
+
+@dataclass(frozen=True)
+class Scheduler:
+    """One of diffusers' schedulers by its class. config: what stands in place of the model folder's own values."""
+
+    kind: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+SCHEDULERS: Mapping[str, Scheduler] = {
+    "ddim": Scheduler("DDIMScheduler"),
+    "lcm": Scheduler("LCMScheduler"),
+    "euler": Scheduler("EulerDiscreteScheduler"),
+    "euler-ancestral": Scheduler("EulerAncestralDiscreteScheduler"),
+    "dpm++": Scheduler("DPMSolverMultistepScheduler"),
+    "unipc": Scheduler("UniPCMultistepScheduler"),
+    "pndm": Scheduler("PNDMScheduler"),
+}
 REFERENCES = ("all", "others", "cast")
 REFERENCE_FITS = ("pad", "squash", "crop")
 NOISES = ("shared", "per-frame")
@@ -144,7 +161,7 @@ def resolve(
     mode = next((value for value in modes if value is not None), Settings.mode)
     origins.insert(1, ("model", _of_mode(folder_defaults, mode)))
     values: dict[str, Any] = {}
-    sources = {field.name: "paper" for field in fields(Settings)}
+    sources = {one.name: "paper" for one in fields(Settings)}
     for origin, given in origins:
         for name, value in given.items():
             if value is not None:

@@ -37,7 +37,7 @@ def test_null_frames_stand_where_frames_stand(model: StoryModel, before: int) ->
     telling.ring = company.new_ring()
     for i in range(before):
         company.tell(telling, i, picture(i))
-    row = company.row(telling, before, company.sampler_of(1))
+    row = company.row(telling, before)
     kv, padding = row.null_inputs
 
     encoder, project = model.require_history().encoder, model.layers.project_text

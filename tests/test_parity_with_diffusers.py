@@ -86,7 +86,7 @@ def own_latents(
     groups = mode.reference_groups(run, 1 if images else 0, dict(tokens))
     sampler = Sampler(model, chosen, batch, *mode.picture_size(run))
     sampler.set_round(mode.share(run, groups))
-    for _ in sampler.denoise([mode.make_row(run, sampler, groups, 0)]):
+    for _ in sampler.denoise([mode.make_row(run, groups, 0)]):
         pass
     return sampler.latents[:1]
 

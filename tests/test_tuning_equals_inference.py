@@ -64,7 +64,7 @@ class Tuned:
         for example in self.examples[:2]:
             telling = Telling(0, Story.from_captions(example.prompts), settings, Pictures(example.pictures))
             company = Company(model, [telling], [1], SIZE)
-            found += [company.row(telling, i, company.sampler_of(1)) for i in range(len(example.prompts))]
+            found += [company.row(telling, i) for i in range(len(example.prompts))]
         return found
 
 

@@ -12,7 +12,6 @@ Frames of one story wait for each other, so several stories are drawn side by si
 
 from __future__ import annotations
 
-import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -165,14 +164,11 @@ class Company:
             self.tell(telling, i, None if left_out else picture)
 
     @torch.inference_mode()
-    def row(self, telling: Telling, frame: int, sampler: Sampler) -> Row:
-        """One frame's inputs: its noise, its caption, its history."""
+    def row(self, telling: Telling, frame: int) -> Row:
+        """One frame's inputs: the seed of its noise, its caption, its history."""
         self.catch_up(telling, frame)
         settings = telling.settings
         seed = telling.seeds.get(frame, settings.seed)
-        generator = torch.Generator().manual_seed(
-            noise_seed(telling.story.frames[frame].seed, seed, settings.noise, frame)
-        )
         caption, caption_kv, caption_padding = self.caption(telling.story.prompt(frame, settings.style))
         negative, negative_kv, negative_padding = self.negative(settings.negative_prompt)
         assert telling.ring is not None
@@ -180,8 +176,7 @@ class Company:
         null_kv, null_padding = telling.ring.null_keys_values(*self.null)
         return Row(
             frame=frame,
-            latents=sampler.initial_noise(generator),
-            generator=generator,
+            seed=noise_seed(telling.story.frames[frame].seed, seed, settings.noise, frame),
             caption=caption,
             negative=negative,
             inputs=(torch.cat([caption_kv, kv], 1), torch.cat([caption_padding, padding], 1)),
@@ -254,16 +249,16 @@ def denoise(
     frame: int,
     draft: int = 0,
 ) -> Generator[Event, None, list[Row]]:
-    """Denoise `frame` of all members, of which those in `todo` count; returns their rows. draft: as in StepDone."""
-    drawn = {telling.place: company.row(telling, frame, sampler) for telling in todo}
+    """Denoise `frame` of all members, of which those in `todo` count; returns their rows. draft: as in StepDone.
+
+    A member that is not drawn keeps its place by standing in for one that is.
+    """
+    drawn = {telling.place: company.row(telling, frame) for telling in todo}
     stand_in = next(iter(drawn.values()))
     rows = [drawn.get(telling.place, stand_in) for telling in members]
-    before = time.monotonic()
-    for step in sampler.denoise(rows):
-        now = time.monotonic()
+    for step, seconds in sampler.denoise(rows):
         for telling in todo:
-            yield StepDone(0, (frame,), step, sampler.settings.steps, now - before, telling.place, draft)
-        before = now
+            yield StepDone(0, (frame,), step, sampler.settings.steps, seconds, telling.place, draft)
     return rows
 
 
@@ -272,8 +267,7 @@ def finish_frame(company: Company, telling: Telling, frame: int, row: Row, laten
     decoded = company.model.decode(latents)
     if frame + 1 < len(telling.story.frames):
         company.tell(telling, frame, None if decoded.left_out else decoded.image)
-    seed = row.generator.initial_seed()
-    return FrameDrawn(0, frame, decoded.image, seed, decoded.left_out, place=telling.place)
+    return FrameDrawn(0, frame, decoded.image, row.seed, decoded.left_out, place=telling.place)
 
 
 def given_frame(company: Company, telling: Telling) -> FrameDrawn:

@@ -133,7 +133,7 @@ def draw_round(
     for members in (range(first, min(first + size, count)) for first in range(0, count, size)):
         if todo.isdisjoint(members):
             continue
-        rows = [make_row(run, sampler, groups, i) for i in members]
+        rows = [make_row(run, groups, i) for i in members]
         yield from report_steps(sampler, rows, k, todo)
         for n, row in enumerate(rows):
             if row.frame not in todo:
@@ -141,18 +141,16 @@ def draw_round(
             decoded = run.model.decode(sampler.latents[n : n + 1])
             if k < settings.iterations:
                 current[row.frame] = encode_unless_left_out(run, decoded.image, decoded.left_out)
-            yield FrameDrawn(k, row.frame, decoded.image, row.generator.initial_seed(), decoded.left_out)
+            yield FrameDrawn(k, row.frame, decoded.image, row.seed, decoded.left_out)
     yield RoundFinished(k, settings.iterations, time.monotonic() - started)
     return current
 
 
 def report_steps(sampler: Sampler, rows: Sequence[Row], k: int, todo: Container[int]) -> Iterator[Event]:
     """Denoise a micro-batch, with an event a step that names the frames it is for."""
-    frames, before = tuple(row.frame for row in rows if row.frame in todo), time.monotonic()
-    for step in sampler.denoise(rows):
-        now = time.monotonic()
-        yield StepDone(k, frames, step, sampler.settings.steps, now - before)
-        before = now
+    frames = tuple(row.frame for row in rows if row.frame in todo)
+    for step, seconds in sampler.denoise(rows):
+        yield StepDone(k, frames, step, sampler.settings.steps, seconds)
 
 
 def reference_groups(run: Run, k: int, last: dict[int, Tensor | None]) -> list[Group]:
@@ -219,18 +217,14 @@ def share(run: Run, groups: Sequence[Group]) -> References:
     return References(ref_kv, scale, offsets, model.tokens_per_ref, run.negative_kv.shape[1])
 
 
-def make_row(run: Run, sampler: Sampler, groups: Sequence[Group], frame: int) -> Row:
-    """One frame's inputs: its noise, its text K/V (once a frame and round), and which references it sees."""
+def make_row(run: Run, groups: Sequence[Group], frame: int) -> Row:
+    """One frame's inputs: the seed of its noise, its text K/V (once a frame and round), and which references it sees."""
     seed = run.seeds.get(frame, run.settings.seed)
-    generator = torch.Generator().manual_seed(
-        noise_seed(run.story.frames[frame].seed, seed, run.settings.noise, frame)
-    )
     visible = [seen for group in groups for seen in group.visible(frame)]
     null_visible = [seen for group in groups for seen in group.null_visible(frame)]
     return Row(
         frame=frame,
-        latents=sampler.initial_noise(generator),
-        generator=generator,
+        seed=noise_seed(run.story.frames[frame].seed, seed, run.settings.noise, frame),
         caption=run.captions[frame],
         negative=run.negative,
         inputs=(project(run.model, run.captions[frame]), torch.tensor([visible], dtype=torch.bool)),

@@ -1,0 +1,73 @@
+"""diffusers' schedulers by name, and one step of them without waiting for the device."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import diffusers
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from fastory.errors import InputError
+from fastory.settings import SCHEDULERS
+
+if TYPE_CHECKING:
+    from fastory.model import StoryModel
+
+
+def make_scheduler(model: StoryModel, name: str) -> Any:
+    """The named scheduler with the checkpoint's own noise schedule.
+
+    Raises InputError for LCM on a UNet that was not distilled for it (no time_cond_proj_dim).
+    """
+    if name == "lcm" and model.unet.config.time_cond_proj_dim is None:
+        raise InputError(
+            f"scheduler lcm wants a UNet distilled for it (time_cond_proj_dim); {model.name} has none. "
+            "Give an LCM UNet with --model, or another --scheduler."
+        )
+    kind, config = getattr(diffusers, SCHEDULERS[name].kind), dict(model.pipeline.scheduler.config)
+    if "clip_sample" in inspect.signature(kind).parameters:
+        # DDIM clips by default, which is for pixels. A checkpoint that came with another scheduler does not say so.
+        config.setdefault("clip_sample", False)
+    return kind.from_config(config)
+
+
+class SchedulerStep(TorchFunctionMode):
+    """Around `scheduler.step`: each row's noise is drawn on the CPU from its own generator, and nothing is waited for.
+
+    A scheduler that draws noise would ask for it with a blocking copy at every step, and UniPC sends some numbers of its
+    tables and checks a solver's status on the host; here copies leave pinned memory and the device goes on.
+    """
+
+    def __init__(self, device: torch.device, generators: Sequence[torch.Generator]) -> None:
+        """generators: of each row of the micro-batch. Rows with the same generator get the same noise, drawn once."""
+        super().__init__()
+        self.device, self.generators = device, generators
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Noise, copies from the CPU to the device, and torch.linalg.solve; everything else is as it is."""
+        kwargs = dict(kwargs or {})
+        if func is torch.randn:
+            return self._send(self._noise(args[0], kwargs.get("dtype")))
+        if func is torch.linalg.solve:
+            return torch.linalg.solve_ex(*args, **kwargs).result
+        if func is torch.Tensor.to and args[0].device.type == "cpu" and self.device in args[1:]:
+            return func(self._send(args[0]), *args[1:], **kwargs)
+        return func(*args, **kwargs)
+
+    def _noise(self, shape: Sequence[int], dtype: torch.dtype | None) -> Tensor:
+        own = {
+            id(generator): torch.randn((1, *shape[1:]), generator=generator, dtype=dtype)
+            for generator in {id(one): one for one in self.generators}.values()
+        }
+        return torch.cat([own[id(generator)] for generator in self.generators])
+
+    def _send(self, tensor: Tensor) -> Tensor:
+        if self.device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
