@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from fastory.modes.causal import Telling, causal, window_of
 from fastory.modes.iterative import iterative
 from fastory.placement import choose_batch
 from fastory.run import Identity, RunFolder
-from fastory.sampler import is_guided, make_scheduler, rows_per_frame
+from fastory.sampler import frame_seed, is_guided, make_scheduler, rows_per_frame
 from fastory.settings import Settings, check, resolve
 from fastory.story import Story
 
@@ -96,6 +97,10 @@ def generate(
         raise InputError("frames are redrawn in place, overwrite draws everything anew; give one of the two")
     if frames is not None and output is None and under is None:
         raise InputError("frames are redrawn in a finished run folder; say which with output")
+    if redraw_seed is not None:
+        if frames is None:
+            raise InputError("redraw_seed is for the frames that are redrawn; say which with frames")
+        check("seed", redraw_seed, "--redraw-seed")
     stack, taken = ExitStack(), set[Path]()
     try:
         jobs = [prepare(opened, story, settings, preset, frames, batch_size) for story in read]
@@ -105,7 +110,9 @@ def generate(
     except BaseException:
         stack.close()
         raise
-    return run_jobs(jobs, batch_size, stack)
+    events = run_jobs(jobs, batch_size, stack)
+    next(events)  # a generator that was never begun would not release the folders when it is closed
+    return events
 
 
 def run_paths(stories: Sequence[Story], output: str | Path | None) -> list[Path | None]:
@@ -170,6 +177,8 @@ def frames_to_redraw(
         return None
     count = len(story.frames)
     wanted = tuple(range(count))[frames] if isinstance(frames, slice) else tuple(sorted(set(frames)))
+    if outside := [i for i in wanted if not isinstance(i, int) or i < 0]:
+        raise InputError(f"--frames: wanted numbers from 0 on, got {outside[0]!r}")
     if not wanted:
         raise InputError(
             f"--frames: {story.title!r} has the frames 0 to {count - 1}, and none of them was chosen"
@@ -207,25 +216,46 @@ def open_folder(
     stack.callback(folder.close)
     exists = folder.read()
     if exists and overwrite:
-        folder.manifest = {}  # the files go when drawing begins: a later story may still be refused
-        exists = False
+        exists = not folder.draw_anew(identity)
     if exists:
         folder.check(identity, job.frames)
         job.model = job.model.on(folder.manifest["machine"])
         job.notices += version_notices(folder.manifest["machine"]["versions"])
+        job.notices += restored(folder, job.story, identity)
     job.folder, job.identity = folder, identity
+    drawn_from = partial(noise_seeds, job.story, job.settings)
     if (
         job.frames is not None
         and exists
-        and not folder.begin_redraw(identity, job.frames, redraw_seed, job.settings.rounds)
+        and not folder.begin_redraw(identity, job.frames, redraw_seed, drawn_from)
     ):
         job.notices.append("nothing to redraw: neither caption nor seed of these frames changed")
 
 
+def restored(folder: RunFolder, story: Story, identity: Identity) -> list[str]:
+    """A notice where the folder's story.yaml was edited, unless it is the file that the story was read from."""
+    if identity.changed(folder.manifest) or folder.manifest.get("redraw"):
+        return []  # a redraw writes story.yaml anew
+    notice = folder.restore_story(story)
+    own = story.source is not None and story.source.resolve() == (folder.path / "story.yaml").resolve()
+    return [notice] if notice and not own else []
+
+
+def noise_seeds(story: Story, settings: Settings, redraw_seeds: Mapping[int, int]) -> dict[int, int]:
+    """The seed that each frame's noise is drawn from: --redraw-seed, the frame's own, the run's."""
+    return {
+        i: frame_seed(frame.seed, redraw_seeds.get(i), settings, i) for i, frame in enumerate(story.frames)
+    }
+
+
 def run_jobs(jobs: Sequence[Job], batch_size: int | None, stack: ExitStack) -> Iterator[Event]:
-    """Draw story after story, causal ones side by side, with the run's own number of threads."""
+    """Draw story after story, causal ones side by side, with the run's own number of threads.
+
+    The first thing it yields is no event of the story's: it says that the run folders will be released.
+    """
     threads = torch.get_num_threads()
     try:
+        yield Notice("ready")
         for group in side_by_side([begin(job, place, batch_size, jobs) for place, job in enumerate(jobs)]):
             yield from draw_stories(group)
     finally:
@@ -264,7 +294,6 @@ def begin(job: Job, place: int, batch_size: int | None, jobs: Sequence[Job]) -> 
         return Begun(job, place, [size], reason, torch.get_num_threads())
     assert job.identity is not None
     if not folder.manifest:
-        folder.clear()
         machine = {**job.model.placement.as_dict(), "versions": versions()}
         folder.begin(job.identity, job.story, job.sources, machine, size)
     stored = folder.batch_sizes()

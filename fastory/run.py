@@ -1,55 +1,58 @@
 """The run folder: the only writer. Atomic files, a manifest, a lock, and what makes a killed run go on.
 
 story/
-  manifest.json                       what was asked, with what, and every picture's state
+  manifest.json                       what was asked, with what, and every picture's state; written first
   story.yaml                          the story as understood
   iteration-00/frame-000.png ...      every round
   frames/frame-000.png ...            the final pictures
   sheet.png  storybook.html
   redraw/  history/                   pictures on their way in, and those they replaced
+
+A folder is ours only if its manifest.json says so. Nothing is cleared or replaced but the files that it names, and nothing
+is written through a symbolic link.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
+import difflib
 import hashlib
 import io
 import json
-import os
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+import stat
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from fastory import files, manifest
 from fastory.errors import FastoryError, InputError
 from fastory.events import FrameDrawn
+from fastory.manifest import listed_files, manifest_bytes, picture_name, read_manifest
 from fastory.model import open_picture
 from fastory.settings import Settings
 from fastory.story import Story
 from fastory.storybook import Page, write_sheet, write_storybook
-
-SCHEMA = 1
-OWN_NAMES = ("manifest.json", "story.yaml", "frames", "sheet.png", "storybook.html", "redraw", "history")
 
 
 @dataclass(frozen=True)
 class Identity:
     """What a run folder belongs to. Two runs with one identity draw the same bytes on the same machine.
 
-    story: Story.digest; rest: everything but the frames; frames: a digest a frame. settings: resolved. models: sha256
-    by file name, LoRA weights included. dtype: only where it was asked for.
+    story: Story.digest; rest: everything but the frames, and parts: its parts, by name; frames: a digest a frame; seeds:
+    the frames' own. settings: resolved. models: sha256 by file name, LoRA weights included. dtype: only where it was
+    asked for.
     """
 
     title: str
     story: str
     rest: str
+    parts: Mapping[str, str]
     frames: tuple[str, ...]
+    seeds: tuple[int | None, ...]
     settings: Mapping[str, Any]
     models: Mapping[str, str]
     dtype: str | None
@@ -58,23 +61,30 @@ class Identity:
     def of(cls, story: Story, settings: Settings, models: Mapping[str, str], dtype: str | None) -> Identity:
         """The identity of a story under resolved settings."""
         frames = tuple(story.frame_digest(i) for i in range(len(story.frames)))
+        seeds = tuple(frame.seed for frame in story.frames)
         plain = json.loads(json.dumps(settings.identity()))
-        return cls(
-            story.title, story.digest(), story.digest_without_frames(), frames, plain, dict(models), dtype
-        )
+        rest, parts = story.digest_without_frames(), _parts(story)
+        return cls(story.title, story.digest(), rest, parts, frames, seeds, plain, dict(models), dtype)
 
     def digest(self) -> str:
         """sha256 of story and settings; its first 8 hex digits name the default folder."""
         named = [self.story, self.settings, sorted(self.models.items()), self.dtype]
         return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
 
+    def record(self) -> dict[str, Any]:
+        """The story as a manifest holds it."""
+        return {
+            "title": self.title,
+            "digest": self.story,
+            "rest": self.rest,
+            "parts": dict(self.parts),
+            "frames": list(self.frames),
+            "seeds": list(self.seeds),
+        }
+
     def differences(self, manifest: Mapping[str, Any]) -> list[str]:
         """What differs from the run that `manifest` describes, one line each; the frames' own text is left to `changed`."""
-        lines = []
-        if manifest["story"]["rest"] != self.rest:
-            lines.append(
-                f"the story: {manifest['story']['title']!r} there, {self.title!r} here (or its characters, style, length)"
-            )
+        lines = self._story_differences(manifest["story"])
         there = manifest["settings"]
         lines += [
             f"{name}: {there.get(name)!r} there, {self.settings.get(name)!r} here"
@@ -87,46 +97,102 @@ class Identity:
             lines.append(f"dtype: {manifest['machine']['dtype']} there, {self.dtype} here")
         return lines
 
+    def _story_differences(self, there: Mapping[str, Any]) -> list[str]:
+        """The story's title, number of frames, characters, ..: each by name where the manifest tells them apart."""
+        if there["rest"] == self.rest:
+            return []
+        lines = []
+        if there["title"] != self.title:
+            lines.append(f"the story: {there['title']!r} there, {self.title!r} here")
+        if len(there["frames"]) != len(self.frames):
+            lines.append(_frames_added_or_removed(there["frames"], self.frames))
+        parts = there.get("parts") or {}
+        lines += [
+            f"the story's {name}" for name in self.parts if name in parts and parts[name] != self.parts[name]
+        ]
+        return lines or ["the story's characters, style, negative prompt or pictures"]
+
     def changed(self, manifest: Mapping[str, Any]) -> list[int]:
         """Frames whose caption, seed or cast differs from the manifest's."""
         there = manifest["story"]["frames"]
         return [i for i, digest in enumerate(self.frames) if i >= len(there) or there[i] != digest]
 
 
+def _parts(story: Story) -> dict[str, str]:
+    """Hashes of what digest_without_frames hashes as one, so that a difference can be named."""
+    cast = [
+        [c.name, c.prompt, c.scale, [files.sha256_of(path) for path in c.references]]
+        for c in story.characters
+    ]
+    first = files.sha256_of(story.first_frame) if story.first_frame else None
+    parts = {
+        "style": story.style,
+        "negative prompt": story.negative_prompt,
+        "characters": cast,
+        "first frame": first,
+    }
+    return {name: hashlib.sha256(json.dumps(value).encode()).hexdigest() for name, value in parts.items()}
+
+
+def _frames_added_or_removed(there: Sequence[str], here: Sequence[str]) -> str:
+    """One line that says which frames came or went, counted from 0."""
+    blocks = difflib.SequenceMatcher(a=list(there), b=list(here), autojunk=False).get_opcodes()
+    removed = [
+        i for kind, first, last, _, _ in blocks if kind in ("delete", "replace") for i in range(first, last)
+    ]
+    added = [
+        j for kind, _, _, first, last in blocks if kind in ("insert", "replace") for j in range(first, last)
+    ]
+    said = [f"frame {_listed(removed)} there is not here"] if removed else []
+    said += [f"frame {_listed(added)} here is not there"] if added else []
+    return (
+        f"the number of frames: {len(there)} there, {len(here)} here ({', '.join(said)}); a story of another length is "
+        "another run"
+    )
+
+
 class RunFolder:
     """A locked run folder. Implements the mode's `Finished`: which pictures exist and can be trusted."""
 
     def __init__(self, path: Path) -> None:
-        """Lock `path`, making it if needed. Raises FastoryError where another process holds it."""
+        """Lock `path`, making it if needed. Nothing in it is changed before it is known to be ours, or empty.
+
+        Raises FastoryError where another process holds it, InputError for a folder that holds anything but a run.
+        """
         self.path = path
+        files.check_names_fit([path])
         if path.exists() and not path.is_dir():
             raise InputError(f"{path} is a file; wanted a new or empty folder for --output")
         self._made = [folder for folder in (path, *path.parents) if not folder.exists()]
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            files.make_folder(path)
+            self._refuse_strangers()
         except OSError as error:
             raise InputError(
-                f"cannot make the folder {path}: {error.strerror}; choose another --output"
+                f"cannot make or read the folder {path}: {error.strerror}; choose another --output"
             ) from error
-        self._lock = FileLock(path / ".lock")
-        try:
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            raise FastoryError(
-                f"another process draws into {path}; wait for it to end, or choose another --output"
-            ) from None
-        except OSError as error:
-            raise InputError(
-                f"cannot write into {path}: {error.strerror}; choose another --output"
-            ) from error
+        self._lock = files.lock_folder(path, "draws into", "choose another --output")
         self.manifest: dict[str, Any] = {}
+        self._old: dict[str, Any] = {}
         self._trusted: dict[tuple[int, int], bool] = {}
+
+    def _refuse_strangers(self) -> None:
+        """InputError where there is no manifest and yet something that a run which never began does not leave."""
+        if (self.path / manifest.NAME).exists():
+            return
+        partial = files.partial_of(self.path / manifest.NAME).name
+        for entry in sorted(self.path.iterdir()):
+            if entry.name not in (files.LOCK, partial) or not stat.S_ISREG(entry.lstat().st_mode):
+                raise InputError(
+                    f"{self.path} is not a run folder: it holds {entry.name!r} and no manifest.json of ours; "
+                    "wanted a new or empty folder for --output"
+                )
 
     def close(self) -> None:
         """Release the lock. A folder that was made for a run that never began is removed again."""
         self._lock.release()
-        if self._made and not (self.path / "manifest.json").exists():
-            (self.path / ".lock").unlink(missing_ok=True)
+        if self._made and not (self.path / manifest.NAME).exists():
+            (self.path / files.LOCK).unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # not empty: someone else uses it
                 for folder in self._made:
                     folder.rmdir()
@@ -134,20 +200,53 @@ class RunFolder:
     # -- opening -------------------------------------------------------------------------------------------------
 
     def read(self) -> bool:
-        """Read the manifest if there is one. False for a new folder. Finishes a redraw's move that a kill cut short."""
-        for leftover in self.path.rglob(".*.partial"):
-            leftover.unlink(missing_ok=True)
-        if not (self.path / "manifest.json").exists():
-            strangers = [p.name for p in self.path.iterdir() if p.name != ".lock" and not _is_own(p.name)]
-            if strangers:
-                raise InputError(
-                    f"{self.path} is not a run folder (it holds {strangers[0]!r}); wanted a new or empty folder for --output"
-                )
+        """Read the manifest if there is one. False for a new folder. Finishes a redraw's move that a kill cut short.
+
+        Raises InputError for a manifest that is damaged or not ours, and where a folder, a link or a pipe has the place of
+        a file of the run.
+        """
+        self._refuse_strangers()
+        if not (self.path / manifest.NAME).exists():
             return False
-        self.manifest = _read_manifest(self.path / "manifest.json")
-        if self.manifest.get("redraw", {}).get("moving"):
+        self.manifest = read_manifest(self.path / manifest.NAME)
+        names = listed_files(self.manifest)
+        self._check_places([manifest.NAME, *names])
+        for name in (manifest.NAME, *names):
+            files.remove(files.partial_of(self.path / name))
+        if (self.manifest.get("redraw") or {}).get("moving"):
             self._move_in()
         return True
+
+    def _check_places(self, names: Iterable[str]) -> None:
+        """InputError where what stands at a file's place, or at the place of its folder, is something else."""
+        folders: set[Path] = set()
+        for name in names:
+            target = self.path / name
+            for place, fits, wanted in (
+                *((folder, stat.S_ISDIR, "a folder") for folder in target.parents if folder not in folders),
+                (target, stat.S_ISREG, "a file"),
+                (files.partial_of(target), stat.S_ISREG, "a file"),
+            ):
+                if not place.is_relative_to(self.path) or place == self.path:
+                    continue
+                folders.add(place)
+                self._check_place(place, fits, wanted)
+
+    def _check_place(self, place: Path, fits: Callable[[int], bool], wanted: str) -> None:
+        try:
+            mode = place.lstat().st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        except OSError as error:
+            raise InputError(
+                f"{place} cannot be read ({error.strerror}); make it readable, or choose another --output"
+            ) from error
+        if not fits(mode):
+            kinds = {stat.S_IFLNK: "a symbolic link", stat.S_IFDIR: "a folder", stat.S_IFREG: "a file"}
+            got = kinds.get(stat.S_IFMT(mode), "a pipe or a device")
+            raise InputError(
+                f"{place} is {got}, where this run has {wanted}; move it away, or choose another --output"
+            )
 
     def check(self, identity: Identity, frames: Sequence[int] | None) -> None:
         """InputError where the folder belongs to another story or other settings: says what differs, offers --overwrite."""
@@ -164,7 +263,9 @@ class RunFolder:
         if lines:
             hint = (
                 f" To redraw single frames: --frames {_listed(changed)}."
-                if changed and len(lines) == 1
+                if changed
+                and len(lines) == 1
+                and len(identity.frames) == len(self.manifest["story"]["frames"])
                 else ""
             )
             raise InputError(
@@ -172,12 +273,28 @@ class RunFolder:
                 f"Choose another --output, or --overwrite to draw it anew.{hint}"
             )
 
-    def clear(self) -> None:
-        """Remove what a run left here (--overwrite); files of other names stay."""
-        for entry in self.path.iterdir():
-            if _is_own(entry.name):
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        self.manifest, self._trusted = {}, {}
+    def draw_anew(self, identity: Identity) -> bool:
+        """Forget the run that is here (--overwrite). False where it is this very run, begun anew and not yet finished.
+
+        Its files go when `begin` is called: another story of the call may still be refused. Raises InputError where a
+        file that no manifest lists has a name that the new run will write.
+        """
+        unfinished = self.manifest.get("anew") and not identity.differences(self.manifest)
+        if unfinished and not identity.changed(self.manifest):
+            return False
+        future = {"story": identity.record(), "settings": identity.settings}
+        own = set(listed_files(self.manifest))
+        names = [name for name in listed_files(future) if name not in own]
+        strange = [name for name in names if (self.path / name).exists() or (self.path / name).is_symlink()]
+        if strange:
+            raise InputError(
+                f"{self.path / strange[0]} is in the way: the new run would write it, and no manifest of ours lists it; "
+                "move it away, or choose another --output"
+            )
+        self._check_places(names)
+        self._old, self.manifest = self.manifest, {}
+        self._trusted.clear()
+        return True
 
     def begin(
         self,
@@ -187,10 +304,11 @@ class RunFolder:
         machine: Mapping[str, Any],
         batch_size: int,
     ) -> None:
-        """Write the manifest and story.yaml of a new run."""
+        """Clear what an overwritten run listed, then write the manifest of a new run, then its story.yaml."""
+        self._remove(listed_files(self._old) if self._old else [])
         self.manifest = {
-            "schema": SCHEMA,
-            "story": _story_record(identity),
+            "schema": manifest.SCHEMA,
+            "story": identity.record(),
             "settings": dict(identity.settings),
             "sources": dict(sources),
             "models": dict(identity.models),
@@ -199,9 +317,41 @@ class RunFolder:
             "seeds": {},
             "pictures": {},
             "products": {},
+            **({"anew": True} if self._old else {}),
         }
-        self._write("story.yaml", story.to_yaml(self.path).encode())
+        self._old = {}
         self._save()
+        self._write_story(story)
+
+    def restore_story(self, story: Story) -> str | None:
+        """Write story.yaml where it is missing or damaged. Returns a notice where it was changed and still is a story."""
+        file = self.path / "story.yaml"
+        stored = self.manifest.get("story_file")
+        if stored is None and file.exists():
+            return None  # a manifest of before 2026-11, which does not say
+        if self._sha256(file) == stored and stored is not None:
+            return None
+        try:
+            Story.read(file)
+        except InputError:
+            self._write_story(story)
+            return None
+        return f"{file} was changed since the run wrote it, and is left as it is"
+
+    def _write_story(self, story: Story) -> None:
+        self.manifest["story_file"] = self._write("story.yaml", story.to_yaml(self.path).encode())
+        self._save()
+
+    def _remove(self, names: Iterable[str]) -> None:
+        """Remove these files, and the folders they were in where nothing else is left there."""
+        folders: set[Path] = set()
+        for name in names:
+            files.remove(self.path / name)
+            folders.update(folder for folder in Path(name).parents if folder != Path())
+        for folder in sorted(folders, key=lambda folder: -len(folder.parts)):
+            place = self.path / folder
+            if place.is_dir() and not place.is_symlink() and not any(place.iterdir()):
+                files.remove(place)
 
     # -- pictures ------------------------------------------------------------------------------------------------
 
@@ -210,9 +360,8 @@ class RunFolder:
         key = (round, frame)
         if key not in self._trusted:
             record = self._record(round, frame)
-            file = self._file(round, frame)
             self._trusted[key] = (
-                record is not None and file.exists() and _sha256_file(file) == record["sha256"]
+                record is not None and self._sha256(self._file(round, frame)) == record["sha256"]
             )
         return self._trusted[key]
 
@@ -280,15 +429,15 @@ class RunFolder:
         return redraw["pictures"] if redraw else self.manifest["pictures"]
 
     def _redrawn(self, frame: int) -> bool:
-        return frame in self.manifest.get("redraw", {}).get("frames", ())
+        return frame in (self.manifest.get("redraw") or {}).get("frames", ())
 
     def _record(self, round: int, frame: int) -> dict[str, Any] | None:
         pictures = self._pictures() if self._redrawn(frame) else self.manifest["pictures"]
         return pictures.get(str(round), {}).get(str(frame))
 
     def _relative(self, round: int, frame: int) -> str:
-        place = _picture_name(round, frame)
-        return f"redraw/{place}" if self._redrawn(frame) else place
+        name = picture_name(round, frame)
+        return f"redraw/{name}" if self._redrawn(frame) else name
 
     def _file(self, round: int, frame: int) -> Path:
         return self.path / self._relative(round, frame)
@@ -296,44 +445,93 @@ class RunFolder:
     # -- redrawing -----------------------------------------------------------------------------------------------
 
     def begin_redraw(
-        self, identity: Identity, frames: Sequence[int], seed: int | None, finished_rounds: int
+        self,
+        identity: Identity,
+        frames: Sequence[int],
+        seed: int | None,
+        drawn_from: Callable[[Mapping[int, int]], Mapping[int, int]],
     ) -> bool:
-        """Start, or take up again, the redrawing of `frames`. False where nothing about them changed.
+        """Start, or take up again, the redrawing of `frames`. False where the same bytes would come of it.
 
-        Raises InputError for frames that do not exist and for a run that is not finished.
+        seed: --redraw-seed. drawn_from: for the redraw seeds by frame, the seed that each frame's noise then has. Raises
+        InputError for frames that do not exist and for a run that is not finished, before anything is recorded.
         """
         count = len(self.manifest["story"]["frames"])
-        if outside := [i for i in frames if i >= count]:
+        if outside := [i for i in frames if not 0 <= i < count]:
             raise InputError(f"--frames: wanted 0 to {count - 1}, got {_listed(outside)}")
         seeds = {str(i): seed for i in frames} if seed is not None else {}
-        wanted = {"frames": list(frames), "story": _story_record(identity), "seeds": seeds}
+        dropped = [] if seeds else self._superseded(identity, frames)
+        wanted = {
+            "frames": list(frames),
+            "story": identity.record(),
+            "seeds": seeds,
+            "dropped_seeds": dropped,
+        }
         pending = self.manifest.get("redraw")
-        if pending and {name: pending[name] for name in wanted} == wanted:
+        if pending and {name: pending.get(name, []) for name in wanted} == wanted:
             return True
-        if pending is None and not identity.changed(self.manifest) and not self._new_seeds(seeds):
+        self._refuse_unfinished(count)
+        kept = {i: s for i, s in self._recorded_seeds().items() if str(i) not in dropped}
+        noise = drawn_from({**kept, **{int(i): s for i, s in seeds.items()}})
+        if pending is None and not identity.changed(self.manifest) and not self._other_noise(noise, frames):
             return False
-        if not all(self.has(k, i) for k in range(finished_rounds) for i in range(count)):
-            raise InputError(
-                f"{self.path} is not finished; finish it with the same command without --frames first"
-            )
-        shutil.rmtree(self.path / "redraw", ignore_errors=True)
+        self._remove([name for name in listed_files(self.manifest) if name.startswith("redraw/")])
         self.manifest["redraw"] = {**wanted, "pictures": {}}
         self._trusted.clear()
         self._save()
         return True
 
-    def _new_seeds(self, seeds: Mapping[str, int]) -> bool:
-        return any(self.manifest["seeds"].get(frame) != seed for frame, seed in seeds.items())
+    def _refuse_unfinished(self, count: int) -> None:
+        pending = self.manifest.pop(
+            "redraw", None
+        )  # `has` then speaks of the pictures that are in their places
+        self._trusted.clear()
+        try:
+            rounds = manifest.rounds_of(self.manifest["settings"])
+            finished = all(self.has(k, i) for k in range(rounds) for i in range(count))
+        finally:
+            if pending:
+                self.manifest["redraw"] = pending
+            self._trusted.clear()
+        if not finished:
+            raise InputError(
+                f"{self.path} is not finished; finish it with the same command without --frames first"
+            )
+
+    def _superseded(self, identity: Identity, frames: Sequence[int]) -> list[str]:
+        """Recorded redraw seeds of frames whose own `seed:` was given or changed since: what was said last counts."""
+        own = self.manifest["story"].get("seeds") or list(identity.seeds)
+        return [
+            str(i)
+            for i in frames
+            if str(i) in self.manifest["seeds"]
+            and identity.seeds[i] is not None
+            and identity.seeds[i] != own[i]
+        ]
+
+    def _other_noise(self, noise: Mapping[int, int], frames: Sequence[int]) -> bool:
+        """Whether any of these frames was drawn from another seed than it would be now."""
+        last = self.manifest["pictures"].get(str(manifest.rounds_of(self.manifest["settings"]) - 1), {})
+        return any(last.get(str(i), {}).get("seed") != noise[i] for i in frames)
+
+    def _recorded_seeds(self) -> dict[int, int]:
+        return {int(frame): seed for frame, seed in self.manifest["seeds"].items()}
 
     def seeds(self) -> dict[int, int]:
-        """Frames drawn as under another --seed (--redraw-seed)."""
-        recorded = {**self.manifest["seeds"], **self.manifest.get("redraw", {}).get("seeds", {})}
-        return {int(frame): seed for frame, seed in recorded.items()}
+        """Frames drawn from another seed (--redraw-seed), which counts before the frame's own and the run's."""
+        redraw = self.manifest.get("redraw") or {}
+        recorded = {**self.manifest["seeds"], **redraw.get("seeds", {})}
+        return {
+            int(frame): seed
+            for frame, seed in recorded.items()
+            if frame not in redraw.get("dropped_seeds", ())
+        }
 
     def end_redraw(self, story: Story) -> None:
         """Move the new pictures in by one manifest update; the old ones go to history/."""
         redraw = self.manifest["redraw"]
-        number = 1 + max((int(p.name) for p in self.path.glob("history/*") if p.name.isdecimal()), default=0)
+        names = [p.name for p in self.path.glob("history/*")]
+        number = 1 + max((int(name) for name in names if name.isdecimal() and len(name) <= 6), default=0)
         redraw["moving"] = {"history": f"history/{number:03d}", "story": story.to_yaml(self.path)}
         self._save()
         self._move_in()
@@ -341,25 +539,37 @@ class RunFolder:
     def _move_in(self) -> None:
         """Finish a decided move; every step may have happened already."""
         redraw = self.manifest["redraw"]
-        for round, pictures in redraw["pictures"].items():
-            for frame in pictures:
-                name = _picture_name(int(round), int(frame))
-                staged, old = self.path / "redraw" / name, self.path / name
-                kept = self.path / redraw["moving"]["history"] / name
+        moved = [
+            picture_name(int(round), int(frame))
+            for round, pictures in redraw["pictures"].items()
+            for frame in pictures
+        ]
+        self._check_places(listed_files(self.manifest))
+        kept_in = redraw["moving"]["history"]
+        with files.disk_errors(self.path):
+            for name in moved:
+                staged, old, kept = self.path / "redraw" / name, self.path / name, self.path / kept_in / name
                 if staged.exists():
-                    kept.parent.mkdir(parents=True, exist_ok=True)
-                    if not kept.exists():
-                        os.replace(old, kept)
-                    os.replace(staged, old)
+                    files.make_folder(kept.parent)
+                    if old.exists() and not kept.exists():
+                        files.replace(old, kept)
+                    files.replace(staged, old)
+        staged_names = [name for name in listed_files(self.manifest) if name.startswith("redraw/")]
         for round, pictures in redraw["pictures"].items():
-            self.manifest["pictures"][round].update(pictures)
+            self.manifest["pictures"].setdefault(round, {}).update(pictures)
         self.manifest["story"] = redraw["story"]
+        for frame in redraw.get("dropped_seeds", ()):
+            self.manifest["seeds"].pop(frame, None)
         self.manifest["seeds"].update(redraw["seeds"])
+        history = self.manifest.setdefault("history", {})
+        history[kept_in.removeprefix("history/")] = [
+            name for name in moved if (self.path / kept_in / name).exists()
+        ]
         self.manifest["products"] = {}
-        self._write("story.yaml", redraw["moving"]["story"].encode())
+        self.manifest["story_file"] = self._write("story.yaml", redraw["moving"]["story"].encode())
+        self._remove(staged_names)  # only empty folders are left of them
         del self.manifest["redraw"]
         self._save()
-        shutil.rmtree(self.path / "redraw", ignore_errors=True)
         self._trusted.clear()
 
     # -- finishing -----------------------------------------------------------------------------------------------
@@ -368,25 +578,25 @@ class RunFolder:
         """True where final pictures, sheet and storybook exist with the recorded hashes."""
         products = self.manifest.get("products", {})
         return bool(products) and all(
-            (self.path / name).exists() and _sha256_file(self.path / name) == digest
-            for name, digest in products.items()
+            self._sha256(self.path / name) == digest for name, digest in products.items()
         )
 
     def finish(self, story: Story, rounds: int, footer: Mapping[str, str]) -> None:
         """Write the final pictures, the contact sheet and the storybook."""
         products, pages = {}, []
         for i in range(len(story.frames)):
-            last = self.path / _picture_name(rounds - 1, i)
+            last = self.path / picture_name(rounds - 1, i)
             name = f"frames/frame-{i:03d}.png"
             products[name] = self._write(name, last.read_bytes())
             pages.append(self._page(story, i, rounds, self.path / name))
-        products["sheet.png"] = self._write_by(
+        products["sheet.png"] = self._write(
             "sheet.png", lambda path: write_sheet(pages, path, title=story.title)
         )
-        products["storybook.html"] = self._write_by(
+        products["storybook.html"] = self._write(
             "storybook.html", lambda path: write_storybook(pages, path, title=story.title, settings=footer)
         )
         self.manifest["products"] = products
+        self.manifest.pop("anew", None)
         self._save()
 
     def _page(self, story: Story, frame: int, rounds: int, final: Path) -> Page:
@@ -403,96 +613,26 @@ class RunFolder:
     # -- files ---------------------------------------------------------------------------------------------------
 
     def _save(self) -> None:
-        self._write(
-            "manifest.json", json.dumps(self.manifest, ensure_ascii=False, indent=1, sort_keys=True).encode()
-        )
+        self._write(manifest.NAME, manifest_bytes(self.manifest))
 
-    def _write(self, name: str, data: bytes) -> str:
+    def _write(self, name: str, data: bytes | files.Write) -> str:
         """Write beside its place, sync, rename. Returns the sha256."""
-        return self._write_by(name, lambda path: path.write_bytes(data))
-
-    def _write_by(self, name: str, write: Callable[[Path], object]) -> str:
         target = self.path / name
-        partial = target.with_name(f".{target.name}.partial")
+        if files.is_link_below(self.path, target):
+            raise InputError(f"{target} is reached through a symbolic link; move the link away")
+        return files.atomic_write(target, data)
+
+    def _sha256(self, file: Path) -> str | None:
+        """The file's hash, None where there is none. InputError for one that cannot be read."""
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            write(partial)
-            digest = _sha256_file(partial)
-            _sync(partial)
-            os.replace(partial, target)
-            _sync(target.parent)
+            return files.sha256_of(file)
+        except FileNotFoundError:
+            return None
         except OSError as error:
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
-            raise _disk_error(error, target) from error
-        return digest
-
-
-def _disk_error(error: OSError, target: Path) -> FastoryError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return FastoryError(
-            f"the disk is full: {target} could not be written. Free some space; the same command goes on from what is finished."
-        )
-    return FastoryError(
-        f"{target} could not be written: {error.strerror or error}. What is finished is kept."
-    )
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        schema = manifest["schema"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{path} is damaged ({error}); --overwrite draws the story anew, or choose another --output"
-        ) from error
-    if not isinstance(schema, int) or schema > SCHEMA:
-        raise InputError(
-            f"{path} has schema {schema}; this version reads up to {SCHEMA}: use a newer fastory, or another --output"
-        )
-    missing = [
-        name
-        for name in ("story", "settings", "models", "machine", "batch_sizes", "seeds", "pictures", "products")
-        if name not in manifest
-    ]
-    if missing:
-        raise InputError(
-            f"{path} is damaged (no {missing[0]!r}); --overwrite draws the story anew, or choose another --output"
-        )
-    return manifest
-
-
-def _story_record(identity: Identity) -> dict[str, Any]:
-    return {
-        "title": identity.title,
-        "digest": identity.story,
-        "rest": identity.rest,
-        "frames": list(identity.frames),
-    }
-
-
-def _picture_name(round: int, frame: int) -> str:
-    return f"iteration-{round:02d}/frame-{frame:03d}.png"
-
-
-def _is_own(name: str) -> bool:
-    return name in OWN_NAMES or name.startswith("iteration-")
+            raise InputError(
+                f"{file} cannot be read ({error.strerror}); make it readable, or choose another --output"
+            ) from error
 
 
 def _listed(frames: Sequence[int]) -> str:
     return ",".join(str(i) for i in frames)
-
-
-def _sha256_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():
-        return  # Windows has no handle for a folder; NTFS journals the rename
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

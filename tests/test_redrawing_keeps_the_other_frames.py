@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_run_folder_keeps_what_it_has import CAPTIONS, FEW, contents, draw, drawn
+from run_folders import CAPTIONS, FEW, contents, draw, drawn, edit_manifest
 
 from fastory import InputError, Story, StoryModel, generate
 from fastory.events import Event, FrameDrawn, Notice
@@ -125,9 +124,8 @@ def test_killed_while_new_pictures_move_in(moved: int, run: Path, model: StoryMo
     draw(story, model, tmp_path / "whole", frames=[1])
     events = generate(story, model=model, output=run, batch_size=2, frames=[1], **FEW)  # type: ignore[arg-type]
     pause_after(events, 3)
-    manifest = json.loads((run / "manifest.json").read_text())
-    manifest["redraw"]["moving"] = {"history": "history/001", "story": story.to_yaml(run)}
-    (run / "manifest.json").write_text(json.dumps(manifest))
+    moving = {"history": "history/001", "story": story.to_yaml(run)}
+    edit_manifest(run, lambda manifest: manifest["redraw"].update(moving=moving))
     for k in range(moved):
         name = f"iteration-{k:02d}/frame-001.png"
         kept = run / "history/001" / name

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from test_run_folder_keeps_what_it_has import contents
+from run_folders import contents
 
 COMMAND = ["generate", "--steps", "3", "--iterations", "2", "--batch-size", "3", "--json", "--seed", "4"]
 STORY = (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import subprocess
@@ -10,18 +9,12 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from run_folders import CAPTIONS, FEW, contents, draw, drawn, edit_manifest
 
 from fastory import InputError, Story, StoryModel, generate
 from fastory.errors import FastoryError
-from fastory.events import BatchChosen, Event, FrameDrawn, Notice, StoryFinished, StoryStarted
+from fastory.events import BatchChosen, FrameDrawn, Notice, StoryFinished, StoryStarted
 from fastory.run import RunFolder
-
-CAPTIONS = [
-    "a fox is sleeping in the snow",
-    "a fox is jumping in the forest",
-    "a fox is standing on the beach",
-]
-FEW = {"steps": 2, "iterations": 2}
 
 
 @pytest.fixture(scope="module")
@@ -32,31 +25,6 @@ def model() -> StoryModel:
 @pytest.fixture
 def story() -> Story:
     return Story.from_captions(CAPTIONS, title="Fox")
-
-
-def draw(story: Story, model: StoryModel, folder: Path, **options: object) -> list[Event]:
-    return list(generate(story, model=model, output=folder, batch_size=2, **{**FEW, **options}))  # type: ignore[arg-type]
-
-
-def drawn(events: list[Event]) -> set[tuple[int, int]]:
-    return {(event.round, event.frame) for event in events if isinstance(event, FrameDrawn)}
-
-
-def contents(folder: Path) -> dict[str, str]:
-    """sha256 of every file but the lock; the manifest without its seconds."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_dir() or path.name == ".lock":
-            continue
-        data = path.read_bytes()
-        if path.name == "manifest.json":
-            manifest = json.loads(data)
-            for pictures in manifest["pictures"].values():
-                for record in pictures.values():
-                    del record["seconds"]
-            data = json.dumps(manifest, sort_keys=True).encode()
-        found[str(path.relative_to(folder))] = hashlib.sha256(data).hexdigest()
-    return found
 
 
 def test_folder_holds_every_round_the_final_pictures_and_what_to_look_at(
@@ -245,9 +213,7 @@ def test_resume_uses_the_stored_batch_size(story: Story, model: StoryModel, tmp_
 
 def test_other_library_versions_are_a_notice(story: Story, model: StoryModel, tmp_path: Path) -> None:
     draw(story, model, tmp_path)
-    manifest = json.loads((tmp_path / "manifest.json").read_text())
-    manifest["machine"]["versions"]["torch"] = "2.11.0"
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    edit_manifest(tmp_path, lambda manifest: manifest["machine"]["versions"].update(torch="2.11.0"))
     notices = [event.message for event in draw(story, model, tmp_path) if isinstance(event, Notice)]
     assert any("torch 2.11.0 ->" in message for message in notices)
 

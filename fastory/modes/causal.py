@@ -27,7 +27,7 @@ from fastory.history import HistoryConfig, Ring, Seen
 from fastory.model import Caption, StoryModel, open_picture
 from fastory.modes.finished import Finished, Nothing
 from fastory.modes.memory import until_it_fits
-from fastory.sampler import Row, Sampler, noise_seed
+from fastory.sampler import Row, Sampler, frame_seed
 from fastory.settings import Settings
 from fastory.story import Story
 
@@ -168,7 +168,6 @@ class Company:
         """One frame's inputs: the seed of its noise, its caption, its history."""
         self.catch_up(telling, frame)
         settings = telling.settings
-        seed = telling.seeds.get(frame, settings.seed)
         caption, caption_kv, caption_padding = self.caption(telling.story.prompt(frame, settings.style))
         negative, negative_kv, negative_padding = self.negative(settings.negative_prompt)
         assert telling.ring is not None
@@ -176,7 +175,7 @@ class Company:
         null_kv, null_padding = telling.ring.null_keys_values(*self.null)
         return Row(
             frame=frame,
-            seed=noise_seed(telling.story.frames[frame].seed, seed, settings.noise, frame),
+            seed=frame_seed(telling.story.frames[frame].seed, telling.seeds.get(frame), settings, frame),
             caption=caption,
             negative=negative,
             inputs=(torch.cat([caption_kv, kv], 1), torch.cat([caption_padding, padding], 1)),

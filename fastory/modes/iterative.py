@@ -21,7 +21,7 @@ from fastory.events import Event, FrameDrawn, Notice, RoundFinished, RoundStarte
 from fastory.model import Caption, StoryModel, open_picture
 from fastory.modes.finished import Finished, Nothing
 from fastory.modes.memory import until_it_fits
-from fastory.sampler import Row, Sampler, noise_seed
+from fastory.sampler import Row, Sampler, frame_seed
 from fastory.settings import Settings
 from fastory.story import Story
 
@@ -88,7 +88,7 @@ def iterative(
     """Draw a story round by round (Story-Adapter, section 3); yields events, among them every picture.
 
     batch_sizes: frames at once in round 0, 1, ..; the last entry stands for all later rounds. `finished` is asked
-    again after a BatchHalved, whose round starts anew. seeds: for these frames, a seed in place of settings.seed.
+    again after a BatchHalved, whose round starts anew. seeds: of frames that have one in place of their own and the run's.
     """
     negative = model.encode_negative(settings.negative_prompt)
     negative_kv = project(model, negative)
@@ -219,12 +219,11 @@ def share(run: Run, groups: Sequence[Group]) -> References:
 
 def make_row(run: Run, groups: Sequence[Group], frame: int) -> Row:
     """One frame's inputs: the seed of its noise, its text K/V (once a frame and round), and which references it sees."""
-    seed = run.seeds.get(frame, run.settings.seed)
     visible = [seen for group in groups for seen in group.visible(frame)]
     null_visible = [seen for group in groups for seen in group.null_visible(frame)]
     return Row(
         frame=frame,
-        seed=noise_seed(run.story.frames[frame].seed, seed, run.settings.noise, frame),
+        seed=frame_seed(run.story.frames[frame].seed, run.seeds.get(frame), run.settings, frame),
         caption=run.captions[frame],
         negative=run.negative,
         inputs=(project(run.model, run.captions[frame]), torch.tensor([visible], dtype=torch.bool)),

@@ -1,0 +1,57 @@
+"""Short runs into folders, and what such a folder holds: shared by the tests of run folders."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fastory import Story, StoryModel, generate
+from fastory.events import Event, FrameDrawn
+from fastory.manifest import manifest_bytes
+
+CAPTIONS = [
+    "a fox is sleeping in the snow",
+    "a fox is jumping in the forest",
+    "a fox is standing on the beach",
+]
+FEW: dict[str, Any] = {"steps": 2, "iterations": 2}
+
+
+def draw(story: Story, model: StoryModel, folder: Path, **options: Any) -> list[Event]:
+    """All events of a run of few steps, two frames at once."""
+    return list(generate(story, model=model, output=folder, batch_size=2, **{**FEW, **options}))
+
+
+def drawn(events: list[Event]) -> set[tuple[int, int]]:
+    """The (round, frame) that were drawn."""
+    return {(event.round, event.frame) for event in events if isinstance(event, FrameDrawn)}
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """sha256 of every file but the lock; the manifest without its seconds, and without the checksum that covers them."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir() or path.name == ".lock":
+            continue
+        data = path.read_bytes()
+        if path.name == "manifest.json":
+            manifest = json.loads(data)
+            manifest.pop("checksum", None)
+            for pictures in (manifest["pictures"], manifest.get("redraw", {}).get("pictures", {})):
+                for records in pictures.values():
+                    for record in records.values():
+                        del record["seconds"]
+            data = json.dumps(manifest, sort_keys=True).encode()
+        found[str(path.relative_to(folder))] = hashlib.sha256(data).hexdigest()
+    return found
+
+
+def edit_manifest(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    """Change a manifest as a version of fastory would have written it: with the right checksum."""
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    edit(manifest)
+    path.write_bytes(manifest_bytes(manifest))
