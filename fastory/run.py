@@ -320,7 +320,6 @@ class RunFolder:
             **({"anew": True} if self._old else {}),
         }
         self._old = {}
-        self._save()
         self._write_story(story)
 
     def restore_story(self, story: Story) -> str | None:
@@ -339,8 +338,11 @@ class RunFolder:
         return f"{file} was changed since the run wrote it, and is left as it is"
 
     def _write_story(self, story: Story) -> None:
-        self.manifest["story_file"] = self._write("story.yaml", story.to_yaml(self.path).encode())
+        """The manifest first, as a folder is ours by it alone; a kill in between leaves a story.yaml to be restored."""
+        data = story.to_yaml(self.path).encode()
+        self.manifest["story_file"] = hashlib.sha256(data).hexdigest()
         self._save()
+        self._write("story.yaml", data)
 
     def _remove(self, names: Iterable[str]) -> None:
         """Remove these files, and the folders they were in where nothing else is left there."""
