@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastory.attention import CrossAttentionLayers
 from fastory.checkpoints import Checkpoint, IPAdapter, model_hashes, open_checkpoint
 from fastory.checkpoints.history import ENC, History
-from fastory.errors import FastoryError, InputError
+from fastory.errors import InputError
 from fastory.history import Seen
 from fastory.kernels import choice
 from fastory.placement import Placement, place
@@ -418,12 +418,3 @@ def fit_square(image: Image.Image, fit: str) -> Image.Image:
     square = Image.new("RGB", (side, side), mean)
     square.paste(image.convert("RGB"), ((side - image.width) // 2, (side - image.height) // 2))
     return square
-
-
-def open_picture(path: Path) -> Image.Image:
-    """An 8-bit RGB picture from disk. Raises FastoryError where the file is damaged."""
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
-        raise FastoryError(f"{path} is not a readable picture: {error}") from error

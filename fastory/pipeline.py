@@ -28,9 +28,10 @@ from fastory.events import (
     StoryFinished,
     StoryStarted,
 )
-from fastory.model import StoryModel, open_picture
+from fastory.model import StoryModel
 from fastory.modes.causal import Telling, causal, window_of
 from fastory.modes.iterative import iterative
+from fastory.pictures import open_picture
 from fastory.placement import choose_batch
 from fastory.run import Identity, RunFolder
 from fastory.sampler import frame_seed, is_guided, make_scheduler, rows_per_frame
@@ -88,7 +89,7 @@ def generate(
         try:
             open_picture(Path(first_frame))
         except FastoryError as error:
-            raise InputError(f"--first-frame: {error}; wanted a picture") from None
+            raise InputError(f"--first-frame: {error}") from error
         read = [replace(story, first_frame=Path(first_frame).resolve()) for story in read]
     opened = model if isinstance(model, StoryModel) else StoryModel.open(model)
     if batch_size is not None and batch_size < 1:

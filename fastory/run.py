@@ -32,7 +32,7 @@ from fastory import files, manifest
 from fastory.errors import FastoryError, InputError
 from fastory.events import FrameDrawn
 from fastory.manifest import listed_files, manifest_bytes, picture_name, read_manifest
-from fastory.model import open_picture
+from fastory.pictures import open_picture
 from fastory.settings import Settings
 from fastory.story import Story
 from fastory.storybook import Page, write_sheet, write_storybook

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from fastory import Story, StoryModel
 from fastory.attention import HistoryContext
-from fastory.model import open_picture
 from fastory.modes.causal import Company, Telling
+from fastory.pictures import open_picture
 from fastory.sampler import Row
 from fastory.settings import Settings
 from fastory.tuning.batches import Batches

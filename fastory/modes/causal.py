@@ -24,9 +24,10 @@ from fastory.attention import Window
 from fastory.errors import InputError
 from fastory.events import Event, FrameDrawn, Notice, StepDone
 from fastory.history import HistoryConfig, Ring, Seen
-from fastory.model import Caption, StoryModel, open_picture
+from fastory.model import Caption, StoryModel
 from fastory.modes.finished import Finished, Nothing
 from fastory.modes.memory import until_it_fits
+from fastory.pictures import open_picture
 from fastory.sampler import Row, Sampler, frame_seed
 from fastory.settings import Settings
 from fastory.story import Story

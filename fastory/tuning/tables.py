@@ -15,7 +15,8 @@ from torch import Tensor
 
 from fastory.checkpoints.history import ENC
 from fastory.errors import FastoryError, InputError
-from fastory.model import StoryModel, open_picture
+from fastory.model import StoryModel
+from fastory.pictures import open_picture
 from fastory.tuning.stories import Example
 
 Arrays = dict[str, np.ndarray]

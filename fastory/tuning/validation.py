@@ -10,8 +10,9 @@ import torch
 from PIL import Image, ImageOps
 
 from fastory.events import FrameDrawn
-from fastory.model import StoryModel, open_picture
+from fastory.model import StoryModel
 from fastory.modes.causal import Telling, causal
+from fastory.pictures import open_picture
 from fastory.settings import resolve
 from fastory.story import Story
 from fastory.tuning.batches import Batches

@@ -1,0 +1,82 @@
+"""Opening pictures that others made: of six formats, of bounded size, from regular files alone."""
+
+from __future__ import annotations
+
+import os
+import stat
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from PIL import Image
+
+from fastory.errors import InputError
+
+PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # Pillow's EPS reader would start Ghostscript
+WANTED = f"wanted a picture ({', '.join(PICTURE_FORMATS)})"
+
+
+def open_picture(path: str | Path) -> Image.Image:
+    """A picture from disk as 8-bit RGB. Raises InputError, in one line that names the file, where it is none."""
+    with _whole(path), _decoder(path) as image:
+        return image.convert("RGB")
+
+
+def check_picture(path: str | Path) -> None:
+    """InputError where `open_picture` would raise it, or a checksum inside the file is wrong."""
+    with _whole(path):
+        with _decoder(path) as image:
+            image.verify()
+        with _decoder(path) as image:  # verify leaves the image unusable
+            image.load()
+
+
+@contextmanager
+def _decoder(path: str | Path) -> Iterator[Image.Image]:
+    with _regular_file(path) as file:
+        head = file.read(4)
+        if head[:1] == b"\x80" or head == b"PK\x03\x04":  # pickle protocol 2 and later; torch.save's zip
+            raise _Unusable("a pickle or an archive, which is never opened: save the picture as PNG")
+        file.seek(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(file, formats=PICTURE_FORMATS) as image:
+                yield image
+
+
+def _regular_file(path: str | Path) -> BinaryIO:
+    """An open file. A pipe is refused rather than waited for, also where it takes the file's place just now."""
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    mode = os.fstat(handle).st_mode
+    if stat.S_ISREG(mode):
+        return os.fdopen(handle, "rb")
+    os.close(handle)
+    raise _Unusable("a folder" if stat.S_ISDIR(mode) else "a pipe or a device")
+
+
+class _Unusable(Exception):
+    """Why a file is no picture, in words that follow "got"."""
+
+
+@contextmanager
+def _whole(path: str | Path) -> Iterator[None]:
+    shown = str(path) if len(str(path)) <= 300 else f"{str(path)[:60]}..."
+    try:
+        yield
+    except _Unusable as error:
+        raise InputError(f"{shown}: {WANTED}, got {error}") from None
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise InputError(
+            f"{shown}: {WANTED}, got one of more than {Image.MAX_IMAGE_PIXELS} pixels: make it smaller"
+        ) from error
+    except FileNotFoundError as error:
+        raise InputError(f"{shown}: {WANTED}, got no such file: check the path") from error
+    except MemoryError:
+        raise
+    # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
+    except Exception as error:
+        said = error.strerror if isinstance(error, OSError) and error.strerror else error
+        one_line = " ".join(str(said).split())[:200]
+        raise InputError(f"{shown}: {WANTED}, got one that cannot be read ({one_line})") from error
