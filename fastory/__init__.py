@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fastory.events import Event
     from fastory.model import StoryModel
     from fastory.pipeline import generate
+    from fastory.processors.stock import install, uninstall
     from fastory.settings import PRESETS, Settings
     from fastory.story import Character, Frame, Story
 
@@ -33,6 +34,8 @@ __all__ = [
     "Story",
     "StoryModel",
     "generate",
+    "install",
+    "uninstall",
 ]
 
 _ROOMS = {
@@ -41,6 +44,8 @@ _ROOMS = {
     "InputError": "errors",
     "StoryModel": "model",
     "generate": "pipeline",
+    "install": "processors.stock",
+    "uninstall": "processors.stock",
     "PRESETS": "settings",
     "Settings": "settings",
     "Character": "story",

@@ -1,0 +1,1 @@
+"""Attention processors that join diffusers' UNets and the kernels."""
