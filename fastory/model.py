@@ -90,13 +90,13 @@ class StoryModel:
     @classmethod
     def open(
         cls,
-        model: str = "builtin",
+        model: str | Path = "builtin",
         *,
-        config: Path | None = None,
-        ip_adapter: str | None = None,
-        image_encoder: str | None = None,
-        adapter: str | None = None,
-        loras: Sequence[tuple[str, float]] = (),
+        config: str | Path | None = None,
+        ip_adapter: str | Path | None = None,
+        image_encoder: str | Path | None = None,
+        adapter: str | Path | None = None,
+        loras: Sequence[tuple[str | Path, float]] = (),
         device: str = "auto",
         dtype: str = "auto",
         graphs: str = "auto",
@@ -122,7 +122,7 @@ class StoryModel:
         checkpoint = open_checkpoint(model, dtype=placement.dtype, **options)
         named = (("device", device), ("dtype", dtype), ("graphs", graphs))
         asked = {name: value for name, value in named if value != "auto"}
-        opened = cls(checkpoint, placement, model, asked)
+        opened = cls(checkpoint, placement, str(model), asked)
         opened.options = {"model": model, **options}
         return opened
 
@@ -198,6 +198,8 @@ class StoryModel:
     def native_size(self) -> tuple[int, int]:
         """(width, height) in pixels that the UNet was trained for."""
         sample = self.unet.config.sample_size
+        if sample is None:
+            raise InputError(f"{self.name} does not say its size (sample_size); give --width and --height")
         height, width = (sample, sample) if isinstance(sample, int) else sample
         return width * self.vae_factor, height * self.vae_factor
 

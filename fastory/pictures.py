@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from fastory.errors import InputError
 
@@ -71,6 +71,8 @@ def _whole(path: str | Path) -> Iterator[None]:
         raise InputError(
             f"{shown}: {WANTED}, got one of more than {Image.MAX_IMAGE_PIXELS} pixels: make it smaller"
         ) from error
+    except UnidentifiedImageError as error:
+        raise InputError(f"{shown}: {WANTED}, got something that cannot be read as one") from error
     except FileNotFoundError as error:
         raise InputError(f"{shown}: {WANTED}, got no such file: check the path") from error
     except MemoryError:

@@ -37,7 +37,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["good.txt", "--window", "some"], "window (flag): wanted 1 to 1000 frames, or all"),
         (["good.txt", "--window", "7"], "time embeddings for 6 frames of history; give --window 6 or less"),
         (["long.txt"], "window all, and the story's 9 frames need 8: this model has time embeddings for 6"),
-        (["good.txt", "--first-frame", "picture.png"], "picture.png is not a readable picture"),
+        (["good.txt", "--first-frame", "picture.png"], "picture.png: wanted a picture"),
         (["good.txt", "--first-frame", "missing.png"], "missing.png"),
         (["good.txt", "--adapter", "missing.safetensors"], "missing.safetensors"),
     ],

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
 
 from fastory.checkpoints import model_hashes, open_checkpoint
+from fastory.checkpoints.hashes import TICK
 
 
 @pytest.fixture(autouse=True)
@@ -53,22 +56,51 @@ def test_changed_file_is_hashed_anew(tmp_path: Path) -> None:
     assert len({value["a.safetensors"] for value in (first, second, third)}) == 3
 
 
+def settled(path: Path, data: bytes) -> Path:
+    """A file that has been as it is for a while; what was changed just now is not remembered."""
+    path.write_bytes(data)
+    time.sleep(2 * TICK / 1e9)
+    return path
+
+
 def test_known_file_is_not_read_again(tmp_path: Path, cache: Path) -> None:
-    path = tmp_path / "a.safetensors"
-    path.write_bytes(b"one")
+    path = settled(tmp_path / "a.safetensors", b"one")
     model_hashes([path])
-    state = path.stat()
-    path.write_bytes(b"two")
-    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))  # what the cache goes by
-    assert model_hashes([path]) == {"a.safetensors": hashlib.sha256(b"one").hexdigest()}
+    known = json.loads(cache.read_text("utf-8"))
+    cache.write_text(json.dumps(dict.fromkeys(known, "0" * 64)), "utf-8")
+    assert model_hashes([path]) == {"a.safetensors": "0" * 64}
     cache.unlink()
+    assert model_hashes([path]) == {"a.safetensors": hashlib.sha256(b"one").hexdigest()}
+
+
+@pytest.mark.parametrize("way", ["written", "renamed", "through-a-link"])
+def test_changed_bytes_are_noticed_where_size_and_time_are_set_back(tmp_path: Path, way: str) -> None:
+    path = settled(tmp_path / "a.safetensors", b"one")
+    state = path.stat()
+    os.link(path, tmp_path / "same")
+    time.sleep(2 * TICK / 1e9)  # a link more changes the inode as well
+    assert model_hashes([path]) == {"a.safetensors": hashlib.sha256(b"one").hexdigest()}
+    written = {"written": path, "renamed": tmp_path / "new", "through-a-link": tmp_path / "same"}[way]
+    written.write_bytes(b"two")
+    os.utime(written, ns=(state.st_atime_ns, state.st_mtime_ns))
+    if way == "renamed":
+        written.replace(path)
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (state.st_size, state.st_mtime_ns)
     assert model_hashes([path]) == {"a.safetensors": hashlib.sha256(b"two").hexdigest()}
 
 
-@pytest.mark.parametrize("spoilt", [b"", b"{", b"[]", b'{"x": 1}', b"\xff"])
-def test_spoilt_cache_is_ignored_and_mended(spoilt: bytes, tmp_path: Path, cache: Path) -> None:
+def test_a_change_within_one_tick_of_the_clock_is_noticed(tmp_path: Path) -> None:
+    """Nothing that was changed just now is remembered: its next change might not show in its times."""
     path = tmp_path / "a.safetensors"
-    path.write_bytes(b"one")
+    for number in range(20):
+        path.write_bytes(str(number % 10).encode())
+        os.utime(path, ns=(1, 1))
+        assert model_hashes([path]) == {"a.safetensors": hashlib.sha256(path.read_bytes()).hexdigest()}
+
+
+@pytest.mark.parametrize("spoilt", [b"", b"{", b"[]", b'{"x": 1}', b"\xff", b"[" * 100_000])
+def test_spoilt_cache_is_ignored_and_mended(spoilt: bytes, tmp_path: Path, cache: Path) -> None:
+    path = settled(tmp_path / "a.safetensors", b"one")
     cache.parent.mkdir(parents=True)
     cache.write_bytes(spoilt)
     wanted = {"a.safetensors": hashlib.sha256(b"one").hexdigest()}

@@ -50,7 +50,7 @@ DEFECTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     ),
     "no-vae": (lambda f: shutil.rmtree(f / "vae"), ["no vae folder"]),
     "no-tokenizer": (lambda f: shutil.rmtree(f / "tokenizer"), ["no tokenizer folder"]),
-    "no-scheduler": (lambda f: (f / "scheduler" / "scheduler_config.json").unlink(), ["cannot be opened"]),
+    "no-scheduler": (lambda f: (f / "scheduler" / "scheduler_config.json").unlink(), ["not exist"]),
     "no-unet-config": (lambda f: (f / "unet" / "config.json").unlink(), ["unet/config.json", "not exist"]),
     "no-weights": (lambda f: (f / UNET).unlink(), ["unet holds no weights"]),
     "cut-short": (lambda f: cut_short(f / UNET), [UNET, "not a whole safetensors file", "download"]),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -13,7 +14,7 @@ from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 
 from fastory.checkpoints.folder import Family, Pipeline, open_folder
 from fastory.checkpoints.history import History, open_history, read_adapter_config
-from fastory.checkpoints.hub import encoder_path, model_path, weight_path
+from fastory.checkpoints.hub import encoder_path, local_path, model_path, weight_path
 from fastory.checkpoints.image_encoder import find_image_encoder, image_processor, load_image_encoder
 from fastory.checkpoints.ip_adapter import (
     AdapterHeader,
@@ -25,7 +26,7 @@ from fastory.checkpoints.ip_adapter import (
 from fastory.checkpoints.loading import enough_memory
 from fastory.checkpoints.lora import fuse_loras
 from fastory.checkpoints.single_file import open_single_file
-from fastory.checkpoints.weights import read_json, tensor_shapes
+from fastory.checkpoints.weights import is_inside, is_there, read_json, tensor_shapes
 from fastory.errors import InputError
 
 DEFAULTS_FILE = "fastory_defaults.json"
@@ -51,13 +52,13 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    model: str,
+    model: str | Path,
     *,
-    config: Path | None = None,
-    ip_adapter: str | None = None,
-    image_encoder: str | None = None,
-    adapter: str | None = None,
-    loras: Sequence[tuple[str, float]] = (),
+    config: str | Path | None = None,
+    ip_adapter: str | Path | None = None,
+    image_encoder: str | Path | None = None,
+    adapter: str | Path | None = None,
+    loras: Sequence[tuple[str | Path, float]] = (),
     dtype: torch.dtype = torch.float32,
     offline: bool = False,
 ) -> Checkpoint:
@@ -70,6 +71,7 @@ def open_checkpoint(
     Everything small is looked at before anything large is read. Raises InputError for whatever cannot be used.
     """
     with enough_memory(f"the model {model}"):
+        config = None if config is None else _config_folder(config)
         path = builtin_folder() if model == "builtin" else model_path(model, offline=offline)
         configs = path if path.is_dir() else config
         defaults = read_defaults(path) if path.is_dir() else {}
@@ -111,6 +113,15 @@ def open_checkpoint(
     )
 
 
+def _config_folder(config: str | Path) -> Path:
+    folder = local_path(config, "--config")
+    if folder is None or not folder.is_dir():
+        raise InputError(
+            f"--config {config} is not a folder; wanted a diffusers folder of the same architecture."
+        )
+    return folder
+
+
 def builtin_folder() -> Path:
     """The built-in model's diffusers folder."""
     return Path(str(files("fastory.builtin") / "weights"))
@@ -123,12 +134,12 @@ def read_defaults(folder: Path) -> Mapping[str, object]:
     reads.
     """
     path = folder / DEFAULTS_FILE
-    if not path.is_file():
+    if not is_there(path):
         return {}
     defaults = read_json(path)
     schema = defaults.get("schema")
     if type(schema) is not int or schema < 1:
-        raise InputError(f'{path}: wanted "schema": {DEFAULTS_SCHEMA}, came {schema!r}.')
+        raise InputError(f'{path}: wanted "schema": {DEFAULTS_SCHEMA}, came {str(schema)[:60]!r}.')
     if schema > DEFAULTS_SCHEMA:
         raise InputError(
             f"{path} has schema {schema}; this version of fastory reads schema {DEFAULTS_SCHEMA}. "
@@ -138,7 +149,7 @@ def read_defaults(folder: Path) -> Mapping[str, object]:
 
 
 def _named_file(
-    model: Path, defaults: Mapping[str, object], key: str, given: str | None, what: str, offline: bool
+    model: Path, defaults: Mapping[str, object], key: str, given: str | Path | None, what: str, offline: bool
 ) -> Path | None:
     """A weight file: the given one, else the one that the model's folder names under `key`."""
     if given is not None:
@@ -147,12 +158,18 @@ def _named_file(
     if named is None:
         return None
     # The name comes with the folder, perhaps from a stranger: it may not lead out of it.
-    if not isinstance(named, str) or PurePosixPath(named).is_absolute() or ".." in PurePosixPath(named).parts:
-        raise InputError(f"{model / DEFAULTS_FILE}: {key} is {named!r}; wanted a file inside the folder.")
+    if not is_inside(named):
+        raise InputError(
+            f"{model / DEFAULTS_FILE}: {key} is {str(named)[:60]!r}; wanted a file inside the folder."
+        )
+    assert isinstance(named, str)
     return model / named
 
 
-def _lora_files(loras: Sequence[tuple[str, float]], offline: bool) -> list[tuple[Path, float]]:
+def _lora_files(loras: Sequence[tuple[str | Path, float]], offline: bool) -> list[tuple[Path, float]]:
+    for name, weight in loras:
+        if not math.isfinite(weight):
+            raise InputError(f"LoRA {name}: wanted a finite weight, got {weight}")
     located = [(weight_path(name, what="LoRA", offline=offline), weight) for name, weight in loras]
     for file, _ in located:
         tensor_shapes(file)
@@ -160,7 +177,7 @@ def _lora_files(loras: Sequence[tuple[str, float]], offline: bool) -> list[tuple
 
 
 def _encoder_folder(
-    given: str | None, configs: Path | None, header: AdapterHeader | None, offline: bool
+    given: str | Path | None, configs: Path | None, header: AdapterHeader | None, offline: bool
 ) -> Path | None:
     if header:
         # Before the encoder is looked for: an adapter of the other family wants another encoder too.
@@ -172,7 +189,7 @@ def _encoder_folder(
 def _text_width(folder: Path | None) -> object:
     """The UNet's cross_attention_dim by the folder's configs; None where they are not at hand yet."""
     config = folder / "unet" / "config.json" if folder else None
-    return read_json(config).get("cross_attention_dim") if config and config.is_file() else None
+    return read_json(config).get("cross_attention_dim") if config and is_there(config) else None
 
 
 def _open_model(

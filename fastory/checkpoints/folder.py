@@ -12,10 +12,19 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
-from transformers import CLIPImageProcessorPil, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPImageProcessorPil, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from fastory.checkpoints.configs import (
+    check_part,
+    check_tokenizer,
+    check_unet,
+    check_vae,
+    open_processor,
+    open_scheduler,
+    open_tokenizer,
+)
 from fastory.checkpoints.loading import loading
-from fastory.checkpoints.weights import component_weights, read_json, tensor_shapes
+from fastory.checkpoints.weights import component_weights, is_there, read_json, tensor_shapes
 from fastory.errors import InputError
 
 Pipeline = StableDiffusionPipeline | StableDiffusionXLPipeline
@@ -65,15 +74,53 @@ def open_folder(folder: Path, dtype: torch.dtype) -> tuple[Pipeline, Family, tup
     classes = dict(family.parts)
     if _has(folder, "safety_checker"):
         classes["safety_checker"] = StableDiffusionSafetyChecker
+    others = small_parts(folder, family)
     parts: dict[str, Any] = {}
     files: list[Path] = []
     for name, model_class in classes.items():
         parts[name], read = load_part(model_class, folder / name, dtype)
         files += read
-    parts |= optional_parts(folder, family, parts.get("safety_checker"))
+    parts |= others | optional_parts(folder, family, parts.get("safety_checker"))
     with loading(f"{folder} cannot be opened as {family.title}"):
-        pipeline = family.pipeline.from_pretrained(folder, local_files_only=True, **parts)
+        pipeline = family.pipeline(**parts)
+        pipeline.register_to_config(_name_or_path=str(folder))
+    check_parts_fit(pipeline, family, folder)
     return pipeline, family, tuple(files)
+
+
+def small_parts(folder: Path, family: Family) -> dict[str, Any]:
+    """Tokenizers and scheduler, of the classes that we know: an index may name any class of the libraries."""
+    index = read_json(folder / "model_index.json")
+    parts: dict[str, Any] = {}
+    for name in family.others:
+        if name != "scheduler":
+            parts[name] = open_tokenizer(folder / name, CLIPTokenizer)
+    named = index.get("scheduler")
+    class_name = named[1] if isinstance(named, list) and len(named) == 2 else None
+    return {**parts, "scheduler": open_scheduler(folder / "scheduler", class_name)}
+
+
+def check_parts_fit(pipeline: Pipeline, family: Family, folder: Path) -> None:
+    """InputError for parts that are whole, but of different models: their sizes do not meet."""
+    unet, vae = pipeline.unet.config, pipeline.vae.config
+    if unet.in_channels != vae.latent_channels:
+        raise InputError(
+            f"{folder}: the UNet draws {unet.in_channels} channels, and the VAE decodes {vae.latent_channels}; "
+            "they are of different models"
+        )
+    width = 0
+    for number in ("", "_2")[: len([name for name in family.others if name.startswith("tokenizer")])]:
+        text = getattr(pipeline, f"text_encoder{number}").config
+        width += text.hidden_size
+        tokenizer = getattr(pipeline, f"tokenizer{number}")
+        check_tokenizer(
+            tokenizer, folder / f"tokenizer{number}", text.vocab_size, text.max_position_embeddings
+        )
+    if width != unet.cross_attention_dim:
+        raise InputError(
+            f"{folder}: the UNet reads texts of width {unet.cross_attention_dim}, and the text encoders make {width}; "
+            "they are of different models"
+        )
 
 
 def check_folder(folder: Path) -> Family:
@@ -81,15 +128,15 @@ def check_folder(folder: Path) -> Family:
 
     Raises InputError for any other pipeline, a missing part, and UNets that take more than latents and text.
     """
-    if not (folder / "model_index.json").is_file():
+    if not is_there(folder / "model_index.json"):
         raise InputError(
             f"{folder} is not a diffusers model folder: it has no model_index.json. Give a folder as "
             "save_pretrained writes it, or a single .safetensors file with --config."
         )
     found = read_json(folder / "model_index.json").get("_class_name")
-    if found not in FAMILIES:
-        raise InputError(f"{folder} is a {found} model; wanted one of {', '.join(FAMILIES)}.")
-    family = FAMILIES[str(found)]
+    if not isinstance(found, str) or found not in FAMILIES:
+        raise InputError(f"{folder} is a {str(found)[:60]} model; wanted one of {', '.join(FAMILIES)}.")
+    family = FAMILIES[found]
     for part in (*family.parts, *family.others):
         if not (folder / part).is_dir():
             raise InputError(f"{folder} has no {part} folder, and {family.title} needs one.")
@@ -98,9 +145,10 @@ def check_folder(folder: Path) -> Family:
 
 
 def _check_unet_config(folder: Path, family: Family) -> None:
-    config = read_json(folder / "unet" / "config.json")
-    channels = str(config.get("in_channels", 4))
-    if channels != str(config.get("out_channels", 4)):
+    path = folder / "unet" / "config.json"
+    config = read_json(path)
+    channels = str(config.get("in_channels", 4))[:60]
+    if channels != str(config.get("out_channels", 4))[:60]:
         known = {"9": "an inpainting model", "8": "a picture-editing model (InstructPix2Pix)"}
         raise InputError(
             f"{folder}: the UNet takes {channels} channels ({known.get(channels, 'another kind of model')}); "
@@ -109,10 +157,12 @@ def _check_unet_config(folder: Path, family: Family) -> None:
     wanted = "text_time" if family.name == "sdxl" else None
     if config.get("addition_embed_type") != wanted or config.get("encoder_hid_dim_type") is not None:
         raise InputError(
-            f"{folder}: the UNet's conditioning (addition_embed_type {config.get('addition_embed_type')}, "
-            f"encoder_hid_dim_type {config.get('encoder_hid_dim_type')}) is not that of "
+            f"{folder}: the UNet's conditioning (addition_embed_type {str(config.get('addition_embed_type'))[:60]}, "
+            f"encoder_hid_dim_type {str(config.get('encoder_hid_dim_type'))[:60]}) is not that of "
             f"{family.title} ({wanted}, None)."
         )
+    check_unet(config, path)
+    check_vae(read_json(folder / "vae" / "config.json"), folder / "vae" / "config.json")
 
 
 def load_part(model_class: Any, folder: Path, dtype: torch.dtype) -> tuple[torch.nn.Module, tuple[Path, ...]]:
@@ -121,10 +171,8 @@ def load_part(model_class: Any, folder: Path, dtype: torch.dtype) -> tuple[torch
     The libraries fill a missing weight with random numbers and a warning, which shows only as spoilt
     pictures.
     """
-    read_json(folder / "config.json")
     variant, files = component_weights(folder)
-    for file in files:
-        tensor_shapes(file)
+    check_part(folder, {name: shape for file in files for name, shape in tensor_shapes(file).items()})
     with loading(f"{folder} cannot be opened as {model_class.__name__}"):
         part, found = model_class.from_pretrained(
             folder,
@@ -151,17 +199,19 @@ def optional_parts(folder: Path, family: Family, safety_checker: torch.nn.Module
             "safety_checker": safety_checker,
             "requires_safety_checker": safety_checker is not None,
         }
+    zeros = read_json(folder / "model_index.json").get("force_zeros_for_empty_prompt")
+    if family.name == "sdxl" and isinstance(zeros, bool):
+        parts["force_zeros_for_empty_prompt"] = zeros
     return parts
 
 
 def feature_extractor(folder: Path) -> CLIPImageProcessorPil | None:
     """The folder's CLIP preparation, by Pillow whatever class the index names: torchvision changes pixels."""
-    if not (folder / "feature_extractor" / "preprocessor_config.json").is_file():
+    if not is_there(folder / "feature_extractor" / "preprocessor_config.json"):
         return None
-    with loading(f"{folder / 'feature_extractor'} cannot be opened"):
-        return CLIPImageProcessorPil.from_pretrained(folder / "feature_extractor", local_files_only=True)
+    return open_processor(folder / "feature_extractor", CLIPImageProcessorPil)
 
 
 def _has(folder: Path, part: str) -> bool:
     entry = read_json(folder / "model_index.json").get(part)
-    return isinstance(entry, list) and entry[0] is not None
+    return isinstance(entry, list) and len(entry) > 0 and entry[0] is not None

@@ -1,14 +1,23 @@
-"""Hashes of weight files, remembered by path, size and time of change, since gigabytes take long to read."""
+"""Hashes of weight files, remembered by place, size and times, since gigabytes take long to read.
+
+A file's time of modification can be set back, and tools that copy do so. The time of the last change of its inode
+cannot, so it is part of the key; and what was changed a moment ago is not remembered, as a clock's tick is coarse.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import tempfile
+import time
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+
+from fastory.documents import read_json
+from fastory.errors import FastoryError, InputError
+from fastory.files import atomic_write, sha256_of
+
+TICK = 100_000_000  # ns; file systems of this decade count in 10 ms or less
 
 
 def model_hashes(sources: Iterable[Path]) -> dict[str, str]:
@@ -22,23 +31,34 @@ def model_hashes(sources: Iterable[Path]) -> dict[str, str]:
     hashes: dict[str, str] = {}
     known = dict(remembered)
     for source in sources:
-        name = _name(source, hashes)
-        key = _key(source)
-        if key not in known:
-            known[key] = _sha256(source)
-        hashes[name] = known[key]
+        hashes[_name(source, hashes)] = _remembered_hash(source, known)
     if known != remembered:
         _write(known)
     return hashes
 
 
 def file_hash(file: Path) -> str:
-    """The SHA-256 of any file, remembered in the same way."""
-    remembered, key = _read(), _key(file)
-    if key not in remembered:
-        remembered[key] = _sha256(file)
-        _write(remembered)
-    return remembered[key]
+    """The SHA-256 of any file, remembered in the same way. A stranger's file is read in full by `sha256_of`."""
+    remembered = _read()
+    known = dict(remembered)
+    digest = _remembered_hash(file, known)
+    if known != remembered:
+        _write(known)
+    return digest
+
+
+def _remembered_hash(file: Path, known: dict[str, str]) -> str:
+    """The hash by `known`, to which a new one is added where the file has been as it is for a while."""
+    key, began = _key(file), time.time_ns()
+    if key in known:
+        return known[key]
+    digest = sha256_of(file)
+    state = file.stat()
+    if _key(file) == key and max(state.st_ctime_ns, state.st_mtime_ns) + TICK < began:
+        for old in [name for name in known if name.startswith(f"{key.rsplit('|', 5)[0]}|")]:
+            del known[old]
+        known[key] = digest
+    return digest
 
 
 def _name(source: Path, taken: dict[str, str]) -> str:
@@ -50,12 +70,8 @@ def _name(source: Path, taken: dict[str, str]) -> str:
 
 def _key(source: Path) -> str:
     state = source.stat()
-    return f"{source.resolve()}|{state.st_size}|{state.st_mtime_ns}"
-
-
-def _sha256(source: Path) -> str:
-    with source.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    numbers = (state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino, state.st_dev)
+    return "|".join((str(source.resolve()), *map(str, numbers)))
 
 
 def _cache_file() -> Path:
@@ -66,20 +82,18 @@ def _cache_file() -> Path:
 
 def _read() -> dict[str, str]:
     """What is remembered; a cache that is missing or spoilt only costs the time to hash again."""
-    with suppress(OSError, ValueError, RuntimeError):
-        remembered = json.loads(_cache_file().read_text(encoding="utf-8"))
-        if isinstance(remembered, dict):
+    with suppress(InputError, RuntimeError):
+        remembered = read_json(_cache_file(), what="remembered hashes")
+        if isinstance(remembered, dict) and all(_is_digest(value) for value in remembered.values()):
             return remembered
     return {}
 
 
+def _is_digest(value: object) -> bool:
+    return isinstance(value, str) and len(value) == 64 and value.isalnum()
+
+
 def _write(known: dict[str, str]) -> None:
     """Keeps the hashes where the place is writable; two processes at once at worst forget a few."""
-    with suppress(OSError, RuntimeError):
-        path = _cache_file()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", dir=path.parent, prefix=path.name, delete=False, encoding="utf-8"
-        ) as file:
-            json.dump(known, file, indent=0, sort_keys=True)
-        os.replace(file.name, path)
+    with suppress(FastoryError, RuntimeError):
+        atomic_write(_cache_file(), json.dumps(known, indent=0, sort_keys=True).encode())

@@ -11,7 +11,6 @@ metadata holds `history`, the HistoryConfig as JSON.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +18,13 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoTokenizer, BlipImageProcessorPil
+from transformers import BlipImageProcessorPil
 
+from fastory import documents
+from fastory.checkpoints.configs import check_files, check_sizes, open_tokenizer
 from fastory.checkpoints.loading import loading
-from fastory.checkpoints.weights import read_json, tensor_shapes
+from fastory.checkpoints.weights import load_finite, read_json, tensor_shapes
 from fastory.errors import InputError
 from fastory.history import HistoryConfig, HistoryEncoder
 
@@ -65,23 +65,24 @@ def open_history(
     sources: list[Path] = []
     config: HistoryConfig | None = None
     if inside is not None:
+        check_files(inside)
         config = HistoryConfig.read(read_json(inside / "config.json"), str(inside / "config.json"))
-        file = inside / "model.safetensors"
-        tensor_shapes(file)
-        tensors |= load_file(file)
-        sources.append(file)
+        tensors |= load_finite(inside / "model.safetensors")
+        sources.append(inside / "model.safetensors")
         if (inside / "tokenizer").is_dir():
-            with loading(f"{inside / 'tokenizer'} cannot be opened"):
-                tokenizer = AutoTokenizer.from_pretrained(inside / "tokenizer", local_files_only=True)
+            tokenizer = open_tokenizer(inside / "tokenizer")
     updates: dict[str, Tensor] = {}
     if adapter is not None:
         config = read_adapter_config(adapter)
-        given = load_file(adapter)
+        given = load_finite(adapter)
         sources.append(adapter)
         tensors |= {k.removeprefix("history."): v for k, v in given.items() if k.startswith("history.")}
         updates = low_rank_updates(given, unet, adapter)
     assert config is not None
     where = str(sources[-1])
+    check_sizes(
+        config.as_dict(), {name: tuple(tensor.shape) for name, tensor in tensors.items()}, sources[-1]
+    )
     if config.width != text_width:
         raise InputError(
             f"{where} makes history tokens of width {config.width}, and the UNet takes {text_width}; "
@@ -101,14 +102,14 @@ def read_adapter_config(path: Path) -> HistoryConfig:
     tensor_shapes(path)
     with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
-    try:
-        values = json.loads(metadata["history"])
-    except (KeyError, ValueError):
+    if "history" not in metadata:
         raise InputError(
             f"{path} is not an adapter of causal mode: its metadata has no `history`; wanted a file that `fastory tune` wrote"
-        ) from None
+        )
+    what, todo = "the sizes of a history encoder in its metadata", "take the file anew from its source"
+    values = documents.parse_json(metadata["history"].encode(), path, what=what, todo=todo)
     if not isinstance(values, dict):
-        raise InputError(f"{path}: the metadata `history`: wanted an object, got {values!r}")
+        raise InputError(f"{path}: the metadata `history`: wanted an object, got {str(values)[:60]}")
     return HistoryConfig.read(values, str(path))
 
 
@@ -119,8 +120,8 @@ def image_processor(config: HistoryConfig) -> BlipImageProcessorPil:
 
 
 def _build(config: HistoryConfig, tensors: Mapping[str, Tensor], where: str) -> HistoryEncoder:
-    with loading(f"{where}: its sizes are not those of the Blip classes"):
-        encoder = HistoryEncoder(config)
+    with loading(f"{where}: its sizes are not those of the Blip classes"), torch.device("meta"):
+        encoder = HistoryEncoder(config)  # without memory: what sizes ask for is compared first
     wanted = {name: tuple(tensor.shape) for name, tensor in encoder.state_dict().items()}
     got = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     missing = sorted(wanted.keys() - got.keys())
@@ -132,7 +133,9 @@ def _build(config: HistoryConfig, tensors: Mapping[str, Tensor], where: str) -> 
                 f"{where}: {len(names)} weights of the history encoder are {what}, the first is {names[0]}; "
                 "the file is incomplete or of another model"
             )
-    encoder.load_state_dict(dict(tensors))
+    with loading(f"{where} cannot be opened"):
+        encoder = HistoryEncoder(config)
+        encoder.load_state_dict(dict(tensors))
     return encoder.eval().requires_grad_(False)
 
 

@@ -26,10 +26,24 @@ TOKENIZER = [
 CONFIGS = ["*.json", "*.txt", "**/*.json", "**/*.txt"]
 
 
-def model_path(model: str, *, offline: bool) -> Path:
+def local_path(name: str | Path, what: str) -> Path | None:
+    """The path that `name` is, where something is there; else None. InputError for what can be no path."""
+    try:
+        path = Path(name).expanduser()
+        path.stat()
+        return path
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, RuntimeError) as error:  # too long a name; a NUL; a user who is not there
+        said = error.strerror if isinstance(error, OSError) else error
+        shown = str(name) if len(str(name)) <= 60 else f"{str(name)[:60]}..."
+        raise InputError(f"{what} {shown!r}: wanted a path, got one that cannot be used ({said})") from error
+
+
+def model_path(model: str | Path, *, offline: bool) -> Path:
     """A model's folder or file: a path that exists, else `owner/name`, downloaded or from the hub's cache."""
-    path = Path(model).expanduser()
-    if path.exists():
+    path, model = local_path(model, "Model"), str(model)
+    if path is not None:
         return path
     if not HUB_ID.fullmatch(model):
         raise InputError(f"Model {model} does not exist: no folder, no file, and no hub id (owner/name).")
@@ -37,22 +51,22 @@ def model_path(model: str, *, offline: bool) -> Path:
         return Path(DiffusionPipeline.download(model, use_safetensors=True, local_files_only=offline))
 
 
-def weight_path(name: str, *, what: str, offline: bool) -> Path:
+def weight_path(name: str | Path, *, what: str, offline: bool) -> Path:
     """A weight file: a path that exists, else `owner/name/path/in/it.safetensors` of the hub."""
-    path = Path(name).expanduser()
-    if path.exists():
+    path, name = local_path(name, what), str(name)
+    if path is not None:
         return path
     match = HUB_PATH.fullmatch(name)
-    if not match or path.suffix == "":
+    if not match or Path(name).suffix == "":
         raise InputError(f"{what} {name} does not exist: no file, and no file of the hub (owner/name/path).")
     with loading(_absent(f"{what} {name}", offline)):
         return Path(hf_hub_download(match[1], match[2], local_files_only=offline))
 
 
-def encoder_path(name: str, *, offline: bool) -> Path:
+def encoder_path(name: str | Path, *, offline: bool) -> Path:
     """An image encoder's folder: a path that exists, else `owner/name` or `owner/name/folder` of the hub."""
-    path = Path(name).expanduser()
-    if path.exists():
+    path, name = local_path(name, "Image encoder"), str(name)
+    if path is not None:
         return path
     match = HUB_PATH.fullmatch(name)
     repository, folder = (match[1], match[2]) if match else (name, "")

@@ -8,9 +8,11 @@ from pathlib import Path
 import torch
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from fastory.checkpoints.configs import MOST, check_files
 from fastory.checkpoints.folder import load_part
 from fastory.checkpoints.ip_adapter import AdapterHeader
 from fastory.checkpoints.loading import loading
+from fastory.checkpoints.weights import is_there, read_json
 from fastory.errors import InputError
 
 # The published adapters' encoders, by the width an adapter sees: the projection for base, the hidden states
@@ -34,7 +36,7 @@ def find_image_encoder(
     if given is not None:
         _check_encoder_folder(given)
     places = [given] if given is not None else list(_places(model_folder, adapter))
-    found = [place for place in places if (place / "config.json").is_file()]
+    found = [place for place in places if is_there(place / "config.json")]
     if adapter is None:
         return found[0] if found else None
     widths = {place: _width(place, adapter) for place in found}
@@ -62,7 +64,7 @@ def _places(model_folder: Path | None, adapter: AdapterHeader | None) -> Iterabl
 
 
 def _check_encoder_folder(folder: Path) -> None:
-    if not (folder / "config.json").is_file():
+    if not is_there(folder / "config.json"):
         raise InputError(
             f"Image encoder {folder} is not a folder with a config.json; wanted one as save_pretrained "
             "writes it, for example models/image_encoder of h94/IP-Adapter."
@@ -70,6 +72,8 @@ def _check_encoder_folder(folder: Path) -> None:
 
 
 def _width(folder: Path, adapter: AdapterHeader) -> int:
+    check_files(folder)
+    read_json(folder / "config.json")
     with loading(f"{folder / 'config.json'} is not of a CLIP image encoder"):
         config = CLIPVisionConfig.from_pretrained(folder, local_files_only=True)
         return int(config.projection_dim if adapter.kind == "base" else config.hidden_size)
@@ -108,8 +112,8 @@ def image_processor(
 
 def _side(encoder: CLIPVisionModelWithProjection) -> int:
     side = encoder.config.image_size
-    if not isinstance(side, int):
+    if not isinstance(side, int) or not 1 <= side <= MOST:
         raise InputError(
-            f"The image encoder takes pictures of {side}; wanted one side, as CLIP's are square."
+            f"The image encoder takes pictures of {str(side)[:60]}; wanted one side, as CLIP's are square."
         )
     return side

@@ -15,10 +15,9 @@ from typing import Literal, cast
 import torch
 from diffusers.models.attention_processor import Attention
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from safetensors.torch import load_file
 
 from fastory.checkpoints.loading import loading
-from fastory.checkpoints.weights import tensor_shapes
+from fastory.checkpoints.weights import load_finite, tensor_shapes
 from fastory.errors import InputError
 
 Shapes = dict[str, tuple[int, ...]]
@@ -136,8 +135,7 @@ def check_adapter_fits(header: AdapterHeader, unet: UNet2DConditionModel) -> Non
 def load_adapter(header: AdapterHeader, unet: UNet2DConditionModel, dtype: torch.dtype) -> IPAdapter:
     """The adapter in `dtype`; the UNet only lends its key conversion and stays without adapter."""
     check_adapter_fits(header, unet)
-    with loading(f"{header.path} cannot be opened"):
-        weights = load_file(header.path)
+    weights = load_finite(header.path)
     projection = _image_projection(header, unet, weights)
     count = len(attn2_layers(unet))
     return IPAdapter(

@@ -9,7 +9,6 @@ from contextlib import ExitStack, contextmanager
 from types import ModuleType
 
 from diffusers.utils import logging as diffusers_logging
-from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from fastory.errors import FastoryError, InputError
@@ -20,8 +19,8 @@ from fastory.placement import is_out_of_memory
 def loading(what: str) -> Iterator[None]:
     """Turns what a library raises over a user's files into an InputError that begins with `what`.
 
-    The libraries raise anything from KeyError to RuntimeError over a wrong config or a wrong tensor. Out of
-    memory is no fault of the files and passes through.
+    The libraries raise anything over a wrong config or a wrong tensor: KeyError, ZeroDivisionError, ImportError,
+    RecursionError, and Exception itself (tokenizers). Out of memory is no fault of the files and passes through.
     """
     with ExitStack() as stack:
         stack.enter_context(_quiet(diffusers_logging))
@@ -29,18 +28,14 @@ def loading(what: str) -> Iterator[None]:
         stack.enter_context(warnings.catch_warnings(action="ignore"))
         try:
             yield
-        except InputError:
+        except (FastoryError, MemoryError):
             raise
-        except (
-            OSError,
-            ValueError,
-            TypeError,
-            LookupError,
-            AttributeError,
-            RuntimeError,
-            SafetensorError,
-        ) as error:
-            if _out_of_memory(error):
+        except BaseException as error:
+            if (
+                not isinstance(error, Exception) and type(error).__name__ != "PanicException"
+            ):  # Rust's, of tokenizers
+                raise
+            if isinstance(error, Exception) and _out_of_memory(error):
                 raise
             raise InputError(f"{what}: {type(error).__name__}: {_shortened(str(error))}") from error
 
@@ -81,4 +76,6 @@ def _quiet(library: ModuleType) -> Iterator[None]:
 def _shortened(message: str) -> str:
     """A library's message on one line, cut where it begins to list every key."""
     line = " ".join(message.split())
+    if "ignore_mismatched_sizes" in line:  # transformers says the rest in a table that it logs
+        return "its weights are of other shapes than its configuration asks for"
     return line if len(line) <= 300 else line[:300] + " ..."

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file
 
 from fastory.checkpoints.folder import Family, Pipeline
 from fastory.checkpoints.loading import loading
+from fastory.checkpoints.weights import load_finite
 from fastory.errors import InputError
 
 # The first of the two matrices of a layer, in any of the layouts.
@@ -44,8 +44,8 @@ def fuse_loras(pipeline: Pipeline, family: Family, loras: Sequence[tuple[Path, f
 
 
 def _load(pipeline: Pipeline, family: Family, name: str, path: Path) -> None:
+    weights = load_finite(path)
     with loading(f"LoRA {path} does not fit this {family.title} model (is it of the other family?)"):
-        weights = load_file(path)
         _refuse_other_kinds(path, weights)
         # The pipeline's own conversion knows the layouts that are about: PEFT's, diffusers' older ones,
         # kohya-ss's.

@@ -7,7 +7,16 @@ from pathlib import Path
 import torch
 from diffusers.loaders.single_file_utils import infer_diffusers_model_type
 
-from fastory.checkpoints.folder import FAMILIES, Family, Pipeline, check_folder, optional_parts
+from fastory.checkpoints.configs import check_part
+from fastory.checkpoints.folder import (
+    FAMILIES,
+    Family,
+    Pipeline,
+    check_folder,
+    check_parts_fit,
+    optional_parts,
+    small_parts,
+)
 from fastory.checkpoints.hub import config_folder
 from fastory.checkpoints.loading import loading
 from fastory.checkpoints.weights import tensor_shapes
@@ -33,17 +42,20 @@ def open_single_file(
     folder = config or config_folder(model_type, offline=offline)
     family = check_folder(folder)
     _check_same_family(path, folder, family)
+    for part in family.parts:
+        check_part(folder / part, tensor_shapes(path))
     pipeline = _load(path, folder, family, dtype)
     for part in family.parts:
         module = getattr(pipeline, part)
         if any(weight.is_meta for weight in module.state_dict().values()):
             raise _incomplete(path, folder)
         module.eval().requires_grad_(False)
+    check_parts_fit(pipeline, family, folder)
     return pipeline, family
 
 
 def _load(path: Path, folder: Path, family: Family, dtype: torch.dtype) -> Pipeline:
-    parts = optional_parts(folder, family, None)
+    parts = small_parts(folder, family) | optional_parts(folder, family, None)
     with loading(f"{path} cannot be opened as {family.title} with the configs of {folder}"):
         try:
             # With a local folder as config the hub is never asked.
