@@ -21,6 +21,10 @@ from fastory.errors import FastoryError, InputError
 
 LOCK = ".lock"
 PARTIAL = ".partial"
+UNFINISHED = ".unfinished"
+MARK = "fastory.lock"  # the lock of a folder NAME.unfinished, which says that the folder is ours
+NEW, OLD, READY = "new", "old", "ready"  # what may lie in it, see `unfinished`
+BLOCK = 2**20
 
 Write = Callable[[Path], object]
 
@@ -48,7 +52,7 @@ def atomic_write(target: Path, data: bytes | Write, *, kept: str = "What is fini
     with disk_errors(target, kept):
         make_folder(target.parent)
         try:
-            _fill(partial, data)
+            write(partial, data)
             digest = sha256_of(partial)
             sync(partial)
             replace(partial, target)
@@ -59,19 +63,52 @@ def atomic_write(target: Path, data: bytes | Write, *, kept: str = "What is fini
     return digest
 
 
-def _fill(partial: Path, data: bytes | Write) -> None:
-    before_operation("write", partial)
+def write(path: Path, data: bytes | Write) -> None:
+    """Write a file that does not stand in its place yet, neither synced nor renamed; `sync_tree` syncs its folder.
+
+    data: the bytes, or a function that writes the file at the path it is given.
+    """
+    before_operation("write", path)
     with contextlib.suppress(FileNotFoundError):
-        partial.unlink()  # a link of this name would be written through
+        path.unlink()  # a link of this name would be written through
     if not isinstance(data, bytes):
-        data(partial)
+        path.touch(exist_ok=False)
+        mode = (
+            path.stat().st_mode
+        )  # as the umask has it; safetensors makes its files readable by their owner alone
+        data(path)
+        path.chmod(stat.S_IMODE(mode))
         return
     half = len(data) // 2
-    with partial.open("xb") as file:
+    with path.open("xb") as file:
         file.write(data[:half])
         file.flush()
-        before_operation("write the rest of", partial)
+        before_operation("write the rest of", path)
         file.write(data[half:])
+
+
+def write_into(folder: Path, data: Write) -> None:
+    """Have a function write files of names of its own into a folder that does not stand in its place yet."""
+    before_operation("write into", folder)
+    data(folder)
+
+
+def reserve(path: Path) -> None:
+    """Give every byte of a file its place on the disk.
+
+    Where a file with holes is mapped into memory, a full disk ends the process by SIGBUS; here it is an OSError.
+    """
+    before_operation("reserve", path)
+    with path.open("r+b") as file:
+        size = os.fstat(file.fileno()).st_size
+        if not hasattr(os, "posix_fallocate"):  # macOS and Windows: a hole is filled by what it reads as
+            for start in range(0, size, BLOCK):
+                file.seek(start)
+                block = file.read(BLOCK)
+                file.seek(start)
+                file.write(block)
+        elif size:
+            os.posix_fallocate(file.fileno(), 0, size)
 
 
 def replace(source: Path, target: Path) -> None:
@@ -104,6 +141,28 @@ def remove(path: Path) -> None:
         remove(entry)
     before_operation("remove", path)
     path.rmdir()
+
+
+def replace_folder(new: Path, target: Path, aside: Path) -> None:
+    """Rename the folder `new` to `target`; an old one goes to `aside` first, from where `unfinished` brings it back.
+
+    After a kill `target` is the old folder, the new one, or, between the two renames, missing with the old one `aside`.
+    """
+    there = target.exists()
+    if there:
+        replace(target, aside)
+    try:
+        replace(new, target)
+    except OSError:
+        if there and not target.exists():
+            replace(aside, target)
+        raise
+
+
+def move_files(source: Path, target: Path, last: str) -> None:
+    """Rename every file of the folder `source` into the folder `target`, that of the name `last` at the end."""
+    for file in sorted(source.iterdir(), key=lambda file: (file.name == last, file.name)):
+        replace(file, target / file.name)
 
 
 def sync(path: Path) -> None:
@@ -152,19 +211,106 @@ def locked_folder(path: Path, doing: str, hint: str) -> Iterator[None]:
         lock.release()
 
 
-def lock_folder(path: Path, doing: str, hint: str) -> FileLock:
-    """The lock of `locked_folder`, held until its `release` is called."""
-    file = path / LOCK
+def lock_folder(
+    path: Path, doing: str, hint: str, *, name: str = LOCK, shown: Path | None = None
+) -> FileLock:
+    """The lock of `locked_folder`, held until its `release` is called.
+
+    name: of the lock file; shown: what the messages name in place of `path`.
+    """
+    file = path / name
     if file.is_symlink() or (file.exists() and not file.is_file()):
         raise InputError(f"{file} is not a lock file of ours; move it away, or {hint}")
     lock = FileLock(file)
+    before_operation("lock", file)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise FastoryError(f"another process {doing} {path}; wait for it to end, or {hint}") from None
+        raise FastoryError(
+            f"another process {doing} {shown or path}; wait for it to end, or {hint}"
+        ) from None
     except OSError as error:
         raise InputError(f"cannot write into {path}: {error.strerror or error}; {hint}") from error
     return lock
+
+
+@contextlib.contextmanager
+def unfinished(target: Path, doing: str, hint: str, last: str = "") -> Iterator[Path]:
+    """A locked, empty folder TARGET.unfinished on the same disk as `target`, removed at the end.
+
+    Its lock file, the first thing made in it and the last one removed, says that the folder is ours. What a killed
+    process left is put in order first: `old`, which `replace_folder` moved aside, goes back where `target` is missing, and
+    the files of `ready`, which was whole, go on into `target`, `last` at the end; all else is removed.
+    doing, hint: as `locked_folder` has them. Raises FastoryError where another process holds the lock, InputError for a
+    folder of this name with other files, and where none can be made.
+    """
+    place = unfinished_place(target, hint)
+    try:
+        if not target.parent.is_dir():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        _refuse_other_files(place, target, hint)
+        make_folder(place)
+    except OSError as error:
+        raise InputError(f"{target} cannot be written: {error.strerror or error}; {hint}") from error
+    lock = lock_folder(place, doing, hint, name=MARK, shown=target)
+    try:
+        _put_in_order(place, target, last)
+        yield place
+    finally:
+        with contextlib.suppress(
+            OSError
+        ):  # what cannot be put in order now keeps its mark, and the next one does it
+            _put_in_order(place, target, last)
+            remove(place / MARK)
+        lock.release()
+        with contextlib.suppress(OSError):  # what is there is still ours, or locked anew by another process
+            remove_empty(place)
+
+
+def finish_interrupted(target: Path, doing: str, hint: str, last: str = "") -> None:
+    """Put in order what a killed process left beside `target`, where there is anything; see `unfinished`."""
+    if unfinished_place(target, hint).exists():
+        with unfinished(target, doing, hint, last):
+            pass
+
+
+def unfinished_place(target: Path, hint: str) -> Path:
+    """The folder of `unfinished`. Raises InputError for a target without a name of its own: / or one that ends in `..`."""
+    named = target if target.name else target.absolute()
+    if named.name in ("", ".."):
+        raise InputError(f"{target} has no name of its own; {hint}")
+    return named.with_name(named.name + UNFINISHED)
+
+
+def _refuse_other_files(place: Path, target: Path, hint: str) -> None:
+    names = {entry.name for entry in place.iterdir()} if place.is_dir() else set()
+    ours = {MARK, NEW, OLD, READY, target.name}
+    if (
+        place.is_symlink()
+        or (place.exists() and not place.is_dir())
+        or (names and not {MARK} <= names <= ours)
+    ):
+        raise InputError(f"{place} is in the way: {target} is first written there; move it away, or {hint}")
+
+
+def _put_in_order(place: Path, target: Path, last: str) -> None:
+    if (place / OLD).exists() and not target.exists():
+        replace(place / OLD, target)
+    if (place / READY).is_dir() and target.is_dir():
+        move_files(place / READY, target, last)
+    _clear(place)
+
+
+def _clear(place: Path) -> None:
+    for entry in sorted(place.iterdir()):
+        if entry.name != MARK:
+            remove(entry)
+
+
+def remove_empty(folder: Path) -> None:
+    """Remove a folder that holds nothing. Raises OSError where it does."""
+    before_operation("remove", folder)
+    folder.rmdir()
 
 
 @contextlib.contextmanager

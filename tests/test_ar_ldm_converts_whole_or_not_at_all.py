@@ -17,8 +17,9 @@ from typer.testing import CliRunner
 
 from fastory import InputError, StoryModel
 from fastory.checkpoints import convert_checkpoint
-from fastory.checkpoints.writing import LOCK
+from fastory.checkpoints.writing import RECORD
 from fastory.cli import app
+from fastory.files import MARK
 
 QUERY = "vae.encoder.mid_block.attentions.0.query.bias"
 LIMIT = 10_000_000  # bytes: the UNet's file is larger, all others are smaller
@@ -163,7 +164,7 @@ def test_what_is_there_is_kept_unless_asked(given: dict[str, Tensor]) -> None:
     Path("model").mkdir()
     Path("model/mine.txt").write_text("mine")
     refuse("model exists; give another output, or --overwrite")
-    refuse("model is no model folder", "story.ckpt", "model", "--config", "config", "--overwrite")
+    refuse("model has no fastory_converted.json", "story.ckpt", "model", "--config", "config", "--overwrite")
     refuse("OUT is model and --output other", "story.ckpt", "model", "-o", "other")
     refuse("becomes a folder, not a file", "story.ckpt", "model.safetensors", "--config", "config")
     refuse("cannot be written", "story.ckpt", "nowhere/model", "--config", "config")
@@ -172,8 +173,12 @@ def test_what_is_there_is_kept_unless_asked(given: dict[str, Tensor]) -> None:
     (first / "mine.txt").write_text("mine")
     shift = {"time_embeddings.weight": given["time_embeddings.weight"] + 1}
     write_checkpoint(Path("story.ckpt"), given | shift)
+    refuse("first holds mine.txt", "story.ckpt", "first", "--config", "config", "--overwrite")
+    (first / "mine.txt").unlink()
+    (first / RECORD).rename("kept")
+    refuse("first has no fastory_converted.json", "story.ckpt", "first", "--config", "config", "--overwrite")
+    Path("kept").rename(first / RECORD)
     convert_checkpoint(Path("story.ckpt"), first, config=Path("config"), overwrite=True)
-    assert not (first / "mine.txt").exists()
     encoder = StoryModel.open("first").require_history().encoder
     assert torch.equal(encoder.time_embeddings.weight, shift["time_embeddings.weight"])
     assert sorted(path.name for path in Path().iterdir()) == ["config", "first", "model", "story.ckpt"]
@@ -212,8 +217,9 @@ def test_a_disk_that_is_full(given: dict[str, Tensor], there: bool) -> None:
         convert_checkpoint(Path("story.ckpt"), Path("model"), config=Path("config"))
     before = contents()
     ended = limited("full")
-    assert ended.returncode == 2, ended.stderr
-    assert "model cannot be written" in ended.stderr and "Traceback" not in ended.stderr
+    assert ended.returncode == 1, ended.stderr
+    assert "model could not be written" in ended.stderr and "File too large" in ended.stderr
+    assert "Traceback" not in ended.stderr
     assert contents() == before
 
 
@@ -238,12 +244,16 @@ def test_killed_before_the_new_folder_took_the_old_ones_place(given: dict[str, T
     convert_checkpoint(Path("story.ckpt"), Path("model"), config=Path("config"))
     Path("model/mine.txt").write_text("mine")
     Path("model.unfinished/new").mkdir(parents=True)
-    Path("model.unfinished", LOCK).touch()
+    Path("model.unfinished", MARK).touch()
     Path("model").rename("model.unfinished/old")
     with pytest.raises(InputError, match="model exists; give another output, or --overwrite"):
         convert_checkpoint(Path("story.ckpt"), Path("model"), config=Path("config"))
     assert Path("model/mine.txt").read_text() == "mine"
     assert not Path("model.unfinished").exists()
+    Path("model/mine.txt").unlink()
+    before = contents()
+    convert_checkpoint(Path("story.ckpt"), Path("model"), config=Path("config"))  # it is what it would become
+    assert contents() == before
 
 
 def test_converted_files_can_be_read_by_whom_the_umask_says(given: dict[str, Tensor]) -> None:

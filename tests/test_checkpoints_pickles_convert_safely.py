@@ -11,11 +11,12 @@ import pytest
 import torch
 from filelock import FileLock
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from fastory.checkpoints import convert_pickle, open_checkpoint
-from fastory.checkpoints.writing import LOCK
-from fastory.errors import InputError
+from fastory.checkpoints.writing import save_tensors
+from fastory.errors import FastoryError, InputError
+from fastory.files import MARK
 
 
 class RunsWhenRead:
@@ -105,9 +106,19 @@ def test_existing_file_is_kept_unless_asked(tmp_path: Path) -> None:
     output.write_bytes(b"mine")
     with pytest.raises(InputError, match="exists and holds something else"):
         convert_pickle(tmp_path / "m.bin")
+    with pytest.raises(InputError, match="is not known as a file of `fastory convert`"):
+        convert_pickle(tmp_path / "m.bin", overwrite=True)
     assert output.read_bytes() == b"mine"
+    save_file({"a": torch.ones(2)}, output, {"format": "pt"})  # the same, as an older version wrote it
+    older = output.read_bytes()
+    convert_pickle(tmp_path / "m.bin", overwrite=True)
+    assert output.read_bytes() == older
+    output.unlink()
+    torch.save({"a": torch.zeros(2)}, tmp_path / "other.bin")
+    convert_pickle(tmp_path / "other.bin", output)
     convert_pickle(tmp_path / "m.bin", overwrite=True)
     assert output.read_bytes() == before
+    (tmp_path / "other.bin").unlink()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.bin", "m.safetensors"]
 
 
@@ -117,7 +128,15 @@ def test_transformers_reads_what_was_converted(tmp_path: Path) -> None:
     output = convert_pickle(tmp_path / "pytorch_model.bin")
     assert output.name == "model.safetensors"
     with safe_open(output, framework="pt") as file:
-        assert file.metadata() == {"format": "pt"}
+        assert (file.metadata() or {}).get("format") == "pt"
+
+
+def test_equal_tensors_are_equal_bytes(tmp_path: Path) -> None:
+    """Two keys of metadata stand in an order of chance in what safetensors writes."""
+    for number in range(8):
+        save_tensors(tmp_path / f"{number}.safetensors", {"ä\u0001": torch.ones(2), "b": torch.zeros(3)})
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+    assert load_file(tmp_path / "0.safetensors").keys() == {"ä\u0001", "b"}
 
 
 @pytest.mark.parametrize(("source", "target"), [("x.txt", None), ("none.bin", None), ("m.bin", "m.bin")])
@@ -155,9 +174,17 @@ def test_what_a_killed_process_left_is_cleared_and_what_is_in_use_is_not(tmp_pat
     with pytest.raises(InputError, match="unfinished is in the way"):
         convert_pickle(tmp_path / "m.bin")  # nothing says that it is ours
     assert (place / "m.safetensors").read_bytes() == b"half"
-    with FileLock(place / LOCK), pytest.raises(InputError, match="another process is writing"):
+    with (
+        FileLock(place / MARK),
+        pytest.raises(FastoryError, match=r"another process is writing .*m\.safetensors;"),
+    ):
         convert_pickle(tmp_path / "m.bin")
     assert (place / "m.safetensors").read_bytes() == b"half"
-    (place / LOCK).touch()
+    (place / MARK).touch()
+    (place / "letter.txt").write_text("mine")
+    with pytest.raises(InputError, match="unfinished is in the way"):
+        convert_pickle(tmp_path / "m.bin")  # it has our mark, and a file that we never write there
+    assert (place / "letter.txt").read_text() == "mine"
+    (place / "letter.txt").unlink()
     convert_pickle(tmp_path / "m.bin")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.bin", "m.safetensors"]

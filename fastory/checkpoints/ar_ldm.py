@@ -14,8 +14,8 @@ Such a checkpoint has neither local causal attention nor adapter. What is left o
 from __future__ import annotations
 
 import json
-import os
 import re
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,11 +27,22 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from fastory import files
 from fastory.checkpoints.ar_ldm_configs import MULTIMODAL, VISION, Configs, Shapes, read_configs
 from fastory.checkpoints.ar_ldm_tokenizers import caption_tokenizer, history_tokenizer
 from fastory.checkpoints.checkpoint import DEFAULTS_FILE, DEFAULTS_SCHEMA
 from fastory.checkpoints.loading import loading
-from fastory.checkpoints.writing import place_beside, usual_mode
+from fastory.checkpoints.writing import (
+    DOING,
+    HINT,
+    KEPT,
+    RECORD,
+    digest_of_configs,
+    holds_conversion,
+    names_below,
+    refuse_other_files,
+    write_record,
+)
 from fastory.errors import InputError
 from fastory.history import HistoryEncoder
 from fastory.settings import PRESETS
@@ -75,8 +86,15 @@ def convert_ar_ldm(
 
     config: a folder that may hold tokenizer/ and blip_tokenizer/ (or history/tokenizer/), and configs of a diffusers
     folder to use instead of those that the shapes tell. Without tokenizers the hub is asked. Raises InputError for keys
-    that are missing or unknown, tokenizers of another size, and an output that is there already.
+    that are missing or unknown, tokenizers of another size, and an output that is there already, unless it is what the
+    same checkpoint gave. Only a folder that an earlier conversion wrote is ever replaced.
     """
+    if output.suffix == ".safetensors":
+        raise InputError(f"{path} becomes a folder, not a file; give another name than {output}")
+    files.finish_interrupted(output, DOING, HINT)
+    given = files.sha256_of(path), digest_of_configs(config)
+    if not overwrite and holds_conversion(output, *given):
+        return output
     _check_output(path, output, config, overwrite)
     kept = {name: tensor for name, tensor in tensors.items() if not DROPPED.fullmatch(name)}
     configs = read_configs(Shapes(kept, path), config)
@@ -88,26 +106,21 @@ def convert_ar_ldm(
     text = configs.text_encoder
     words = caption_tokenizer(config, text["vocab_size"], text["max_position_embeddings"], offline=offline)
     history_words = history_tokenizer(config, configs.history.text["vocab_size"], offline=offline)
-    with loading(f"{output} cannot be written"), _whole_folder(output, overwrite) as folder:
+    with loading(f"{output} cannot be written"), _whole_folder(output, overwrite, *given) as folder:
         _write_history(parts["history"], history_words, folder)
         _write_pipeline(parts, words, configs, folder, path.stem)
     return output
 
 
 def _check_output(path: Path, output: Path, config: Path | None, overwrite: bool) -> None:
-    if output.suffix == ".safetensors":
-        raise InputError(f"{path} becomes a folder, not a file; give another name than {output}")
     if not output.exists():
         return
     if not overwrite:
         raise InputError(f"{output} exists; give another output, or --overwrite to replace it")
-    if not (output / "model_index.json").is_file():
-        raise InputError(
-            f"{output} is no model folder, and --overwrite replaces nothing else; give another output"
-        )
     for used in (path, *([config] if config is not None else [])):
         if used.resolve().is_relative_to(output.resolve()):
             raise InputError(f"{used} lies in {output}, which --overwrite would replace; give another output")
+    refuse_other_files(output)
 
 
 def _empty_parts(configs: Configs) -> dict[str, nn.Module]:
@@ -194,17 +207,21 @@ def _alone(tensor: Tensor, used: Mapping[str, int]) -> Tensor:
 
 def _write_history(encoder: nn.Module, tokenizer: Any, folder: Path) -> None:
     history = folder / "history"
-    history.mkdir()
+    files.make_folder(history)
     assert isinstance(encoder, HistoryEncoder)
-    (history / "config.json").write_text(json.dumps(encoder.config.as_dict(), indent=2) + "\n", "utf-8")
-    save_file(dict(encoder.state_dict()), history / "model.safetensors", metadata={"format": "pt"})
-    tokenizer.save_pretrained(history / "tokenizer")
+    _write_json(history / "config.json", encoder.config.as_dict())
+    weights = dict(encoder.state_dict())
+    files.write(history / "model.safetensors", lambda path: save_file(weights, path, {"format": "pt"}))
+    files.write_into(history / "tokenizer", tokenizer.save_pretrained)
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    files.write(path, (json.dumps(values, indent=2) + "\n").encode())
 
 
 def _write_pipeline(parts: Mapping[str, Any], words: Any, configs: Configs, folder: Path, name: str) -> None:
     """The stock pipeline's folder and our defaults. The pipeline writes model_index.json last: without it nothing opens."""
-    defaults = {"schema": DEFAULTS_SCHEMA, **PRESETS["ar-ldm"]}
-    (folder / DEFAULTS_FILE).write_text(json.dumps(defaults, indent=2) + "\n", "utf-8")
+    _write_json(folder / DEFAULTS_FILE, {"schema": DEFAULTS_SCHEMA, **PRESETS["ar-ldm"]})
     ids = {f"{kind}_token_id": getattr(words, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
     parts["text_encoder"].config.update(ids)
     pipeline: Any = StableDiffusionPipeline(  # mypy does not see what decorators add to it
@@ -216,28 +233,23 @@ def _write_pipeline(parts: Mapping[str, Any], words: Any, configs: Configs, fold
         requires_safety_checker=False,
     )
     pipeline.register_to_config(_name_or_path=name)
-    pipeline.save_pretrained(folder)
+    files.write_into(folder, pipeline.save_pretrained)
 
 
 @contextmanager
-def _whole_folder(output: Path, overwrite: bool) -> Iterator[Path]:
+def _whole_folder(output: Path, overwrite: bool, source: str, config: str | None) -> Iterator[Path]:
     """A folder beside `output` that takes its place when all is written; an old one goes only then."""
-    with place_beside(output) as place:
-        if output.exists() and not overwrite:  # it came back, or another process was faster
+    with files.disk_errors(output, KEPT), files.unfinished(output, DOING, HINT) as place:
+        if output.exists() and not overwrite:  # another process was faster
             raise InputError(f"{output} exists; give another output, or --overwrite to replace it")
-        folder, old, mode = place / "new", place / "old", usual_mode(place)
-        folder.mkdir()
+        folder = place / files.NEW
+        files.make_folder(folder)
         yield folder
-        for file in folder.rglob("*"):
-            if file.is_file():
-                file.chmod(mode)
-                with file.open("rb+") as written:
-                    os.fsync(written.fileno())
+        write_record(folder, source, config)
+        mode = (folder / RECORD).stat().st_mode
+        for name in names_below(folder):
+            (folder / name).chmod(stat.S_IMODE(mode))
+        files.sync_tree(folder)
         if output.exists():
-            output.rename(old)
-        try:
-            folder.rename(output)
-        except OSError:
-            if old.exists():
-                old.rename(output)
-            raise
+            refuse_other_files(output)
+        files.replace_folder(folder, output, place / files.OLD)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import filecmp
-import os
 import pickle
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from zipfile import BadZipFile, is_zipfile
 
 import torch
-from safetensors.torch import save_file
 
+from fastory import files
 from fastory.checkpoints.weights import PICKLE_SUFFIXES
-from fastory.checkpoints.writing import place_beside, usual_mode
+from fastory.checkpoints.writing import DOING, HINT, KEPT, is_converted_file, same_tensors, save_tensors
 from fastory.errors import InputError
 
 
@@ -91,19 +89,23 @@ def _flattened(
 
 def _write(tensors: dict[str, torch.Tensor], output: Path, overwrite: bool) -> None:
     """Writes beside the output and renames, so that a reader never sees half a file."""
-    try:
-        with place_beside(output) as place:
-            written = place / output.name
-            save_file(tensors, written, metadata={"format": "pt"})  # transformers asks for the format
-            written.chmod(usual_mode(place))
-            if output.exists() and not overwrite:
-                if not filecmp.cmp(written, output, shallow=False):
-                    raise InputError(
-                        f"{output} exists and holds something else; give another --output, or --overwrite."
-                    )
+    with files.disk_errors(output, KEPT), files.unfinished(output, DOING, HINT) as place:
+        written = place / output.name
+        files.write(written, lambda path: save_tensors(path, tensors))
+        if output.exists():
+            if same_tensors(written, output):
                 return
-            with written.open("rb+") as file:
-                os.fsync(file.fileno())
-            written.replace(output)
-    except OSError as error:
-        raise InputError(f"{output} cannot be written: {error}") from error
+            _check_replaced(output, overwrite)
+        files.sync(written)
+        files.replace(written, output)
+
+
+def _check_replaced(output: Path, overwrite: bool) -> None:
+    """InputError for a file that is to be kept, or is not ours."""
+    if not overwrite:
+        raise InputError(f"{output} exists and holds something else; give another --output, or --overwrite.")
+    if not is_converted_file(output):
+        raise InputError(
+            f"{output} is not known as a file of `fastory convert` (or an older version wrote it), and --overwrite "
+            "replaces nothing else; move it away, or give another --output."
+        )
