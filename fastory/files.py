@@ -230,7 +230,7 @@ def lock_folder(
             f"another process {doing} {shown or path}; wait for it to end, or {hint}"
         ) from None
     except OSError as error:
-        raise InputError(f"cannot write into {path}: {error.strerror or error}; {hint}") from error
+        raise _refused(f"cannot write into {path}", error, hint) from error
     return lock
 
 
@@ -251,7 +251,7 @@ def unfinished(target: Path, doing: str, hint: str, last: str = "") -> Iterator[
         _refuse_other_files(place, target, hint)
         make_folder(place)
     except OSError as error:
-        raise InputError(f"{target} cannot be written: {error.strerror or error}; {hint}") from error
+        raise _refused(f"{target} cannot be written", error, hint) from error
     lock = lock_folder(place, doing, hint, name=MARK, shown=target)
     try:
         _put_in_order(place, target, last)
@@ -319,15 +319,34 @@ def disk_errors(target: Path, kept: str = "What is finished is kept.") -> Iterat
     try:
         yield
     except (OSError, SafetensorError) as error:
-        # safetensors writes in Rust and says "... (os error 28)" in an error of its own
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if full or f"os error {errno.ENOSPC}" in str(error) or f"os error {errno.EDQUOT}" in str(error):
+        if _is_full(error):
             raise FastoryError(
                 f"the disk is full: {target} could not be written. Free some space; {_lower(kept)} "
                 "The same command goes on."
             ) from error
         said = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise FastoryError(f"{target} could not be written: {said}. {kept}") from error
+
+
+def _is_full(error: Exception) -> bool:
+    """safetensors writes in Rust and says "... (os error 28)" in an error of its own, which is no OSError."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return any(f"os error {number})" in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
+
+
+def _refused(what: str, error: OSError, hint: str) -> FastoryError:
+    """The error for a folder in which not even a first file can be made: only a full disk is not the user's choice."""
+    kind = FastoryError if _is_full(error) else InputError
+    return kind(f"{what}: {error.strerror or error}; {hint}")
+
+
+def folder_for(path: Path, hint: str) -> None:
+    """`make_folder`, of which the user is told what to do. Raises InputError, or FastoryError where the disk is full."""
+    try:
+        make_folder(path)
+    except OSError as error:
+        raise _refused(f"cannot write into {path}", error, hint) from error
 
 
 def _lower(sentence: str) -> str:

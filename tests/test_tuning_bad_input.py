@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import sys
@@ -14,6 +15,7 @@ from small_stories import write_stories
 from typer.testing import CliRunner
 
 from fastory.cli import app
+from fastory.tuning.state import Progress
 
 
 @pytest.fixture
@@ -109,8 +111,38 @@ def test_models_that_cannot_be_tuned(
 
 
 def test_files_that_are_in_the_way(stories: Path, sd15_folder: Path) -> None:
+    asked = ("--output", "adapter.safetensors")
     Path("adapter.safetensors").write_bytes(b"mine")
-    refuse(sd15_folder, "exists and no tuning beside it made it", "--output", "adapter.safetensors")
+    refuse(sd15_folder, "exists and no tuning beside it made it", *asked)
+    refuse(sd15_folder, "adapter.safetensors is no adapter of a tuning", *asked, "--overwrite")
+    Path("adapter.safetensors").unlink()
+    folder = Path("adapter.tuning")
+    for name in ("tensorboard/notes.md", "tables-of-mine/a.csv", "state-of-the-art.pdf"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("mine")
+    for more in ((), ("--overwrite",)):
+        refuse(sd15_folder, "and no state.json of a tuning", *asked, *more)
+    (folder / "state.json").write_text('{"schema": 99}')
+    refuse(sd15_folder, "has schema 99", *asked, "--overwrite")
+    other = {"schema": 1, "identity": {"seed": 9}, "step": 2, "file": "../state-00000002.safetensors"}
+    (folder / "state.json").write_text(json.dumps(other))
+    refuse(sd15_folder, "state.json is damaged (file:", *asked, "--overwrite")
+    (folder / "state.json").write_text(json.dumps({**other, "file": "state-00000002.safetensors"}))
+    refuse(sd15_folder, "holds another tuning", *asked)
+
+
+def test_overwrite_removes_what_a_tuning_left_and_nothing_else(tmp_path: Path) -> None:
+    progress = Progress(tmp_path, {"seed": 1})
+    progress.begin(anew=False)
+    mine = ["notes.md", "state-of-the-art.pdf", "tables-of-mine/a.csv", "tensorboard/notes.md", ".x.partial"]
+    left = ["state-00000002.safetensors", "tables-0123456789abcdef/a.npy", ".tables-0123456789abcdef.partial/a.npy",
+            ".state-00000002.safetensors.partial", "tensorboard/events.out.tfevents.1.host.2.0"]  # fmt: skip
+    for name in mine + left:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    progress.begin(anew=True)
+    found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert found == {*mine, "state.json"}
 
 
 def test_without_tensorboard(stories: Path, sd15_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 from small_stories import encoded, write_stories
 
 from fastory import InputError, StoryModel
+from fastory.files import sha256_of
 from fastory.tuning import loop
-from fastory.tuning.loop import Stepped, sha256_of, tune
+from fastory.tuning.loop import Stepped, tune
 from fastory.tuning.sizes import HistorySizes, Tuning
 from fastory.tuning.state import write_tensors
 from fastory.tuning.tables import encode

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -13,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from filelock import FileLock, Timeout
 
+from fastory import files
 from fastory.errors import FastoryError, InputError
 from fastory.model import StoryModel
 from fastory.tuning.batches import Batches
@@ -22,7 +21,7 @@ from fastory.tuning.imitation import Teacher
 from fastory.tuning.preservation import Base
 from fastory.tuning.siblings import check_families, families_of
 from fastory.tuning.sizes import HistorySizes, Tuning
-from fastory.tuning.state import Learner, Progress, write_tensors
+from fastory.tuning.state import HINT, KEPT, Learner, Progress, is_adapter, write_tensors
 from fastory.tuning.stories import Example, digest_of, read_examples
 from fastory.tuning.tables import Tables, encode_examples, open_tables
 from fastory.tuning.trainee import Trainee, adapter_file, prepare
@@ -170,10 +169,7 @@ def begin(
     )
     check_window(opened.require_history().encoder.config.positions, tuning, longest)
     progress = Progress(output.with_suffix(".tuning"), identity)
-    if not overwrite and progress.read() is None and output.exists():
-        raise InputError(
-            f"{output} exists and no tuning beside it made it; choose another --output, or --overwrite"
-        )
+    check_output(output, progress, overwrite)
     return Job(
         opened,
         examples,
@@ -188,6 +184,21 @@ def begin(
         untuned,
         base,
     )
+
+
+def check_output(output: Path, progress: Progress, overwrite: bool) -> None:
+    """InputError for an output or a folder beside it that no tuning made, or another tuning without `overwrite`."""
+    begun = progress.check(overwrite)
+    if not output.exists():
+        return
+    if not (begun or overwrite):
+        raise InputError(
+            f"{output} exists and no tuning beside it made it; choose another --output, or --overwrite"
+        )
+    if not is_adapter(output):
+        raise InputError(
+            f"{output} is no adapter of a tuning, and nothing else is ever replaced; move it away, or {HINT}"
+        )
 
 
 def teacher_of(model: StoryModel, tuning: Tuning) -> Teacher | None:
@@ -246,11 +257,13 @@ def check_window(positions: int, tuning: Tuning, longest: int) -> None:
 
 def run(job: Job, overwrite: bool) -> Iterator[Event]:
     """Encode the stories, train, write the adapter. Holds the folder's lock meanwhile."""
-    with ExitStack() as stack:
+    with files.disk_errors(job.progress.folder, KEPT), ExitStack() as stack:
         if job.accelerator.is_main_process:
             claim(job, overwrite, stack)
         state = None if overwrite else job.progress.read()
-        if state and "adapter" in state and sha256_of(job.output) == state["adapter"]:
+        if state and is_written(job.output, state.get("adapter")):
+            if job.accelerator.is_main_process:
+                job.progress.clear()  # a kill may have left some of it
             yield Tuned(job.output, state["step"])
             return
         if job.accelerator.is_main_process:
@@ -263,25 +276,18 @@ def run(job: Job, overwrite: bool) -> Iterator[Event]:
         yield from train(job, tables, state, stack)
 
 
+def is_written(output: Path, digest: str | None) -> bool:
+    """Whether the output is the adapter of this hash; without a hash none was written."""
+    return digest is not None and output.is_file() and files.sha256_of(output) == digest
+
+
 def claim(job: Job, overwrite: bool, stack: ExitStack) -> None:
-    """Make and lock the tuning's folder; with `overwrite` empty it."""
+    """Make and lock the tuning's folder; with `overwrite` remove what a tuning left there."""
     folder = job.progress.folder
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock")
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise FastoryError(
-            f"another process tunes in {folder}; wait for it to end, or choose another --output"
-        ) from None
-    except OSError as error:
-        raise InputError(f"cannot write into {folder}: {error.strerror}; choose another --output") from error
-    stack.callback(lock.release)
-    for entry in folder.iterdir() if overwrite else ():
-        if entry.name == "tensorboard" or entry.name.startswith((".tables-", "tables-")):
-            shutil.rmtree(entry)
-        elif entry.name.startswith("state"):
-            entry.unlink()
+    files.folder_for(folder, HINT)
+    stack.enter_context(files.locked_folder(folder, "tunes in", HINT))
+    job.progress.check(overwrite)  # by another process since the door
+    job.progress.begin(anew=overwrite)
 
 
 def train(job: Job, tables: Tables, state: dict[str, Any] | None, stack: ExitStack) -> Iterator[Event]:
@@ -377,15 +383,6 @@ def log(writer: Any, losses: list[torch.Tensor], learner: Learner) -> float:
 def finish(job: Job, trainee: Trainee, learner: Learner) -> Tuned:
     """Write the averaged weights as an adapter; tables and state are not needed any more."""
     with learner.averaged():
-        write_tensors(job.output, *adapter_file(trainee, job.base))
-    job.progress.finish(learner.step, sha256_of(job.output))
-    shutil.rmtree(job.tables, ignore_errors=True)
+        digest = write_tensors(job.output, *adapter_file(trainee, job.base))
+    job.progress.finish(learner.step, digest)
     return Tuned(job.output, learner.step)
-
-
-def sha256_of(path: Path) -> str:
-    """Hex sha256 of a file, empty where there is none."""
-    if not path.is_file():
-        return ""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from fastory import files
 from fastory.checkpoints.history import ENC
 from fastory.errors import FastoryError, InputError
 from fastory.model import StoryModel
@@ -58,21 +58,29 @@ def encode_examples(
     """
     if folder.exists():
         return
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial = files.partial_of(folder)
+    files.remove(partial)
+    files.make_folder(partial)
     frames = [(p, file) for one in examples for p, file in zip(one.prompts, one.pictures, strict=True)]
-    files: Arrays = {}
+    tables: Arrays = {}
     for number, (prompt, path) in enumerate(frames):
         for name, row in encode(model, prompt, _open(path, size), references).items():
             if number == 0:
-                shape = (len(frames), *row.shape)
-                files[name] = np.lib.format.open_memmap(partial / f"{name}.npy", "w+", row.dtype, shape)
-            files[name][number] = row
+                tables[name] = _new_table(partial / f"{name}.npy", row, len(frames))
+            tables[name][number] = row
         yield number + 1, len(frames)
-    for array in files.values():
-        array.flush()  # type: ignore[attr-defined]  # a memmap
-    partial.rename(folder)
+    for table in tables.values():
+        table.flush()  # type: ignore[attr-defined]  # a memmap
+    files.sync_tree(partial)
+    files.replace(partial, folder)
+
+
+def _new_table(path: Path, row: np.ndarray, count: int) -> np.ndarray:
+    """A memory-mapped file for `count` rows like `row`. Raises OSError where the disk has no room for it."""
+    shape = (count, *row.shape)
+    files.write(path, lambda path: np.lib.format.open_memmap(path, "w+", row.dtype, shape))
+    files.reserve(path)
+    return np.lib.format.open_memmap(path, "r+")
 
 
 def open_tables(
