@@ -25,6 +25,9 @@ from fastory.placement import Placement, place
 # The squash of the reference implementation: every reference becomes 256 x 256 before CLIP's own resizing.
 SQUASH = 256
 
+# Why a picture is left out whose decoder gave NaN or infinity.
+NOT_FINITE = "holds non-finite values"
+
 
 class RowByRow(nn.Linear):
     """A linear layer whose result for a row of (rows, features) does not depend on the row's place.
@@ -379,7 +382,7 @@ class StoryModel:
         scaled = self._unscale(latents.to(self.vae.dtype))
         pixels = self.vae.decode(scaled, return_dict=False)[0]
         if not bool(torch.isfinite(pixels).all()):
-            return Decoded(black, "holds non-finite values")
+            return Decoded(black, NOT_FINITE)
         if getattr(self.pipeline, "safety_checker", None) is not None:
             _, unsafe = self.pipeline.run_safety_checker(pixels, self.device, self.dtype)
             if unsafe and unsafe[0]:

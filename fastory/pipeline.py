@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -28,14 +28,14 @@ from fastory.events import (
     StoryFinished,
     StoryStarted,
 )
-from fastory.model import StoryModel
+from fastory.model import NOT_FINITE, StoryModel
 from fastory.modes.causal import Telling, causal, window_of
 from fastory.modes.iterative import iterative
 from fastory.pictures import open_picture
 from fastory.placement import choose_batch
 from fastory.run import Identity, RunFolder
 from fastory.sampler import frame_seed, is_guided, make_scheduler, rows_per_frame
-from fastory.settings import Settings, check, resolve
+from fastory.settings import Needs, Settings, check, resolve, unused
 from fastory.story import Story
 
 VERSIONED = ("torch", "diffusers", "transformers", "safetensors", "pillow")
@@ -156,7 +156,37 @@ def prepare(
         pictures = any(character.references for character in story.characters)
         if settings.iterations > 0 or (pictures and settings.reference_start <= settings.iterations):
             model.require_references()
-    return Job(model, story, settings, sources, None, None, frames_to_redraw(frames, story, settings), [])
+    notices = [*unused(settings, sources, needs_of(model, story, settings)), *unused_of(story, settings)]
+    return Job(
+        model, story, settings, sources, None, None, frames_to_redraw(frames, story, settings), notices
+    )
+
+
+def needs_of(model: StoryModel, story: Story, settings: Settings) -> Needs:
+    """What decides whether a setting is used."""
+    return Needs(
+        pictures=any(character.references for character in story.characters),
+        guided=is_guided(model, settings),
+        seeded=all(frame.seed is not None for frame in story.frames),
+        begun=story.first_frame is not None,
+    )
+
+
+def unused_of(story: Story, settings: Settings) -> Iterator[str]:
+    """A line for what stands in the story itself and decides nothing."""
+    for name, own in (("style", story.style), ("negative_prompt", story.negative_prompt)):
+        if own is not None and name in story.settings:
+            yield f"`settings: {name}` is not used: the story says `{name}:` itself, which comes first"
+    if settings.mode != "iterative":
+        return  # pictures of characters are told of as a whole
+    for character in story.characters:
+        if character.scale is not None and not character.references:
+            yield f"`scale` of {character.name} is not used: it is the weight of pictures, and none are given"
+        if character.references and settings.reference_start > settings.iterations:
+            yield (
+                f"the pictures of {character.name} are not used: they count from round {settings.reference_start} on "
+                f"(reference_start), and the last round is {settings.iterations}"
+            )
 
 
 def check_drawable(model: StoryModel, story: Story, settings: Settings, batch_size: int | None) -> None:
@@ -332,11 +362,73 @@ def draw_stories(group: Sequence[Begun]) -> Iterator[Event]:
             yield Notice(notice)
         if done < rounds * count:
             missing.append(one)
+    drawn = Drawn({one.place: one.job for one in group})
+    for one in missing:
+        drawn.refuse_lost_round(one.place, drawn.newest_round(one.place))
     if missing:
         yield BatchChosen(group[0].sizes[-1], group[0].reason)
-        yield from record({one.place: one.job for one in group}, events_of(group))
+        yield from drawn.watch(record(drawn.jobs, events_of(group)))
+    lost = [one.place for one in group if drawn.is_lost(one.place, one.job.settings.rounds - 1)]
     for one in group:
-        yield finish(one.job.folder, one.job.model, one.job.story, one.job.settings, one.started)
+        if one.place not in lost:
+            yield finish(one.job.folder, one.job.model, one.job.story, one.job.settings, one.started)
+    for place in lost:
+        drawn.refuse_lost_round(place, drawn.jobs[place].settings.rounds - 1)
+
+
+@dataclass
+class Drawn:
+    """Why pictures of a group are left out, those drawn now and those of the run folders. jobs: by place in the call.
+
+    A round in which no picture is finite makes a story of black pictures: nothing is drawn from it.
+    """
+
+    jobs: Mapping[int, Job]
+    reasons: dict[tuple[int, int, int], str | None] = field(default_factory=dict)
+
+    def watch(self, events: Iterator[Event]) -> Iterator[Event]:
+        """Pass events on; FastoryError after a round of iterative mode that is lost."""
+        for event in events:
+            yield event
+            if isinstance(event, FrameDrawn):
+                self.reasons[event.place, event.round, event.frame] = event.left_out
+            elif isinstance(event, RoundFinished):  # of iterative mode, where a group is one story
+                (place,) = self.jobs
+                self.refuse_lost_round(place, event.round)
+
+    def newest_round(self, place: int) -> int:
+        """The last round that the run folder has whole, or -1."""
+        folder, frames = self.jobs[place].folder, range(len(self.jobs[place].story.frames))
+        rounds = reversed(range(self.jobs[place].settings.rounds))
+        return next((k for k in rounds if folder and all(folder.has(k, i) for i in frames)), -1)
+
+    def is_lost(self, place: int, round: int) -> bool:
+        """Whether no picture of a finished round is finite."""
+        frames = range(len(self.jobs[place].story.frames))
+        return round >= 0 and all(self._reason(place, round, i) == NOT_FINITE for i in frames)
+
+    def _reason(self, place: int, round: int, frame: int) -> str | None:
+        folder = self.jobs[place].folder
+        if (place, round, frame) in self.reasons or folder is None:
+            return self.reasons.get((place, round, frame))
+        return folder.load(round, frame)[1]
+
+    def refuse_lost_round(self, place: int, round: int) -> None:
+        """FastoryError that says what helps, where is_lost."""
+        if not self.is_lost(place, round):
+            return
+        job = self.jobs[place]
+        dtype = job.model.placement.dtype_name
+        wider = f" or {dtype} is too narrow for them (--dtype float32)" if dtype != "float32" else ""
+        kept = (
+            f"; what was drawn is kept in {job.folder.path}, draw it anew with --overwrite"
+            if job.folder
+            else ""
+        )
+        raise FastoryError(
+            f"{job.story.title!r}: no picture of round {round} has finite values. The weights of the model, an adapter or "
+            f"a LoRA are damaged{wider}{kept}"
+        )
 
 
 def events_of(group: Sequence[Begun]) -> Iterator[Event]:
@@ -469,6 +561,8 @@ def story_notices(model: StoryModel, story: Story, settings: Settings) -> Iterat
     """What the user should know before drawing begins."""
     if settings.mode == "iterative" and not settings.iterations:
         yield "0 iterations: every frame is drawn from its caption alone"
+    if model.name == "builtin":
+        yield from size_notice(model, settings)
     if any(frame.boxes for frame in story.frames):
         yield "`boxes` are reserved: this version checks them and does not use them"
     if story.first_frame is not None and settings.mode != "causal":
@@ -481,6 +575,18 @@ def story_notices(model: StoryModel, story: Story, settings: Settings) -> Iterat
         names = {character.name: "" for character in story.characters}
         text = " ".join(story.prompt(i, settings.style) for i in range(len(story.frames)))
         yield from map(str, unknown_words(text, names, tokenizer=model.pipeline.tokenizer))
+
+
+def size_notice(model: StoryModel, settings: Settings) -> Iterator[str]:
+    """Where the built-in model does not draw what captions say any more: it was trained at one small size."""
+    width, height = model.native_size
+    sides = ((settings.width or width, width), (settings.height or height, height))
+    # Looked at: at 1.25 of a side pictures are smudged here and there; at 1.5 animals come twice, at 0.75 colours are lost.
+    if not all(own <= side <= 1.25 * own for side, own in sides):
+        yield (
+            f"the built-in model was trained at {width} x {height} pixels; at {settings.width} x {settings.height} it repeats "
+            "its animals or smears them: leave out width and height, or give a checkpoint with --model"
+        )
 
 
 def versions() -> dict[str, str]:

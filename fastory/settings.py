@@ -171,6 +171,51 @@ def resolve(
     return settings, sources
 
 
+@dataclass(frozen=True)
+class Needs:
+    """What a story and its model make of the settings.
+
+    pictures: its characters have pictures. guided: frames have an unconditional row. seeded: every frame has a seed of
+    its own. begun: frame 0 is given.
+    """
+
+    pictures: bool
+    guided: bool
+    seeded: bool
+    begun: bool
+
+
+def unused(settings: Settings, sources: Mapping[str, str], needs: Needs) -> list[str]:
+    """A line for each value that the user gave, in the call or in the story file, and that decides nothing."""
+    other = "causal" if settings.mode == "iterative" else "iterative"
+    reasons = dict.fromkeys(
+        CAUSAL_ALONE if settings.mode == "iterative" else ITERATIVE_ALONE,
+        f"it belongs to {other} mode, and this story is drawn in {settings.mode} mode",
+    )
+    if settings.mode == "iterative" and not settings.iterations:
+        reasons["references"] = "without iterations no frame sees another one"
+        if not needs.pictures or settings.reference_start > 0:
+            reasons |= dict.fromkeys(
+                ("reference_scale", "reference_fit"), "without iterations nothing is a reference"
+            )
+    if settings.mode == "iterative" and not needs.pictures:
+        reasons["reference_start"] = "the story gives no pictures of its characters"
+    if settings.mode == "causal" and needs.begun and settings.drafts:
+        reasons["drafts"] = "frame 0 is given and not drawn"
+    if not needs.guided and settings.negative_prompt:
+        reasons["negative_prompt"] = (
+            "without guidance there is no unconditional row (guidance_scale 1 or less, or an LCM UNet)"
+        )
+    if needs.seeded:
+        reasons |= dict.fromkeys(("seed", "noise"), "every frame has a seed of its own")
+    where = {"flag": "", "story": " of the story file"}
+    return [
+        f"`{name}`{where[sources[name]]} is not used: {reason}"
+        for name, reason in reasons.items()
+        if sources[name] in where
+    ]
+
+
 def _of_mode(folder_defaults: Mapping[str, Any], mode: Any) -> Mapping[str, Any]:
     """What a model folder sets for one mode; `mode` may be anything, it is checked with the others."""
     own = folder_defaults.get(mode, {}) if isinstance(mode, str) else {}

@@ -10,10 +10,12 @@ import torch
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from small_history import write_causal_folder
 from test_bytes_do_not_depend_on_the_batch import CAPTIONS, draw, settings
 from transformers import CLIPConfig
 
 from fastory import Story, StoryModel, generate
+from fastory.errors import FastoryError
 from fastory.events import FrameDrawn
 from fastory.modes.iterative import iterative
 
@@ -58,20 +60,59 @@ def broken_decoder(sd15_folder: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def test_non_finite_frames_are_reported_and_the_story_goes_on(
-    broken_decoder: Path, sd15_adapter_base: Path, tmp_path: Path
+@pytest.fixture
+def one_broken_word(sd15_folder: Path, tmp_path: Path) -> Path:
+    """A checkpoint that draws NaN for a caption with one word of the first caption alone."""
+    folder = tmp_path / "word"
+    shutil.copytree(sd15_folder, folder)
+    pipeline = StoryModel.open(str(folder)).pipeline
+    word = pipeline.tokenizer("rabbit", add_special_tokens=False).input_ids[0]
+    assert [word in pipeline.tokenizer(caption).input_ids for caption in CAPTIONS[:2]] == [True, False]
+    file = folder / "text_encoder" / "model.safetensors"
+    weights = load_file(file)
+    (name,) = [name for name in weights if name.endswith("token_embedding.weight")]
+    weights[name][word] = float("nan")
+    save_file(weights, file, {"format": "pt"})
+    return folder
+
+
+def test_a_non_finite_frame_is_reported_and_the_story_goes_on(
+    one_broken_word: Path, sd15_adapter_base: Path, tmp_path: Path
 ) -> None:
-    model = StoryModel.open(str(broken_decoder), ip_adapter=str(sd15_adapter_base))
+    model = StoryModel.open(str(one_broken_word), ip_adapter=str(sd15_adapter_base))
     story = Story.from_captions(CAPTIONS[:2])
     events = list(generate(story, model=model, steps=2, iterations=1, output=tmp_path / "run"))
     drawn = [event for event in events if isinstance(event, FrameDrawn)]
-    assert len(drawn) == 4
-    assert all(event.left_out == "holds non-finite values" for event in drawn)
-    assert all(event.image.getextrema() == ((0, 0),) * 3 for event in drawn)
+    assert [event.left_out for event in drawn] == ["holds non-finite values", None] * 2
+    assert drawn[0].image.getextrema() == ((0, 0),) * 3
     assert (tmp_path / "run" / "storybook.html").exists()
-    # taken up again, they are still left out
+    # taken up again, it is still left out
     again = list(generate(story, model=model, steps=2, iterations=1, output=tmp_path / "run"))
     assert not [event for event in again if isinstance(event, FrameDrawn)]
+
+
+@pytest.mark.parametrize("mode", ["iterative", "causal"])
+def test_a_story_of_non_finite_frames_alone_fails_and_keeps_its_folder(
+    broken_decoder: Path, sd15_adapter_base: Path, tmp_path: Path, mode: str
+) -> None:
+    """It ended with exit code 0. In iterative mode no later round is drawn from nothing."""
+    if mode == "causal":
+        broken_decoder = write_causal_folder(broken_decoder, tmp_path / "causal")
+    model = StoryModel.open(str(broken_decoder), ip_adapter=str(sd15_adapter_base))
+    options = {"model": model, "steps": 1, "mode": mode, "output": tmp_path / "run"}
+    story, drawn = Story.from_captions(CAPTIONS[:2]), 0
+    for wanted in (2, 0):  # the same command again says the same at once
+        with pytest.raises(
+            FastoryError, match=r"no picture of round 0 has finite values.*--overwrite"
+        ) as raised:
+            for event in generate(story, **options):  # type: ignore[arg-type]
+                drawn += isinstance(event, FrameDrawn)
+        assert drawn == wanted and raised.value.exit_code == 1 and "\n" not in str(raised.value)
+        drawn = 0
+    assert len(list((tmp_path / "run" / "iteration-00").glob("*.png"))) == 2
+    assert not (tmp_path / "run" / "iteration-01").exists()
+    with pytest.raises(FastoryError, match="no picture of round 0"):  # without a folder, too
+        list(generate(story, model=model, steps=1, mode=mode))
 
 
 def test_what_a_safety_checker_blacks_out_is_left_out(sd15_folder: Path, sd15_adapter_base: Path) -> None:
