@@ -1,5 +1,6 @@
 """Packaging of fastory. kernels/ and export/ lie at the top level and install as fastory.kernels and fastory.export."""
 
+import runpy
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -12,12 +13,17 @@ packages = [
     *(f"fastory.export.{name}" for name in find_packages("export")),
 ]
 
+here = Path(__file__).parent
+# Releases that are known not to work are left out by name; the file has the reasons, and `fastory doctor` prints them.
+excluded = runpy.run_path(str(here / "fastory" / "packages.py"))["excluded"]
+
+# Lower bounds are the oldest releases that work together, tried by .ci/run; constraints.txt has what the suite passed with.
 install_requires = [
     "torch>=2.11",  # tensors, attention, the custom operators; no upper cap
     "diffusers>=0.42",  # UNets, VAEs, schedulers and the reading of checkpoints
-    "transformers>=5.17",  # CLIP text and image encoders, tokenizers
-    "accelerate>=1.0",  # diffusers and transformers load weights without a second copy through it
-    "safetensors>=0.5",  # the only weight format that is read
+    "transformers>=5.17" + excluded("transformers"),  # CLIP text and image encoders, tokenizers
+    "accelerate>=1.0",  # diffusers and transformers load weights without a second copy through it; training's loop
+    "safetensors>=0.8",  # the only weight format that is read
     "peft>=0.17",  # LoRA files on the UNet and the text encoder
     "numpy>=1.26",  # pictures as arrays
     "pillow>=10",  # PNG and WebP, resizing, the drawn world
@@ -28,19 +34,19 @@ install_requires = [
     "jinja2>=3.1",  # the storybook page
     "filelock>=3.13",  # one process per run folder, released by the system on a kill
     "psutil>=5.9",  # free memory, for the micro-batch
+    "packaging>=23",  # versions of other packages, for `fastory doctor` and the LoRA loader
     # The kernels. Triton publishes wheels for Linux only; elsewhere the SDPA path runs.
     "triton>=3.6; platform_system == 'Linux'",
 ]
 
 extras_require = {
-    # quality metrics and the classifier of the built-in world's evaluation
-    "metrics": ["torchmetrics>=1.4"],
     # one more peer and one more choice for FASTORY_KERNELS; it pins its own torch
     "xformers": ["xformers"],
     # fastory tune: losses and validation pictures, as files that any TensorBoard shows
     "tune": ["tensorboard>=2.16"],
     # fastory export: the format, torch's exporter, and the runtime that each graph is compared on
     "onnx": ["onnx>=1.19", "onnxscript>=0.5", "onnxruntime>=1.22"],
+    # fastory export --trt: builds engines for the GPU of this machine
     "tensorrt": ["tensorrt>=11"],
     # fastory export --trt --rtx: builds engines without a GPU; the libraries are in the wheel
     "rtx": [
@@ -50,16 +56,16 @@ extras_require = {
     "test": [
         "pytest>=8",
         "selenium>=4.20",  # the storybook in headless Chromium
-        "pytest-benchmark>=5",
+        "pytest-benchmark>=5",  # bench/, which the suite collects and skips
         "tensorboard>=2.16",  # fastory tune
         "onnx>=1.19",  # fastory export
         "onnxscript>=0.5",
         "onnxruntime>=1.22",
         "hypothesis>=6.100",  # properties of the kernels
-        "ruff>=0.12",
-        "mypy>=1.15",
-        "types-PyYAML",
-        "types-psutil",
+        "ruff>=0.12",  # lint and format
+        "mypy>=1.15",  # types
+        "types-PyYAML",  # the types of yaml
+        "types-psutil",  # the types of psutil
     ],
 }
 
@@ -67,7 +73,7 @@ setup(
     name="fastory",
     version="0.1.0",
     description="Turns a list of captions into a consistent sequence of pictures with Stable Diffusion UNets.",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from fastory import __version__
+from fastory import __version__, packages
 from fastory.checkpoints.hashes import file_hash
 from fastory.errors import FastoryError, InputError
 from fastory.export.folder import MANIFEST, SCHEMA, ExportFolder, hashes_of, write_manifest
@@ -76,6 +76,7 @@ def export_onnx(
     Everything is checked before the first event: raises InputError. While exporting, raises FastoryError for a full disk
     and for a graph that does not compute what torch computes; what was written is taken away again.
     """
+    packages.require("an export", "onnx", "onnx", "onnxscript", "onnxruntime")
     from fastory.export.operators import BINDINGS
 
     if binding not in BINDINGS:

@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from fastory import packages
 from fastory.errors import FastoryError, InputError
 
 if TYPE_CHECKING:
@@ -354,6 +355,7 @@ def tune(
     The same command goes on where a tuning was interrupted.
     """
     with reported(resumable=True, kept="Checkpoints"):
+        packages.require("fastory tune", "tune", "tensorboard")
         _quiet_libraries()
         if offline:
             os.environ["HF_HUB_OFFLINE"] = "1"
@@ -482,6 +484,7 @@ def export(
             raise InputError(f"{wanted[0]} is about engines; give --trt as well")
         if rtx is not None and any(flags.values()):
             raise InputError(f"TensorRT for RTX has no {wanted[0]}; leave it out")
+        packages.require("fastory export", "onnx", "onnx", "onnxscript", "onnxruntime")
         bounds = checked_engines(rtx, size or []) if trt else {}
         opened = open_model(
             model, config, ip_adapter, image_encoder, adapter, lora or [], "cpu", dtype, "off", offline
@@ -493,15 +496,9 @@ def export(
 
 
 def export_events(model: Any, output: Path | None, groups: int, bind: str, overwrite: bool) -> Iterator[Any]:
-    """The events of an export. Raises InputError where its packages are missing."""
-    try:
-        from fastory.export.onnx import export_onnx
-    except ModuleNotFoundError as error:
-        if error.name not in ("onnx", "onnxscript"):
-            raise
-        raise InputError(
-            f"fastory export needs the package {error.name}; run: pip install 'fastory[onnx]'"
-        ) from None
+    """The events of an export."""
+    from fastory.export.onnx import export_onnx
+
     return export_onnx(model, output, groups=groups, binding=bind, overwrite=overwrite)
 
 

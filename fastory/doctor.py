@@ -5,12 +5,11 @@ from __future__ import annotations
 import platform
 import sys
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 
 import psutil
 import torch
 
-from fastory import __version__
+from fastory import __version__, packages
 from fastory.kernels import choice
 
 PACKAGES = (
@@ -20,6 +19,7 @@ PACKAGES = (
     "transformers",
     "accelerate",
     "peft",
+    "numpy",
     "safetensors",
     "pillow",
     "xformers",
@@ -36,7 +36,8 @@ def report() -> Iterator[str]:
     yield ""
     yield "packages"
     for package in PACKAGES:
-        yield f"  {package.removesuffix('-cu13-bindings'):<13} {_version(package)}"
+        yield f"  {package.removesuffix('-cu13-bindings'):<13} {packages.installed(package) or 'not installed'}"
+    yield from _trouble()
     yield ""
     yield "devices"
     memory = psutil.virtual_memory()
@@ -52,11 +53,13 @@ def report() -> Iterator[str]:
             yield f"  {'':<13} not {name}: {why}"
 
 
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
+def _trouble() -> Iterator[str]:
+    """A section of what is installed and known not to work; nothing where all is well."""
+    lines = list(packages.known_not_to_work())
+    if lines:
+        yield ""
+        yield "known not to work"
+        yield from (f"  {line}" for line in lines)
 
 
 def _cuda_lines() -> Iterator[str]:

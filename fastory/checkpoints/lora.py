@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from peft.tuners.lora import LoraLayer
 
+from fastory import packages
 from fastory.checkpoints.folder import Family, Pipeline
 from fastory.checkpoints.loading import loading
 from fastory.checkpoints.weights import load_finite
@@ -51,6 +52,7 @@ def _load(pipeline: Pipeline, family: Family, name: str, path: Path) -> None:
         # kohya-ss's.
         converted, _ = pipeline.lora_state_dict(dict(weights), unet_config=pipeline.unet.config)
         given = sum(DOWN.search(key) is not None for key in converted)
+        _refuse_known_pair(path, converted)
         pipeline.load_lora_weights(weights, adapter_name=name)
     found = sum(len(_lora_layers(getattr(pipeline, part), name)) for part in family.parts)
     if given == 0 or found < given:
@@ -58,6 +60,14 @@ def _load(pipeline: Pipeline, family: Family, name: str, path: Path) -> None:
             f"LoRA {path} does not fit this {family.title} model: {found} of its {given} layers are layers of "
             f"the model. It was made for another one; its first tensor is {min(weights, default='none')}."
         )
+
+
+def _refuse_known_pair(path: Path, converted: dict[str, torch.Tensor]) -> None:
+    """diffusers loads the UNet's LoRAs itself; those of the text encoders go through transformers."""
+    if any(key.startswith("text_encoder") for key in converted) and (
+        line := packages.found("text-encoder-lora")
+    ):
+        raise InputError(f"LoRA {path} changes the text encoder, which these packages cannot do. {line}")
 
 
 def _refuse_other_kinds(path: Path, weights: dict[str, torch.Tensor]) -> None:
