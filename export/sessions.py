@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastory import threads
 from fastory.errors import FastoryError, InputError
 
 
@@ -51,6 +52,8 @@ class OrtSession:
         options = runtime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.inter_op_num_threads = 1
+        if threads.wait_is_passive():
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3
         try:
             self.session = runtime.InferenceSession(str(path), options, providers=providers)

@@ -6,10 +6,14 @@
         ...
 
 `generate` yields events (fastory.events.Event); a FrameDrawn holds a picture. Nothing is written without `output`.
+
+On a CPU with other work, start Python with OMP_WAIT_POLICY=PASSIVE in its environment, as the `fastory` command does:
+PyTorch reads it when it is loaded, and a library does not change its user's process.
 """
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
@@ -37,6 +41,12 @@ __all__ = [
     "install",
     "uninstall",
 ]
+
+if sys.argv[:1] == ["-m"]:  # until the module of `python -m` is found
+    from fastory.threads import is_ours, wait_passively
+
+    if is_ours(sys.orig_argv):
+        wait_passively()
 
 _ROOMS = {
     "Event": "events",

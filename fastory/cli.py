@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fastory import packages
 from fastory.errors import FastoryError, InputError
+from fastory.threads import wait_passively
 
 if TYPE_CHECKING:
     from fastory.events import Event
@@ -784,6 +785,7 @@ def _quiet_libraries() -> None:
 
 def main() -> None:
     """Entry point of the `fastory` command."""
+    wait_passively()
     app()
 
 

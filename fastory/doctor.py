@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import psutil
 import torch
 
-from fastory import __version__, packages
+from fastory import __version__, packages, threads
 from fastory.kernels import choice
 
 PACKAGES = (
@@ -42,8 +42,8 @@ def report() -> Iterator[str]:
     yield "devices"
     memory = psutil.virtual_memory()
     free, total = memory.available / 2**30, memory.total / 2**30
-    threads = torch.get_num_threads()
-    yield f"  cpu           {psutil.cpu_count()} cores, {threads} threads, {free:.1f} of {total:.1f} GiB free"
+    count = threads.choose(torch.get_num_threads())
+    yield f"  cpu           {psutil.cpu_count()} cores, {count} threads, {free:.1f} of {total:.1f} GiB free"
     yield from _cuda_lines()
     yield ""
     yield "kernels"

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from fastory import __version__
 from fastory.errors import FastoryError, InputError
@@ -32,7 +30,7 @@ from fastory.model import NOT_FINITE, StoryModel
 from fastory.modes.causal import Telling, causal, window_of
 from fastory.modes.iterative import iterative
 from fastory.pictures import open_picture
-from fastory.placement import choose_batch
+from fastory.placement import choose_batch, under_threads
 from fastory.run import Identity, RunFolder
 from fastory.sampler import frame_seed, is_guided, make_scheduler, rows_per_frame
 from fastory.settings import Needs, Settings, check, resolve, unused
@@ -284,13 +282,11 @@ def run_jobs(jobs: Sequence[Job], batch_size: int | None, stack: ExitStack) -> I
 
     The first thing it yields is no event of the story's: it says that the run folders will be released.
     """
-    threads = torch.get_num_threads()
     try:
         yield Notice("ready")
         for group in side_by_side([begin(job, place, batch_size, jobs) for place, job in enumerate(jobs)]):
-            yield from draw_stories(group)
+            yield from under_threads(group[0].threads, draw_stories(group))
     finally:
-        torch.set_num_threads(threads)
         stack.close()
 
 
@@ -322,7 +318,7 @@ def begin(job: Job, place: int, batch_size: int | None, jobs: Sequence[Job]) -> 
     size, reason = micro_batch(job.model, job.settings, count, batch_size)
     folder = job.folder
     if folder is None:
-        return Begun(job, place, [size], reason, torch.get_num_threads())
+        return Begun(job, place, [size], reason, job.model.placement.threads)
     assert job.identity is not None
     if not folder.manifest:
         machine = {**job.model.placement.as_dict(), "versions": versions()}
@@ -341,9 +337,8 @@ def side_by_side(begun: Sequence[Begun]) -> list[list[Begun]]:
     return list(groups.values())
 
 
-def draw_stories(group: Sequence[Begun]) -> Iterator[Event]:
+def draw_stories(group: Sequence[Begun]) -> Generator[Event, None, None]:
     """What is missing of these stories is drawn, then final pictures, sheets and storybooks are written."""
-    torch.set_num_threads(group[0].threads)
     missing: list[Begun] = []
     for one in group:
         job, folder, rounds, count = (

@@ -5,18 +5,20 @@ from __future__ import annotations
 import ctypes
 import gc
 import sys
+from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
+from fastory import threads
 from fastory.errors import InputError
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
-M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+Passed = TypeVar("Passed")
 
 # Beyond these a larger micro-batch was slower (CPU: 2 cores, built-in model) or brings little more (CUDA).
 MOST_FRAMES = {"cpu": 4, "cuda": 16}
@@ -26,7 +28,7 @@ MOST_FRAMES = {"cpu": 4, "cuda": 16}
 class Placement:
     """How a run computes, resolved once and stored in the manifest.
 
-    threads: torch's, on the CPU. graphs: whether a UNet call is captured in a CUDA graph.
+    threads: torch's, on the CPU (see fastory.threads). graphs: whether a UNet call is captured in a CUDA graph.
     """
 
     device: torch.device
@@ -75,7 +77,33 @@ def place(device: str = "auto", dtype: str = "auto", graphs: str = "auto") -> Pl
     if graphs not in ("auto", "off"):
         raise InputError(f"--graphs: wanted auto or off, got {graphs!r}")
     captured = graphs == "auto" and resolved.type == "cuda"
-    return Placement(resolved, DTYPES[dtype], torch.get_num_threads(), captured)
+    return Placement(resolved, DTYPES[dtype], threads.choose(torch.get_num_threads()), captured)
+
+
+def under_threads(count: int, events: Generator[Passed, None, None]) -> Generator[Passed, None, None]:
+    """Pass `events` on; they are made with `count` of torch's threads, and the caller keeps its own number.
+
+    The number is set while `events` runs and given back before each of them is passed on: the caller's code, another such
+    generator among it, never runs under ours.
+    """
+    try:
+        while True:
+            callers = torch.get_num_threads()
+            _set_threads(count)
+            try:
+                event = next(events)
+            except StopIteration:
+                return
+            finally:
+                _set_threads(callers)
+            yield event
+    finally:
+        events.close()
+
+
+def _set_threads(count: int) -> None:
+    if torch.get_num_threads() != count:  # setting it empties oneDNN's cache
+        torch.set_num_threads(count)
 
 
 def choose_batch(
@@ -150,11 +178,8 @@ def release_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
     elif sys.platform == "linux":
         libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim"):
-            # glibc keeps blocks of up to 32 MiB in its arenas, where freed ones of other sizes lie in between. From
-            # now on every block of a MiB goes back to the system at once: slower, but memory is what is short.
-            libc.mallopt(M_MMAP_THRESHOLD, 2**20)
-            libc.malloc_trim(0)
+        if hasattr(libc, "malloc_trim"):
+            libc.malloc_trim(0)  # glibc keeps freed blocks of up to 32 MiB
 
 
 def _size(size: int) -> str:

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+
+from fastory.threads import allowed_cores, wait_passively
+
+# Before anything loads PyTorch. Tests compare bytes, which depend on the number of threads, and that on what else runs.
+wait_passively()
+os.environ.setdefault("OMP_NUM_THREADS", str(len(allowed_cores())))
 
 import pytest
 from small_checkpoints import write_adapter, write_sd15, write_sdxl
