@@ -68,7 +68,7 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     opset: Any = values.Opset(DOMAIN, VERSION)
 
     def grca(
-        q, k_text, v_text, k_ref, v_ref, scale, tokens_per_ref, ref_offsets, ref_visible, mask
+        q, k_text, v_text, k_ref, v_ref, scale, tokens_per_ref, ref_offsets, ref_visible, mask, backend=None
     ):  # symbolic tensors
         if ref_offsets is None or ref_visible is None or mask is not None:
             raise ValueError("grca is exported with ref_offsets and ref_visible, and without mask")
@@ -76,7 +76,7 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         return opset.grca(*inputs, tokens_per_ref=tokens_per_ref)
 
     def banded(
-        q, k, v, group_size, window, query_group, query_group_size, key_padding, prefix
+        q, k, v, group_size, window, query_group, query_group_size, key_padding, prefix, backend=None
     ):  # symbolic tensors
         if key_padding is None:
             raise ValueError("banded_causal_attention is exported with key_padding")

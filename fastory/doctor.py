@@ -10,7 +10,7 @@ import psutil
 import torch
 
 from fastory import __version__, packages, threads
-from fastory.kernels import choice
+from fastory.kernels import backends
 
 PACKAGES = (
     "torch",
@@ -47,7 +47,7 @@ def report() -> Iterator[str]:
     yield from _cuda_lines()
     yield ""
     yield "kernels"
-    for chosen in choice.describe():
+    for chosen in backends.describe():
         yield f"  {chosen.device:<13} {chosen.implementation} ({chosen.reason})"
         for name, why in chosen.others.items():
             yield f"  {'':<13} not {name}: {why}"

@@ -19,7 +19,7 @@ from fastory.checkpoints import Checkpoint, IPAdapter, model_hashes, open_checkp
 from fastory.checkpoints.history import ENC, History
 from fastory.errors import InputError
 from fastory.history import Seen
-from fastory.kernels import choice
+from fastory.kernels import backends
 from fastory.placement import Placement, place
 
 # The squash of the reference implementation: every reference becomes 256 x 256 before CLIP's own resizing.
@@ -405,10 +405,10 @@ class StoryModel:
 def check_kernels(device: torch.device) -> None:
     """InputError where FASTORY_KERNELS names what does not exist or cannot run on `device`."""
     try:
-        choice.choose(device)
+        backends.choose(device)
     except (ValueError, RuntimeError) as error:
         raise InputError(
-            f"{error}; unset {choice.VARIABLE}, or run `fastory doctor` to see what can run"
+            f"{error}; unset {backends.VARIABLE}, or run `fastory doctor` to see what can run"
         ) from error
 
 

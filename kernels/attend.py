@@ -48,6 +48,3 @@ def xformers(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> 
     bias.masked_fill_(visible | ~seen, 0.0)
     out = memory_efficient_attention(q, k, v, attn_bias=bias)
     return torch.where(seen.transpose(1, 2), out, out.new_zeros(()))
-
-
-BY_NAME: dict[str, Attend] = {"sdpa": sdpa, "xformers": xformers}

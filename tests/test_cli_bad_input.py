@@ -85,19 +85,19 @@ def test_cuda_without_a_gpu() -> None:
 
 @pytest.mark.parametrize("choice", ["cutlass", "triton"])
 def test_kernel_choice_that_cannot_run(choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastory.kernels import choice as kernel_choice
+    from fastory.kernels import backends
 
-    if choice == "triton" and (torch.cuda.is_available() or kernel_choice.interpreted()):
+    if choice == "triton" and (torch.cuda.is_available() or backends.interpreted()):
         pytest.skip("Triton runs here")
     monkeypatch.setenv("FASTORY_KERNELS", choice)
-    kernel_choice.requested.cache_clear()
-    kernel_choice.choose.cache_clear()
+    backends.requested.cache_clear()
+    backends.choose.cache_clear()
     try:
         refuse(["good.txt"], "FASTORY_KERNELS")
     finally:
         monkeypatch.undo()
-        kernel_choice.requested.cache_clear()
-        kernel_choice.choose.cache_clear()
+        backends.requested.cache_clear()
+        backends.choose.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def test_without_triton_the_operators_still_work(tmp_path: Path) -> None:
         "        if name.split('.')[0] == 'triton': raise ModuleNotFoundError(name)\n"
         "sys.meta_path.insert(0, Refuse())\n"
     )
-    program = CALL + "from fastory.kernels.choice import describe; print(describe()[0].others['triton'])"
+    program = CALL + "from fastory.kernels.backends import describe; print(describe()[0].others['triton'])"
     result = run(program, PYTHONPATH=str(tmp_path))
     assert "Triton is not installed" in result.stdout, result.stderr
 
@@ -73,12 +73,13 @@ def test_without_triton_the_operators_still_work(tmp_path: Path) -> None:
 def test_old_device_falls_back_and_says_so_once() -> None:
     """The choice for a CUDA device on which Triton cannot run: one warning, the SDPA path, the reason kept."""
     program = """
-import warnings, torch
-from fastory.kernels import choice
-choice._why_not_triton = lambda device: "wanted compute capability 8.0 or above, got 7.5"
+import dataclasses, warnings, torch
+from fastory.kernels import backends
+old = lambda device: "wanted compute capability 8.0 or above, got 7.5"
+backends.register(dataclasses.replace(backends.BACKENDS["triton"], why_not=old))
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
-    choices = [choice.choose(torch.device("cuda:0")) for _ in range(3)]
+    choices = [backends.choose(torch.device("cuda:0")) for _ in range(3)]
 print(len(caught), caught[0].message, choices[0].implementation, choices[0].reason)
 """
     out = run(program).stdout
@@ -87,11 +88,44 @@ print(len(caught), caught[0].message, choices[0].implementation, choices[0].reas
 
 
 def test_description_gives_every_other_implementation_a_reason() -> None:
-    program = "from fastory.kernels.choice import describe, NAMES; c = describe()[0]\n"
-    program += "print(c.device, {c.implementation, *c.others} == set(NAMES[1:]), all(c.others.values()))"
+    program = "from fastory.kernels.backends import describe, BACKENDS; c = describe()[0]\n"
+    program += "print(c.device, {c.implementation, *c.others} == set(BACKENDS), all(c.others.values()))"
     assert run(program).stdout.split() == ["cpu", "True", "True"]
     forced = run(
-        "from fastory.kernels.choice import describe; print(describe()[0])", FASTORY_KERNELS="triton"
+        "from fastory.kernels.backends import describe; print(describe()[0])", FASTORY_KERNELS="triton"
     )
     assert "implementation='none'" in forced.stdout
     assert "cannot run on cpu" in forced.stdout
+
+
+PLUGGED = """
+import torch
+from fastory.kernels import backends
+from fastory.kernels.grca import grca
+from fastory.kernels.banded import banded_causal_attention
+sdpa = backends.BACKENDS["sdpa"]
+twice = {name: lambda *a, f=f, **k: 2 * f(*a, **k) for name, f in sdpa.run.items()}
+never = lambda device: "it needs a lucky day" if device.type == "cuda" else None
+backends.register(backends.Backend("twice", never, lambda q: q.shape[-1] == 8, twice))
+q, k = torch.randn(2, 5, 2, 8), torch.randn(2, 4, 2, 8)
+def both(q, k, **backend):
+    yield grca(q, k, k, k, k, torch.tensor(0.5), **backend)
+    yield banded_causal_attention(q, k, k, group_size=1, window=0, query_group=3, query_group_size=0, **backend)
+"""
+
+
+def test_a_backend_is_plugged_in_by_one_registration() -> None:
+    """Named in the call, or as the default of the process; refused where it does not take the call."""
+    by_name = run(
+        PLUGGED
+        + "print([torch.equal(a, 2 * b) for a, b in zip(both(q, k, backend='twice'), both(q, k, backend='sdpa'))])"
+    )
+    assert by_name.stdout.split("\n")[0] == "[True, True]", by_name.stderr
+    default = run(PLUGGED + "print(backends.choose(q.device).implementation)", FASTORY_KERNELS="twice")
+    assert default.stdout.strip() == "twice", default.stderr
+    wide = run(PLUGGED + "list(both(q.repeat(1, 1, 1, 2), k.repeat(1, 1, 1, 2), backend='twice'))")
+    assert "backend twice does not take a query of (2, 5, 2, 16)" in wide.stderr
+    unknown = run(PLUGGED + "list(both(q, k, backend='flash'))")
+    assert "backend: wanted one of reference, sdpa, xformers, triton, twice, got 'flash'" in unknown.stderr
+    triton = run(PLUGGED + "list(both(q, k, backend='triton'))")
+    assert "backend triton cannot run on cpu: Triton compiles for CUDA devices" in triton.stderr

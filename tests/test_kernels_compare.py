@@ -34,7 +34,8 @@ def test_two_versions_are_timed_side_by_side(
     api = other / "fastory" / "kernels" / "grca" / "api.py"
     api.write_text(
         api.read_text().replace(
-            "    name = choice.pick(q)\n", "    name = choice.pick(q)\n    time.sleep(0.05)\n"
+            "    chosen = backends.pick(q, backend)\n",
+            "    chosen = backends.pick(q, backend)\n    time.sleep(0.05)\n",
         )
     )
     api.write_text(api.read_text().replace("import torch\n", "import time\n\nimport torch\n", 1))

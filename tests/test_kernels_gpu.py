@@ -9,7 +9,7 @@ import torch
 from test_kernels_cases import assert_within, banded_oracle, grca_oracle
 from torch import Tensor
 
-from fastory.kernels import choice
+from fastory.kernels import backends
 from fastory.kernels.banded import banded_causal_attention
 from fastory.kernels.grca import grca
 
@@ -85,7 +85,7 @@ def test_no_call_waits_for_the_device() -> None:
 
 
 @pytest.mark.skipif(
-    torch.cuda.is_available() and choice.choose(torch.device("cuda", 0)).implementation != "triton",
+    torch.cuda.is_available() and backends.choose(torch.device("cuda", 0)).implementation != "triton",
     reason="another implementation is chosen",
 )
 def test_longer_stories_other_scales_and_windows_compile_nothing_new() -> None:

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastory.kernels import attend, choice
+from fastory.kernels import attend, backends
 from fastory.kernels.banded.composed import banded_composed
-from fastory.kernels.banded.reference import banded_causal_attention_reference
 from fastory.kernels.checks import check_device, check_keys, check_queries, refusal
 
 
@@ -48,6 +47,7 @@ def banded_causal_attention(
     query_group_size: int | None = None,
     key_padding: Tensor | None = None,
     prefix: int = 0,
+    backend: str | None = None,
 ) -> Tensor:
     """Local causal attention: a query sees the prefix and the last `window` groups of keys up to its own.
 
@@ -62,9 +62,11 @@ def banded_causal_attention(
     query_group_size None is group_size; 0 puts every query into query_group
     key_padding      (B, prefix + Lk) bool, True where a key is padding and seen by nobody
     prefix           leading keys (the caption) that every query sees
+    backend          triton, sdpa, xformers, reference or one registered in backends.py; None is the device's own
 
     q, k and v may have any strides over rows, tokens and heads; d is contiguous. A query that sees no key
-    gives zero. Returns (B, Lq, H, d) contiguous, in the type of q. Raises ValueError (name, wanted, got).
+    gives zero. Returns (B, Lq, H, d) contiguous, in the type of q. Raises ValueError (name, wanted, got), RuntimeError
+    for a backend that cannot run on this device.
     """
     check_queries(q)
     check_keys(("k", "v"), k, v, q, "(B or 1, prefix + Lk, H, d)")
@@ -73,7 +75,7 @@ def banded_causal_attention(
     _check_band(k, group_size, window, query_group, query_group_size, prefix)
     if key_padding is not None:
         _check_padding(q, k, key_padding)
-    return _operator(q, k, v, group_size, window, query_group, query_group_size, key_padding, prefix)
+    return _operator(q, k, v, group_size, window, query_group, query_group_size, key_padding, prefix, backend)
 
 
 def _run(
@@ -86,6 +88,7 @@ def _run(
     query_group_size: int | None,
     key_padding: Tensor | None,
     prefix: int,
+    backend: str | None = None,
 ) -> Tensor:
     band: dict[str, Any] = {
         "group_size": group_size,
@@ -95,14 +98,7 @@ def _run(
         "key_padding": key_padding,
         "prefix": prefix,
     }
-    name = choice.pick(q)
-    if name == "triton":
-        from fastory.kernels.banded.triton import banded_triton
-
-        return banded_triton(q, k, v, **band)
-    if name == "reference":
-        return banded_causal_attention_reference(q, k, v, **band).contiguous()
-    return banded_composed(q, k, v, **band, attend=attend.BY_NAME[name])
+    return backends.pick(q, backend).run["banded_causal_attention"](q, k, v, **band)
 
 
 def _fake(q: Tensor, *_: object) -> Tensor:
@@ -110,7 +106,7 @@ def _fake(q: Tensor, *_: object) -> Tensor:
 
 
 def _save_inputs(ctx, inputs: tuple, output: Tensor) -> None:
-    q, k, v, *ctx.band, key_padding, ctx.prefix = inputs
+    q, k, v, *ctx.band, key_padding, ctx.prefix, _ = inputs
     ctx.save_for_backward(q, k, v, key_padding)
 
 
@@ -136,13 +132,13 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         )
         wanted = [x for x, n in zip(leaves, needs, strict=True) if n]
         grads = iter(torch.autograd.grad(out, wanted, grad))
-    return *(next(grads) if n else None for n in needs), *(None,) * 6
+    return *(next(grads) if n else None for n in needs), *(None,) * 7
 
 
 _library = torch.library.Library("fastory", "FRAGMENT")
 _library.define(
     "banded_causal_attention(Tensor q, Tensor k, Tensor v, SymInt group_size, SymInt window, "
-    "SymInt query_group, SymInt? query_group_size, Tensor? key_padding, SymInt prefix) -> Tensor",
+    "SymInt query_group, SymInt? query_group_size, Tensor? key_padding, SymInt prefix, str? backend=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.impl("banded_causal_attention", _run, "CPU")

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastory.kernels import choice
+from fastory.kernels import backends
 from fastory.kernels.configs import capability, lookup
 from fastory.kernels.tiles import (
     attend_keys,
@@ -148,7 +148,7 @@ def constants(width: int, one_group: bool, dtype: torch.dtype, piece: int) -> di
         "SCALE": LOG2_E / width**0.5,
         "PIECE": piece,
         "ONE_GROUP": one_group,
-        "UPCAST": choice.interpreted() and dtype == torch.bfloat16,
+        "UPCAST": backends.interpreted() and dtype == torch.bfloat16,
     }
 
 

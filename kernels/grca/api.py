@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastory.kernels import attend, choice
+from fastory.kernels import attend, backends
 from fastory.kernels.checks import check_device, check_keys, check_queries, refusal
 from fastory.kernels.grca.composed import grca_composed
-from fastory.kernels.grca.reference import grca_reference
 
 
 def _check_rows(q: Tensor, k_text: Tensor, v_text: Tensor, k_ref: Tensor, v_ref: Tensor) -> None:
@@ -78,6 +77,7 @@ def grca(
     ref_offsets: Tensor | None = None,
     ref_visible: Tensor | None = None,
     mask: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """Global reference cross-attention, grouped: text attention plus a weighted one per group of references.
 
@@ -94,10 +94,12 @@ def grca(
     ref_visible     (B, Lr / tokens_per_ref) bool: the references a row sees; a group of which it sees none
                     adds exactly zero
     mask            (B or 1, G, L), values in [0, 1]: where in the picture a group applies
+    backend         triton, sdpa, xformers, reference or one registered in backends.py; None is the device's own
 
     k and v may have any strides over rows, tokens and heads (views of one wide tensor); d is contiguous. No
     tensor is read on the host. Returns (B, L, H, d) contiguous, in the type of q. Raises ValueError (name,
-    wanted, got) for shapes, types and devices.
+    wanted, got) for shapes, types, devices and a backend that does not take the call, RuntimeError for a backend
+    that cannot run on this device.
     """
     _check_rows(q, k_text, v_text, k_ref, v_ref)
     groups = _check_scale(q, scale, ref_offsets)
@@ -107,7 +109,9 @@ def grca(
         _check_visible(q, k_ref.shape[1], tokens_per_ref, ref_visible)
     if mask is not None:
         _check_mask(q, groups, mask)
-    return _operator(q, k_text, v_text, k_ref, v_ref, scale, tokens_per_ref, ref_offsets, ref_visible, mask)
+    return _operator(
+        q, k_text, v_text, k_ref, v_ref, scale, tokens_per_ref, ref_offsets, ref_visible, mask, backend
+    )
 
 
 def _run(
@@ -121,21 +125,16 @@ def _run(
     ref_offsets: Tensor | None,
     ref_visible: Tensor | None,
     mask: Tensor | None,
+    backend: str | None = None,
 ) -> Tensor:
-    name = choice.pick(q)
+    chosen = backends.pick(q, backend)
     options: dict[str, Any] = {
         "tokens_per_ref": tokens_per_ref,
         "ref_offsets": ref_offsets,
         "ref_visible": ref_visible,
         "mask": mask,
     }
-    if name == "triton":
-        from fastory.kernels.grca.triton import grca_triton
-
-        return grca_triton(q, k_text, v_text, k_ref, v_ref, scale, **options)
-    if name == "reference":
-        return grca_reference(q, k_text, v_text, k_ref, v_ref, scale, **options).contiguous()
-    return grca_composed(q, k_text, v_text, k_ref, v_ref, scale, **options, attend=attend.BY_NAME[name])
+    return chosen.run["grca"](q, k_text, v_text, k_ref, v_ref, scale, **options)
 
 
 def _fake(q: Tensor, *_: object) -> Tensor:
@@ -143,7 +142,7 @@ def _fake(q: Tensor, *_: object) -> Tensor:
 
 
 def _save_inputs(ctx, inputs: tuple, output: Tensor) -> None:
-    *tensors, tokens_per_ref, ref_offsets, ref_visible, mask = inputs
+    *tensors, tokens_per_ref, ref_offsets, ref_visible, mask, _ = inputs
     ctx.tokens_per_ref = tokens_per_ref
     ctx.save_for_backward(*tensors, ref_offsets, ref_visible, mask)
 
@@ -174,14 +173,14 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         wanted = [x for x, n in zip(leaves, needs, strict=True) if n]
         grads = iter(torch.autograd.grad(out, wanted, grad, allow_unused=True))
     *first, last = [next(grads) if n else None for n in needs]
-    return *first, None, None, None, last
+    return *first, None, None, None, last, None
 
 
 # Library.define and not custom_op: half the cost per call, and the small model's layers are all call cost.
 _library = torch.library.Library("fastory", "FRAGMENT")
 _library.define(
     "grca(Tensor q, Tensor k_text, Tensor v_text, Tensor k_ref, Tensor v_ref, Tensor scale, "
-    "SymInt tokens_per_ref, Tensor? ref_offsets, Tensor? ref_visible, Tensor? mask) -> Tensor",
+    "SymInt tokens_per_ref, Tensor? ref_offsets, Tensor? ref_visible, Tensor? mask, str? backend=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.impl("grca", _run, "CPU")

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastory.kernels import choice
+from fastory.kernels import backends
 from fastory.kernels.configs import capability, lookup
 from fastory.kernels.tiles import (
     SLOT,
@@ -251,7 +251,7 @@ def constants(
         "SCALE": LOG2_E / width**0.5,
         "PIECE": piece,
         "SLOTS": slots,
-        "UPCAST": choice.interpreted() and dtype == torch.bfloat16,
+        "UPCAST": backends.interpreted() and dtype == torch.bfloat16,
     }
 
 
