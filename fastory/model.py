@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fastory.attention import CrossAttentionLayers
-from fastory.checkpoints import Checkpoint, IPAdapter, model_hashes, open_checkpoint
+from fastory.checkpoints import Checkpoint, IPAdapter, checkpoint_of, model_hashes, open_checkpoint
 from fastory.checkpoints.history import ENC, History
 from fastory.errors import InputError
 from fastory.history import Seen
@@ -57,6 +57,16 @@ class Decoded:
 
     image: Image.Image
     left_out: str | None
+
+
+class Released:
+    """Stands where a part was that `release` let go."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, part: str) -> Any:
+        raise InputError(f"the model {self._name} was released; wanted one that StoryModel opened since")
 
 
 class StoryModel:
@@ -129,6 +139,30 @@ class StoryModel:
         opened.options = {"model": model, **options}
         return opened
 
+    @classmethod
+    def from_pipeline(cls, pipe: Any, *, graphs: str = "auto") -> StoryModel:
+        """A model of a loaded StableDiffusionPipeline or StableDiffusionXLPipeline, with its LoRAs and IP-Adapter.
+
+        It draws on the pipeline's device and in the type of its UNet, over the same memory; the pipeline itself never
+        changes and can draw between stories. Copies are: weights under a LoRA, merged as it is weighted now, and SDXL's
+        VAE where the UNet is in float16. The scale of references is the settings', not that of set_ip_adapter_scale.
+        While the model is in use, leave the pipeline's weights as they are. Raises InputError for what cannot be used.
+        """
+        checkpoint = checkpoint_of(pipe)
+        unet = checkpoint.pipeline.unet
+        placement = place(str(unet.device), str(unet.dtype).removeprefix("torch."), graphs)
+        check_kernels(placement.device)
+        return cls(checkpoint, placement, str(pipe.config.get("_name_or_path") or type(pipe).__name__))
+
+    def release(self) -> None:
+        """Let go of every part, so that what from_pipeline had to copy is freed. The model cannot draw any more."""
+        self.pipeline = self.unet = self.vae = gone = Released(self.name)
+        self.checkpoint = replace(
+            self.checkpoint, pipeline=gone, image_encoder=None, adapter=None, history=None, weights={}
+        )
+        self.adapter = None
+        del self.layers
+
     def _place_references(self, adapter: IPAdapter | None) -> None:
         self.adapter = adapter
         if adapter is None:
@@ -161,7 +195,7 @@ class StoryModel:
         weights = {
             f"lora {n}: {Path(path).name}": f"weight {weight:g}" for n, (path, weight) in enumerate(loras)
         }
-        return {**model_hashes(self.checkpoint.sources), **weights}
+        return {**model_hashes(self.checkpoint.sources), **self.checkpoint.hashes, **weights}
 
     @property
     def asked_dtype(self) -> str | None:

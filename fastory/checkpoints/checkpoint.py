@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 from typing import Literal
@@ -13,6 +14,7 @@ import torch
 from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 
 from fastory.checkpoints.folder import Family, Pipeline, open_folder
+from fastory.checkpoints.hashes import tensors_hash
 from fastory.checkpoints.history import History, open_history, read_adapter_config
 from fastory.checkpoints.hub import encoder_path, local_path, model_path, weight_path
 from fastory.checkpoints.image_encoder import find_image_encoder, image_processor, load_image_encoder
@@ -38,7 +40,8 @@ class Checkpoint:
     """The parts of a model, on the CPU, in eval mode, without gradients.
 
     The pipeline is the stock one without an IP-Adapter and without image encoder: its UNet is plain, LoRAs
-    are fused into its weights. `sources` are the weight files read, for model_hashes.
+    are fused into its weights. `sources` are the weight files read, for model_hashes; `weights` the tensors of
+    each part of a pipeline that was loaded elsewhere, whose files nobody knows (checkpoint_of; on its device).
     """
 
     pipeline: Pipeline
@@ -49,6 +52,12 @@ class Checkpoint:
     history: History | None
     defaults: Mapping[str, object]
     sources: tuple[Path, ...]
+    weights: Mapping[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
+
+    @cached_property
+    def hashes(self) -> dict[str, str]:
+        """sha256 of the tensors of `weights`, by part."""
+        return {part: tensors_hash(tensors) for part, tensors in self.weights.items()}
 
 
 def open_checkpoint(

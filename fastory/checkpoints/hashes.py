@@ -6,12 +6,16 @@ cannot, so it is part of the key; and what was changed a moment ago is not remem
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from fastory.documents import read_json
 from fastory.errors import FastoryError, InputError
@@ -59,6 +63,15 @@ def _remembered_hash(file: Path, known: dict[str, str]) -> str:
             del known[old]
         known[key] = digest
     return digest
+
+
+def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
+    """The SHA-256 of weights in memory: of every name, type and shape, and of the bytes, in the names' order."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _name(source: Path, taken: dict[str, str]) -> str:
