@@ -156,7 +156,8 @@ class StoryModel:
 
     def release(self) -> None:
         """Let go of every part, so that what from_pipeline had to copy is freed. The model cannot draw any more."""
-        self.pipeline = self.unet = self.vae = gone = Released(self.name)
+        gone: Any = Released(self.name)
+        self.pipeline = self.unet = self.vae = gone
         self.checkpoint = replace(
             self.checkpoint, pipeline=gone, image_encoder=None, adapter=None, history=None, weights={}
         )
