@@ -24,9 +24,9 @@ def open_picture(path: str | Path) -> Image.Image:
         return image.convert("RGB")
 
 
-def check_picture(path: str | Path) -> None:
-    """InputError where `open_picture` would raise it, or a checksum inside the file is wrong."""
-    with _whole(path):
+def check_picture(path: str | Path, shown: str | None = None) -> None:
+    """InputError where `open_picture` would raise it, or a checksum inside the file is wrong. shown: the file's name."""
+    with _whole(path if shown is None else shown):
         with _decoder(path) as image:
             image.verify()
         with _decoder(path) as image:  # verify leaves the image unusable
@@ -75,6 +75,8 @@ def _whole(path: str | Path) -> Iterator[None]:
         raise InputError(f"{shown}: {WANTED}, got something that cannot be read as one") from error
     except FileNotFoundError as error:
         raise InputError(f"{shown}: {WANTED}, got no such file: check the path") from error
+    except UnidentifiedImageError as error:  # whose text names an object of Python's
+        raise InputError(f"{shown}: {WANTED}, got one that cannot be read (of another format)") from error
     except MemoryError:
         raise
     # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more

@@ -13,10 +13,10 @@ import psutil
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
-from fastory import threads
+from fastory import settings, threads
 from fastory.errors import InputError
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = {name: getattr(torch, name) for name in settings.DTYPES}
 
 Passed = TypeVar("Passed")
 
@@ -56,14 +56,10 @@ def place(device: str = "auto", dtype: str = "auto", graphs: str = "auto") -> Pl
 
     Raises InputError for a device that is not there and for other names.
     """
+    settings.check_placement(device, dtype, graphs)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if not (device == "cpu" or device.split(":")[0] == "cuda"):
-        raise InputError(f"--device: wanted auto, cpu, cuda or cuda:N, got {device!r}")
-    try:
-        resolved = torch.device(device)
-    except RuntimeError as error:
-        raise InputError(f"--device: wanted auto, cpu, cuda or cuda:N, got {device!r}") from error
+    resolved = torch.device(device)
     if resolved.type == "cuda" and not torch.cuda.is_available():
         raise InputError(
             "--device cuda: PyTorch sees no CUDA device here; run `fastory doctor`, or use --device cpu"
@@ -72,10 +68,6 @@ def place(device: str = "auto", dtype: str = "auto", graphs: str = "auto") -> Pl
         raise InputError(f"--device {device}: this machine has {torch.cuda.device_count()} CUDA device(s)")
     if dtype == "auto":
         dtype = "float16" if resolved.type == "cuda" else "float32"
-    if dtype not in DTYPES:
-        raise InputError(f"--dtype: wanted auto, {', '.join(DTYPES)}, got {dtype!r}")
-    if graphs not in ("auto", "off"):
-        raise InputError(f"--graphs: wanted auto or off, got {graphs!r}")
     captured = graphs == "auto" and resolved.type == "cuda"
     return Placement(resolved, DTYPES[dtype], threads.choose(torch.get_num_threads()), captured)
 

@@ -120,11 +120,9 @@ class Identity:
 
 def _parts(story: Story) -> dict[str, str]:
     """Hashes of what digest_without_frames hashes as one, so that a difference can be named."""
-    cast = [
-        [c.name, c.prompt, c.scale, [files.sha256_of(path) for path in c.references]]
-        for c in story.characters
-    ]
-    first = files.sha256_of(story.first_frame) if story.first_frame else None
+    pictures = story.picture_digests()
+    cast = [[c.name, c.prompt, c.scale, [pictures[path] for path in c.references]] for c in story.characters]
+    first = pictures[story.first_frame] if story.first_frame else None
     parts = {
         "style": story.style,
         "negative prompt": story.negative_prompt,

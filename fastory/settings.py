@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, get_args, get_type_hints
 
 from fastory.errors import InputError
+from fastory.wording import shown
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ REFERENCES = ("all", "others", "cast")
 REFERENCE_FITS = ("pad", "squash", "crop")
 NOISES = ("shared", "per-frame")
 MODES = ("iterative", "causal")
+DTYPES = ("float32", "float16", "bfloat16")
 SEED_LIMIT = 2**63
 MOST_SCALE = 10  # of references; an IP-Adapter is trained at 1
 ITERATIVE_ALONE = ("iterations", "reference_scale", "references", "reference_fit", "reference_start")
@@ -148,8 +151,7 @@ def resolve(
     A value of None in `flags` or `story` means "not given". The folder's defaults may hold others under the name of a mode,
     which count in that mode alone. Raises InputError for an unknown preset, name or value.
     """
-    if preset is not None and preset not in PRESETS:
-        raise InputError(f"unknown preset {preset!r}; wanted one of {', '.join(PRESETS)}")
+    check_preset(preset)
     general = {name: value for name, value in folder_defaults.items() if name not in MODES}
     origins: list[tuple[str, Mapping[str, Any]]] = [
         ("model", general),
@@ -165,7 +167,8 @@ def resolve(
     for origin, given in origins:
         for name, value in given.items():
             if value is not None:
-                values[name] = check(name, value, origin)
+                # The command line has checked its flags by their names before; what is left comes from Python.
+                values[name] = check(name, value, "argument" if origin == "flag" else origin)
                 sources[name] = origin
     settings = replace(Settings(), **values)
     return settings, sources
@@ -220,58 +223,93 @@ def _of_mode(folder_defaults: Mapping[str, Any], mode: Any) -> Mapping[str, Any]
     """What a model folder sets for one mode; `mode` may be anything, it is checked with the others."""
     own = folder_defaults.get(mode, {}) if isinstance(mode, str) else {}
     if not isinstance(own, Mapping):
-        raise InputError(f"{mode} (model): wanted settings by name, got {own!r}")
+        raise InputError(f"{mode} (model): wanted settings by name, got {shown(own)}")
     return own
 
 
+def check_preset(preset: str | None) -> None:
+    """InputError for a name that is no preset's."""
+    if preset is not None and preset not in PRESETS:
+        raise InputError(f"unknown preset {shown(preset)}; wanted one of {', '.join(PRESETS)}")
+
+
 def check(name: str, value: Any, origin: str) -> Any:
-    """`value` in the type of the setting `name`; InputError with name, wanted and got where it does not fit."""
+    """`value` in the type of the setting `name`; InputError with name, wanted and got where it does not fit.
+
+    origin: where it was given: "argument", file:line, or the flag with its dashes, which then stands for the name.
+    """
     hints = get_type_hints(Settings)
     if name not in hints:
         near = difflib.get_close_matches(name, hints, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(hints)}"
-        raise InputError(f"unknown setting {name!r} ({origin}){hint}")
+        raise InputError(f"unknown setting {shown(name)} ({origin}){hint}")
+    what = origin if origin.startswith("--") else f"{name} ({origin})"
     if name == "reference_scale":
-        return _scale(value, origin)
+        return _scale(value, what)
     if name == "window":
-        return _window(value, origin)
+        return _window(value, what)
     kinds = tuple(kind for kind in (get_args(hints[name]) or (hints[name],)) if kind is not type(None))
     if kinds == (float,) and type(value) is int:
-        value = float(value)
+        value = _float(value)
     if not isinstance(value, kinds) or isinstance(value, bool):
-        raise InputError(f"{name} ({origin}): wanted {kinds[0].__name__}, got {value!r}")
+        raise InputError(f"{what}: wanted {kinds[0].__name__}, got {shown(value)}")
     if name in _CHOICES and value not in _CHOICES[name]:
-        raise InputError(f"{name} ({origin}): wanted one of {', '.join(_CHOICES[name])}, got {value!r}")
+        raise InputError(f"{what}: wanted one of {', '.join(_CHOICES[name])}, got {shown(value)}")
     if name in _LEAST and not _LEAST[name] <= value <= _MOST[name]:
-        raise InputError(f"{name} ({origin}): wanted {_LEAST[name]} to {_MOST[name]}, got {value}")
+        raise InputError(f"{what}: wanted {_LEAST[name]} to {_MOST[name]}, got {shown(value)}")
     if name == "guidance_scale" and not 0 <= value <= 100:
-        raise InputError(f"guidance_scale ({origin}): wanted 0 to 100, got {value}")
+        raise InputError(f"{what}: wanted 0 to 100, got {shown(value)}")
+    if isinstance(value, str):
+        _refuse_broken_text(value, what)
     return value
 
 
-def _scale(value: Any, origin: str) -> tuple[float, float]:
+def check_placement(device: str, dtype: str, graphs: str) -> None:
+    """InputError for words that --device, --dtype and --graphs do not take; whether a device is there, PyTorch knows."""
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", device):
+        raise InputError(f"--device: wanted auto, cpu, cuda or cuda:N, got {shown(device)}")
+    if dtype not in ("auto", *DTYPES):
+        raise InputError(f"--dtype: wanted auto, {', '.join(DTYPES)}, got {shown(dtype)}")
+    if graphs not in ("auto", "off"):
+        raise InputError(f"--graphs: wanted auto or off, got {shown(graphs)}")
+
+
+def _refuse_broken_text(text: str, what: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # bytes of a command line that are no UTF-8, or half of a UTF-16 pair
+        raise InputError(f"{what}: wanted text in UTF-8, got {text[:60]!a}") from None
+
+
+def _float(number: Any) -> float:
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf if number > 0 else -math.inf
+
+
+def _scale(value: Any, what: str) -> tuple[float, float]:
     """l_1 and l_K from 0.3:0.5, from one number, or from a pair."""
     parts = (
         value.split(":") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
     )
     try:
-        numbers = [float(part) for part in parts]
+        numbers = [_float(part) for part in parts]
     except (TypeError, ValueError):
         numbers = []
     if len(numbers) not in (1, 2) or not all(math.isfinite(number) for number in numbers):
-        raise InputError(
-            f"reference_scale ({origin}): wanted FIRST:LAST such as 0.3:0.5, or one number, got {value!r}"
-        )
+        raise InputError(f"{what}: wanted FIRST:LAST such as 0.3:0.5, or one number, got {shown(value)}")
     if not all(0 <= number <= MOST_SCALE for number in numbers):
-        raise InputError(f"reference_scale ({origin}): wanted 0 to {MOST_SCALE} for both, got {value!r}")
+        raise InputError(f"{what}: wanted 0 to {MOST_SCALE} for both, got {shown(value)}")
     return numbers[0], numbers[-1]
 
 
-def _window(value: Any, origin: str) -> int | str:
+def _window(value: Any, what: str) -> int | str:
     """L_M: a number of frames from 1 on, or "all"."""
     if value == "all":
         return "all"
-    number = int(value) if isinstance(value, str) and value.isdecimal() else value
+    digits = isinstance(value, str) and value.isdecimal() and len(value) < 10
+    number = int(value) if digits else value
     if type(number) is not int or not 1 <= number <= 1000:
-        raise InputError(f"window ({origin}): wanted 1 to 1000 frames, or all, got {value!r}")
+        raise InputError(f"{what}: wanted 1 to 1000 frames, or all, got {shown(value)}")
     return number

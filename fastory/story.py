@@ -8,14 +8,15 @@ import json
 import os
 import re
 import unicodedata
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from PIL import Image
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -26,13 +27,19 @@ from pydantic import (
     model_validator,
 )
 
+from fastory import files
 from fastory.errors import InputError
+from fastory.names import Names
+from fastory.pictures import check_picture
+from fastory.wording import shown
 
 SCHEMA = 1
 MAX_BYTES = 2**20  # a thousand captions of a thousand characters; PyYAML takes seconds for each megabyte
 MAX_DEPTH = 32  # of nested brackets; what lies deeper can only be meant to exhaust the stack
+MAX_FRAMES = 10_000
+MAX_NAME = 200  # letters of a character's name; the search for names in captions counts on an end
 MAX_SEED = 2**63 - 1
-PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # Pillow's EPS reader would start Ghostscript
+SUFFIXES = (".txt", ".yaml", ".yml", ".json")
 
 STYLES = {
     "comic": "comic book panel, {prompt}, bold ink outlines, flat colours",
@@ -40,6 +47,9 @@ STYLES = {
     "realistic": "photograph, {prompt}, natural light, fine detail",
     "none": "{prompt}",
 }
+
+_TOO_MANY = f"wanted at most {MAX_FRAMES} frames, got more: split the story"
+_CLOSED = re.compile(r"\s*([,.;:!?)\]…]|$)")  # a caption's own punctuation follows
 
 Location = tuple[str | int, ...]
 Box = tuple[float, float, float, float]
@@ -82,7 +92,7 @@ class Story:
 
     style: a name in STYLES, a text with {prompt}, or None for captions as they are.
     settings: the file's `settings:` as given; whoever uses them checks them and can say `where` they stand.
-    first_frame: reserved: absolute path of a given first picture. Checked, not used yet.
+    first_frame: absolute path of the picture that causal mode takes as frame 0; iterative mode says that it does not.
     source, lines: the file, and the line (from 1) of every key and list item in it.
     """
 
@@ -104,7 +114,8 @@ class Story:
         once here, so that a damaged one is found before anything is drawn.
         """
         path = Path(path)
-        readers = {".txt": _read_txt, ".yaml": _read_yaml, ".yml": _read_yaml, ".json": _read_json}
+        files.check_names_fit([path])
+        readers = dict(zip(SUFFIXES, (_read_txt, _read_yaml, _read_yaml, _read_json), strict=True))
         reader = readers.get(path.suffix.lower())
         if path.is_dir():
             raise InputError(f"{path}: wanted a story file, got a folder: name the file in it.")
@@ -123,7 +134,8 @@ class Story:
             raise InputError(
                 f"captions: wanted a list of texts, got {_describe(captions)}: pass [caption, ...]."
             )
-        return _build(_Origin("captions", {}), {"title": title, "frames": list(captions)}, None)
+        frames = list(islice(captions, MAX_FRAMES + 1))  # what gives captions may never end
+        return _build(_Origin("captions", {}), {"title": title, "frames": frames}, None)
 
     @property
     def slug(self) -> str:
@@ -149,40 +161,44 @@ class Story:
         style: a name in STYLES or a text with {prompt}; None stands for the story's own.
         Raises InputError for an unknown style.
         """
-        caption = self.frames[i].caption
-        introduced: set[str] = set()
-
-        def introduce(match: re.Match[str]) -> str:
-            character = self._named(match)
-            if character.prompt is None or character.name in introduced:
-                return match[0]
-            introduced.add(character.name)
-            closed = re.match(r"\s*([,.;:!?)\]…]|$)", caption[match.end() :])  # its own punctuation follows
-            return f"{match[0]}, {character.prompt}" + ("" if closed else ",")
-
-        described = self._pattern().sub(introduce, caption)
+        described = "".join(self._described(i))
         template = style_template(self.style if style is None else style)
         if not template.endswith("{prompt}"):
             described = described.removesuffix(".")  # the sentence goes on
         return template.replace("{prompt}", described)
 
+    def _described(self, i: int) -> Iterator[str]:
+        """The parts of a caption, a character's prompt after the first occurrence of its name."""
+        caption, end = self.frames[i].caption, 0
+        introduced: set[str] = set()
+        for index, match in self._mentions(i):
+            yield caption[end : match.end()]
+            end, character = match.end(), self.characters[index]
+            if character.prompt is not None and character.name not in introduced:
+                introduced.add(character.name)
+                yield f", {character.prompt}" + ("" if _CLOSED.match(caption, end) else ",")
+        yield caption[end:]
+
     def cast(self, i: int) -> frozenset[str]:
         """Names of the characters in frame i: whole words of its caption, in any case, or in its own list."""
-        frame = self.frames[i]
-        named = {self._named(match).name for match in self._pattern().finditer(frame.caption)}
-        return frozenset(named.union(frame.characters))
+        if i not in self._casts:
+            named = {self.characters[index].name for index, _ in self._mentions(i)}
+            self._casts[i] = frozenset(named.union(self.frames[i].characters))
+        return self._casts[i]
 
-    def _pattern(self) -> re.Pattern[str]:
-        """Any character's name, in the group `c<index>`; 'Mary Ann' before 'Mary'."""
-        if not self.characters:
-            return re.compile(r"(?!)")
-        longest_first = sorted(enumerate(self.characters), key=lambda item: -len(item[1].name))
-        names = "|".join(f"(?P<c{k}>{re.escape(character.name)})" for k, character in longest_first)
-        # `Ann's` is Ann, and no prompt may come between the two parts of the word
-        return re.compile(rf"(?<!\w)(?:{names})(?:['’]s)?(?!\w)", re.IGNORECASE)
+    def _mentions(self, i: int) -> Iterator[tuple[int, re.Match[str]]]:
+        """Which character is named in frame i's caption, and where."""
+        return self._names.find(self.frames[i].caption)
 
-    def _named(self, match: re.Match[str]) -> Character:
-        return self.characters[int((match.lastgroup or "c0")[1:])]
+    # What does not change with a frozen story is made once; it is no field, so that it does not count in comparisons.
+
+    @cached_property
+    def _names(self) -> Names:
+        return Names([character.name for character in self.characters])
+
+    @cached_property
+    def _casts(self) -> dict[int, frozenset[str]]:
+        return {}
 
     def digest(self) -> str:
         """Hex sha256 of what the story means: its texts, seeds, characters and the bytes of their pictures.
@@ -200,14 +216,16 @@ class Story:
 
     def digest_without_frames(self) -> str:
         """Hex sha256 of everything but what single frames say; the number of frames counts."""
-        pictures = {path: _picture_digest(path) for path in self._pictures()}
+        pictures = self.picture_digests()
         cast = [[c.name, c.prompt, [pictures[p] for p in c.references], c.scale] for c in self.characters]
         first_frame = pictures[self.first_frame] if self.first_frame else None
         return _sha256([self.title, self.style, self.negative_prompt, cast, first_frame, len(self.frames)])
 
-    def _pictures(self) -> set[Path]:
-        first = {self.first_frame} if self.first_frame else set()
-        return first.union(*(character.references for character in self.characters))
+    def picture_digests(self) -> dict[Path, str]:
+        """Hex sha256 of every picture the story names, each read once, as it is now. Raises InputError for a lost one."""
+        first = {self.first_frame} if self.first_frame else set[Path]()
+        paths = first.union(*(character.references for character in self.characters))
+        return {path: _picture_digest(path) for path in paths}
 
     def to_yaml(self, base: Path | None = None) -> str:
         """The story as a YAML file that reads back to the same digest.
@@ -286,7 +304,7 @@ def _read_txt(text: str, name: str) -> tuple[Any, dict[Location, int]]:
 def _read_yaml(text: str, name: str) -> tuple[Any, dict[Location, int]]:
     lines: dict[Location, int] = {(): 1}
     try:
-        _refuse_aliases_and_depth(text, name)
+        _check_events(text, name)
         loader = _Loader(text)
         node = loader.get_single_node()
         _record_lines(node, (), lines, name)
@@ -306,8 +324,9 @@ def _read_yaml(text: str, name: str) -> tuple[Any, dict[Location, int]]:
 
 
 def _read_json(text: str, name: str) -> tuple[Any, dict[Location, int]]:
+    twice: list[str] = []
     try:
-        data = json.loads(text)
+        data = json.loads(text, object_pairs_hook=lambda pairs: _noting_twice(pairs, twice))
     except json.JSONDecodeError as error:
         raise InputError(
             f"{name}:{error.lineno}: wanted JSON, but {error.msg.lower()}: correct that line."
@@ -320,17 +339,35 @@ def _read_json(text: str, name: str) -> tuple[Any, dict[Location, int]]:
         raise InputError(
             f"{name}: wanted JSON with ordinary numbers, but {error}: shorten the number."
         ) from error
-    # JSON is YAML but for tabs between values (within texts they are escaped) and a few characters. So YAML
-    # finds the lines; the values are JSON's own, as the two escape characters beyond U+FFFF differently.
+    _check_length(_Origin(name, {}), data)
+    lines = _lines_of_json(text, name)
+    if twice:  # where YAML can follow the layout it has said so, with the line
+        raise InputError(f"{name}: the key {twice[0][:60]!r} stands there twice: remove one.")
+    return data, lines
+
+
+def _noting_twice(pairs: list[tuple[str, Any]], twice: list[str]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice += [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
+    return found
+
+
+def _lines_of_json(text: str, name: str) -> dict[Location, int]:
+    """The lines of a JSON file's keys and items, found by YAML; the values are JSON's own.
+
+    JSON is YAML but for tabs between values (within texts they are escaped), a few characters, and the escapes of those
+    beyond U+FFFF.
+    """
     text = yaml.reader.Reader.NON_PRINTABLE.sub("?", text.replace("\t", " "))
     text = re.sub("[\x85\u2028\u2029]", "?", text)  # line ends for YAML alone
     lines: dict[Location, int] = {(): 1}
     try:
-        _refuse_aliases_and_depth(text, name)
+        _check_events(text, name)
         _record_lines(_Loader(text).get_single_node(), (), lines, name)
     except yaml.YAMLError:
         lines.clear()  # a layout that YAML cannot follow, such as a colon on a line of its own
-    return data, lines
+    return lines
 
 
 class _Loader(yaml.SafeLoader):
@@ -358,15 +395,24 @@ for _tag, _pattern, _first in _CORE_SCHEMA:
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
 
 
-def _refuse_aliases_and_depth(text: str, name: str) -> None:
-    """Aliases let a short file grow to any size, and depth exhausts the stack; events suffer from neither."""
-    depth = 0
+def _check_events(text: str, name: str) -> None:
+    """Aliases let a short file grow to any size, and depth exhausts the stack; events suffer from neither.
+
+    Frames are counted here already: PyYAML takes seconds for each megabyte.
+    """
+    depth, frames, key = 0, 0, ""
     for event in yaml.parse(text, Loader=_Loader):
         place = f"{name}:{event.start_mark.line + 1 if event.start_mark else 1}"
         if isinstance(event, yaml.AliasEvent):
             raise InputError(
                 f"{place}: wanted plain YAML, got the alias *{event.anchor}: write the value out."
             )
+        if depth == 1 and isinstance(event, yaml.ScalarEvent):
+            key = event.value  # or the value of another key, which the next key replaces
+        if depth == 2 and key == "frames" and isinstance(event, yaml.NodeEvent):
+            frames += 1
+            if frames > MAX_FRAMES:
+                raise InputError(f"{place}: frames: {_TOO_MANY}.")
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > MAX_DEPTH:
             raise InputError(
@@ -610,16 +656,17 @@ def _nearest(word: str, known: Iterable[str]) -> str:
 
 def _build(origin: _Origin, data: Any, source: Path | None) -> Story:
     _check_version(origin, data)
+    _check_length(origin, data)
     try:
         entry = _StoryEntry.model_validate(data)
     except ValidationError as error:
         # one message at a time; a misspelt key explains the missing one
         details = sorted(error.errors(), key=lambda detail: detail["type"] != "extra_forbidden")
         raise origin.invalid(details[0]) from None
-    folder = source.parent if source else None
-    characters = _characters(origin, entry, folder)
+    pictures = _Pictures(origin, source.parent if source else None)
+    characters = _characters(origin, entry, pictures)
     names = {character.name.casefold(): character.name for character in characters}
-    first_frame = entry.first_frame and _picture(origin, ("first_frame",), entry.first_frame, folder)
+    first_frame = entry.first_frame and pictures.path(("first_frame",), entry.first_frame)
     return Story(
         title=entry.title or _title_of(source),
         frames=tuple(_frame(origin, i, frame, names) for i, frame in enumerate(entry.frames)),
@@ -644,6 +691,12 @@ def _check_version(origin: _Origin, data: Any) -> None:
     raise origin.error(("version",), text)
 
 
+def _check_length(origin: _Origin, data: Any) -> None:
+    frames = data.get("frames") if isinstance(data, dict) else None
+    if isinstance(frames, list) and len(frames) > MAX_FRAMES:
+        raise origin.error(("frames", MAX_FRAMES), _TOO_MANY)
+
+
 def _title_of(source: Path | None) -> str:
     try:
         # a file name may hold bytes that are no text
@@ -652,7 +705,7 @@ def _title_of(source: Path | None) -> str:
         return "story"
 
 
-def _characters(origin: _Origin, entry: _StoryEntry, folder: Path | None) -> tuple[Character, ...]:
+def _characters(origin: _Origin, entry: _StoryEntry, pictures: _Pictures) -> tuple[Character, ...]:
     characters: dict[str, Character] = {}
     for name, said in entry.characters.items():
         location: Location = ("characters", name)
@@ -660,8 +713,11 @@ def _characters(origin: _Origin, entry: _StoryEntry, folder: Path | None) -> tup
             other = characters[name.casefold()].name
             text = f"wanted names that differ in more than case, got {other!r} and {name!r}: rename one"
             raise origin.error(location, text)
+        if len(name) > MAX_NAME:
+            text = f"wanted a name of at most {MAX_NAME} letters, got {len(name)}: shorten it"
+            raise origin.error(("characters",), text)
         references = tuple(
-            _picture(origin, (*location, "references", i), reference, folder)
+            pictures.path((*location, "references", i), reference)
             for i, reference in enumerate(said.references)
         )
         characters[name.casefold()] = Character(name, said.prompt, references, said.scale)
@@ -681,50 +737,46 @@ def _frame(origin: _Origin, i: int, entry: _FrameEntry, names: Mapping[str, str]
     return Frame(entry.caption, entry.seed, tuple(characters), tuple(boxes.items()))
 
 
-def _picture(origin: _Origin, location: Location, given: str, folder: Path | None) -> Path:
-    """The absolute path of a picture that lies in the story's folder and can be decoded."""
-    if folder is None:
-        raise origin.error(location, "wanted captions alone, got a picture: read the story from a file")
-    try:
-        root = folder.resolve()
-        path = (root / given).resolve()
-    except (OSError, ValueError, RuntimeError) as error:
-        raise origin.error(location, f"wanted the path of a picture, got {given!r} ({error})") from error
-    if not path.is_relative_to(root):
-        raise origin.error(
-            location, f"wanted a picture in the story's folder, got {given!r} outside it: copy it there"
-        )
-    if not path.is_file():
-        got = "a folder" if path.is_dir() else "no such file"
-        raise origin.error(
-            location, f"wanted a picture, got {given!r}, {got}: paths start at the story's folder"
-        )
-    problem = _decoding_problem(path)
-    if problem:
-        raise origin.error(
-            location, f"wanted a picture ({', '.join(PICTURE_FORMATS)}), got {given!r}, {problem}"
-        )
-    return path
+class _Pictures:
+    """The pictures that a story names, each looked for and decoded once however often it is named."""
 
+    def __init__(self, origin: _Origin, folder: Path | None) -> None:
+        self._origin, self._folder = origin, folder
+        self._paths: dict[str, Path] = {}
+        self._decoded: set[Path] = set()
 
-def _decoding_problem(path: Path) -> str | None:
-    try:
-        with path.open("rb") as file:
-            head = file.read(4)
-        if head[:1] == b"\x80" or head == b"PK\x03\x04":  # pickle protocol 2 and later; torch.save's zip
-            return "a pickle or an archive, which is never opened: save the picture as PNG"
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=PICTURE_FORMATS) as image:
-                image.verify()
-            with Image.open(path, formats=PICTURE_FORMATS) as image:  # verify leaves the image unusable
-                image.load()
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        return f"of more than {Image.MAX_IMAGE_PIXELS} pixels: make it smaller"
-    # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
-    except Exception as error:
-        return f"which cannot be decoded ({error}): save it anew as PNG"
-    return None
+    def path(self, location: Location, given: str) -> Path:
+        """The absolute path of a picture that lies in the story's folder and can be decoded."""
+        if given not in self._paths:
+            path = self._inside(location, given)
+            if path not in self._decoded:
+                try:
+                    check_picture(path, shown(given, 200))
+                except InputError as error:
+                    raise self._origin.error(location, str(error)) from error
+                self._decoded.add(path)
+            self._paths[given] = path
+        return self._paths[given]
+
+    def _inside(self, location: Location, given: str) -> Path:
+        error, name = self._origin.error, shown(given, 200)
+        if self._folder is None:
+            raise error(location, "wanted captions alone, got a picture: read the story from a file")
+        try:
+            root = self._folder.resolve()
+            path = (root / given).resolve()
+            inside, is_file, is_folder = path.is_relative_to(root), path.is_file(), path.is_dir()
+        except (OSError, ValueError, RuntimeError) as problem:
+            said = problem.strerror if isinstance(problem, OSError) else problem
+            raise error(location, f"wanted the path of a picture, got {name} ({said})") from problem
+        if not inside:
+            raise error(
+                location, f"wanted a picture in the story's folder, got {name} outside it: copy it there"
+            )
+        if not is_file:
+            got = "a folder" if is_folder else "no such file"
+            raise error(location, f"wanted a picture, got {name}, {got}: paths start at the story's folder")
+        return path
 
 
 # From a Story to texts and hashes.
@@ -736,7 +788,7 @@ def _sha256(value: object) -> str:
 
 def _picture_digest(path: Path) -> str:
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        return files.sha256_of(path)
     except OSError as error:
         raise InputError(
             f"{path}: wanted the picture that was there when the story was read: {error}."

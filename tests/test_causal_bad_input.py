@@ -32,9 +32,9 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("options", "wanted"),
     [
-        (["good.txt", "--window", "0"], "window (flag): wanted 1 to 1000 frames, or all, got '0'"),
-        (["good.txt", "--window", "-2"], "window (flag): wanted 1 to 1000 frames, or all"),
-        (["good.txt", "--window", "some"], "window (flag): wanted 1 to 1000 frames, or all"),
+        (["good.txt", "--window", "0"], "--window: wanted 1 to 1000 frames, or all, got '0'"),
+        (["good.txt", "--window", "-2"], "--window: wanted 1 to 1000 frames, or all"),
+        (["good.txt", "--window", "some"], "--window: wanted 1 to 1000 frames, or all"),
         (["good.txt", "--window", "7"], "time embeddings for 6 frames of history; give --window 6 or less"),
         (["long.txt"], "window all, and the story's 9 frames need 8: this model has time embeddings for 6"),
         (["good.txt", "--first-frame", "picture.png"], "picture.png: wanted a picture"),

@@ -135,7 +135,7 @@ def test_paths_that_are_no_story(tmp_path):
         "large.txt": "KiB",
         "story.md": "suffix '.md'",
         "story": "no suffix",
-        "a\0.txt": "there is none",
+        "a\0.txt": "cannot be used",
     }
     for name, words in wanted.items():
         with pytest.raises(InputError, match=words):
@@ -206,7 +206,7 @@ def test_reference_that_is_no_picture(folder):
     }
     for name, content in broken.items():
         (folder / name).write_bytes(content)
-        assert "cannot be decoded" in refusal(folder, name)
+        assert "cannot be read" in refusal(folder, name)
 
 
 def test_reference_that_is_a_pickle_is_not_opened(folder):
