@@ -87,5 +87,5 @@ setup(
     },
     install_requires=install_requires,
     extras_require=extras_require,
-    entry_points={"console_scripts": ["fastory = fastory.cli:main"]},
+    entry_points={"console_scripts": ["fastory = fastory.__main__:main"]},
 )

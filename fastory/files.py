@@ -234,6 +234,13 @@ def lock_folder(
     return lock
 
 
+def check_unlocked(path: Path, doing: str, hint: str) -> None:
+    """FastoryError where another process holds the lock of a folder just now; changes nothing, and holds nothing after."""
+    file = path / LOCK
+    if file.is_file() and not file.is_symlink():
+        lock_folder(path, doing, hint).release()
+
+
 @contextlib.contextmanager
 def unfinished(target: Path, doing: str, hint: str, last: str = "") -> Iterator[Path]:
     """A locked, empty folder TARGET.unfinished on the same disk as `target`, removed at the end.

@@ -75,8 +75,6 @@ def _whole(path: str | Path) -> Iterator[None]:
         raise InputError(f"{shown}: {WANTED}, got something that cannot be read as one") from error
     except FileNotFoundError as error:
         raise InputError(f"{shown}: {WANTED}, got no such file: check the path") from error
-    except UnidentifiedImageError as error:  # whose text names an object of Python's
-        raise InputError(f"{shown}: {WANTED}, got one that cannot be read (of another format)") from error
     except MemoryError:
         raise
     # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more

@@ -31,7 +31,7 @@ from fastory.modes.causal import Telling, causal, window_of
 from fastory.modes.iterative import iterative
 from fastory.pictures import open_picture
 from fastory.placement import choose_batch, under_threads
-from fastory.run import Identity, RunFolder
+from fastory.run import Identity, RunFolder, run_paths
 from fastory.sampler import frame_seed, is_guided, make_scheduler, rows_per_frame
 from fastory.settings import Needs, Settings, check, resolve, unused
 from fastory.story import Story
@@ -112,21 +112,6 @@ def generate(
     events = run_jobs(jobs, batch_size, stack)
     next(events)  # a generator that was never begun would not release the folders when it is closed
     return events
-
-
-def run_paths(stories: Sequence[Story], output: str | Path | None) -> list[Path | None]:
-    """One run folder a story: `output` itself, or with several stories output/<slug>, numbered where slugs repeat."""
-    if output is None:
-        return [None] * len(stories)
-    if len(stories) == 1:
-        return [Path(output)]
-    slugs: list[str] = []
-    for story in stories:
-        slug, n = story.slug, 2
-        while slug in slugs:
-            slug, n = f"{story.slug}-{n}", n + 1
-        slugs.append(slug)
-    return [Path(output) / slug for slug in slugs]
 
 
 def prepare(

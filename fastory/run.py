@@ -118,6 +118,21 @@ class Identity:
         return [i for i, digest in enumerate(self.frames) if i >= len(there) or there[i] != digest]
 
 
+def run_paths(stories: Sequence[Story], output: str | Path | None) -> list[Path | None]:
+    """One run folder a story: `output` itself, or with several stories output/<slug>, numbered where slugs repeat."""
+    if output is None:
+        return [None] * len(stories)
+    if len(stories) == 1:
+        return [Path(output)]
+    slugs: list[str] = []
+    for story in stories:
+        slug, n = story.slug, 2
+        while slug in slugs:
+            slug, n = f"{story.slug}-{n}", n + 1
+        slugs.append(slug)
+    return [Path(output) / slug for slug in slugs]
+
+
 def _parts(story: Story) -> dict[str, str]:
     """Hashes of what digest_without_frames hashes as one, so that a difference can be named."""
     pictures = story.picture_digests()

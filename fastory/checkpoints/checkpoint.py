@@ -16,7 +16,7 @@ from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 from fastory.checkpoints.folder import Family, Pipeline, open_folder
 from fastory.checkpoints.hashes import tensors_hash
 from fastory.checkpoints.history import History, open_history, read_adapter_config
-from fastory.checkpoints.hub import encoder_path, local_path, model_path, weight_path
+from fastory.checkpoints.hub import encoder_path, model_path, weight_path
 from fastory.checkpoints.image_encoder import find_image_encoder, image_processor, load_image_encoder
 from fastory.checkpoints.ip_adapter import (
     AdapterHeader,
@@ -30,6 +30,7 @@ from fastory.checkpoints.lora import fuse_loras
 from fastory.checkpoints.single_file import open_single_file
 from fastory.checkpoints.weights import is_inside, is_there, read_json, tensor_shapes
 from fastory.errors import InputError
+from fastory.model_names import local_path
 
 DEFAULTS_FILE = "fastory_defaults.json"
 DEFAULTS_SCHEMA = 1

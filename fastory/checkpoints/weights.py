@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from fastory import documents
 from fastory.checkpoints.loading import loading
 from fastory.errors import InputError
+from fastory.model_names import PICKLE_SUFFIXES
 
 MOST_HEADER = 16 * 2**20  # of a safetensors file: SDXL's has 250 kB
 MOST_JSON = 64 * 2**20  # a tokenizer of a large vocabulary has 17 MB
-PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth")
 # The names diffusers and transformers save under, whole or in shards listed by an index.
 NAMES = ("diffusion_pytorch_model", "model")
 VARIANTS = ("", ".fp16")

@@ -1,0 +1,120 @@
+"""What can be told of a command before PyTorch is imported: its words, names of files, stories, a folder in use.
+
+Importing PyTorch and diffusers takes seconds; a wrong word is refused before that. What a model is asked for is checked once
+more, and in full, where it is opened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastory import files, settings
+from fastory.errors import InputError
+from fastory.model_names import PICKLE_SUFFIXES, local_encoder, local_model, local_weights, user_path
+from fastory.run import run_paths
+from fastory.story import MAX_FRAMES, Story
+from fastory.wording import shown
+
+EXPORT_MANIFEST = "fastory.json"
+
+
+def check_flags(flags: Mapping[str, Any], preset: str | None) -> None:
+    """InputError, by the flag's name, for a value that its setting does not take."""
+    settings.check_preset(preset)
+    for name, value in flags.items():
+        if value is not None:
+            settings.check(name, value, "--" + name.replace("_", "-"))
+
+
+def check_stories(stories: Sequence[Story], style: str | None) -> None:
+    """InputError, by file and line, for a story's settings; and for a style that is none."""
+    for story in stories:
+        for name, value in story.settings.items():
+            settings.check(name, value, story.where(f"settings.{name}") or "story")
+        story.prompt(0, style)
+
+
+def check_model(
+    model: str,
+    *,
+    config: Path | None = None,
+    ip_adapter: str | None = None,
+    image_encoder: str | None = None,
+    adapter: str | None = None,
+    loras: Sequence[str] = (),
+) -> None:
+    """InputError for a name that is neither of something here nor of something on a hub. loras: paths alone."""
+    if model != "builtin":
+        local_model(model)
+    if config is not None and not user_path(config, "--config").is_dir():
+        raise InputError(
+            f"--config {config} is not a folder; wanted a diffusers folder of the same architecture."
+        )
+    for what, name in (("IP-Adapter", ip_adapter), ("Adapter", adapter), *(("LoRA", lora) for lora in loras)):
+        if name:
+            local_weights(name, what)
+    if image_encoder:
+        local_encoder(image_encoder)
+
+
+def check_engine(folder: Path) -> None:
+    """InputError for a folder that is no finished export."""
+    if not (user_path(folder, "--engine") / EXPORT_MANIFEST).is_file():
+        raise InputError(
+            f"{folder} holds no {EXPORT_MANIFEST}; wanted a folder that `fastory export` finished"
+        )
+
+
+def check_output(output: Path | None, stories: Sequence[Story]) -> None:
+    """InputError for run folders that cannot be; FastoryError where another process draws into one."""
+    if output is None:
+        return
+    user_path(output, "--output")
+    for path in run_paths(stories, output):
+        assert path is not None
+        files.check_names_fit([path])
+        if path.exists() and not path.is_dir():
+            raise InputError(f"{path} is a file; wanted a new or empty folder for --output")
+        files.check_unlocked(path, "draws into", "choose another --output")
+
+
+def check_pickle(path: Path) -> None:
+    """InputError for what `fastory convert` cannot convert, by its name."""
+    user_path(path, "The checkpoint")
+    if path.suffix.lower() not in PICKLE_SUFFIXES or not path.is_file():
+        raise InputError(f"{path} cannot be converted: wanted a file ending in {', '.join(PICKLE_SUFFIXES)}.")
+
+
+def parse_frames(text: str | None) -> list[int] | slice | None:
+    """Frame numbers of 3,7-9, or a slice for 5-. Raises InputError, before any is counted up, for one no story has."""
+    if text is None:
+        return None
+    if text.endswith("-") and text[:-1].strip().isdecimal():
+        return slice(_frame(text[:-1], text), None)
+    chosen: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise _not_frames(text)
+        low, high = _frame(first, text), _frame(last or first, text)
+        if high < low:
+            raise _not_frames(text)
+        chosen.update(range(low, high + 1))
+    return sorted(chosen)
+
+
+def _frame(digits: str, text: str) -> int:
+    digits = digits.strip()
+    if len(digits) > len(str(MAX_FRAMES)) or int(digits) >= MAX_FRAMES:
+        raise InputError(
+            f"--frames: wanted frames from 0 to {MAX_FRAMES - 1}, as many as a story may have, got {shown(text)}"
+        )
+    return int(digits)
+
+
+def _not_frames(text: str) -> InputError:
+    return InputError(
+        f"--frames: wanted numbers and ranges such as 3,7-9, or 5- for all from 5 on, got {shown(text)}"
+    )
