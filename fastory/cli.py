@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import sys
+
+if __name__ == "__main__":  # `python -m fastory.cli`: what follows is imported where Ctrl-C is met
+    from fastory.__main__ import main
+
+    main()
+    sys.exit()
+
+import difflib
+import os
+import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,16 +21,47 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from typer.core import TyperCommand, TyperGroup
 
 from fastory import packages
 from fastory.errors import FastoryError, InputError
 from fastory.threads import wait_passively
+from fastory.wording import counted, last_words
 
 if TYPE_CHECKING:
-    from fastory.events import Event
+    from fastory.events import Event, FrameDrawn
+
+
+class Command(TyperCommand):
+    """A command that, of the options it knows, names those alone that are near a misspelt one."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """click finds --pdf near --drafts: the dashes count there."""
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:
+            if isinstance(near := getattr(error, "possibilities", None), list):
+                name = getattr(error, "option_name", "").lstrip("-")
+                words = {option.lstrip("-"): option for option in near}
+                error.possibilities = [words[word] for word in difflib.get_close_matches(name, words)]  # type: ignore[attr-defined]
+            raise
+
+
+class Commands(TyperGroup):
+    """The commands; --debug counts before a command's name and after it."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """--debug, wherever it stands before a bare --, is the group's."""
+        end = args.index("--") if "--" in args else len(args)
+        if "--debug" in args[:end]:
+            args = ["--debug", *(arg for arg in args[:end] if arg != "--debug"), *args[end:]]
+        return super().parse_args(ctx, args)
+
 
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Captions in, a consistent sequence of pictures out.",
@@ -44,25 +85,74 @@ def option(panel: str, *names: str, **extra: Any) -> Any:
     return typer.Option(*names, rich_help_panel=panel, show_default=False, **extra)
 
 
+@app.callback()
+def common(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """What every command takes."""
+    global debugging
+    debugging = debug
+
+
+debugging = False
+
+
 @contextmanager
 def reported(resumable: bool = False, kept: str = "Finished pictures") -> Iterator[None]:
-    """Print what a user did wrong, or what ran out, as one message; exit code 2, 1, or 130 for Ctrl-C."""
+    """Print what a user did wrong, or what ran out, as one message; exit code 2, 1, or 130 for Ctrl-C.
+
+    What a library raises is one line as well, exit code 1; with --debug every error's traceback stands before its line.
+    """
     try:
         yield
+    except typer.Exit:
+        raise
     except FastoryError as error:
-        stderr.print(f"[bold red]error:[/] {_plain(error)}", soft_wrap=True)
-        raise typer.Exit(error.exit_code) from None
-    except KeyboardInterrupt:
-        hint = f" {kept} are kept; the same command goes on from them." if resumable else ""
-        stderr.print(f"[bold]stopped.[/]{hint}", soft_wrap=True)
-        raise typer.Exit(130) from None
+        raise failed(error, str(error), error.exit_code) from None
     except BrokenPipeError:
-        # Whoever read our lines is gone; keep Python from failing once more while it closes stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_stdout()  # whoever read our lines is gone
         raise typer.Exit(1) from None
+    except (Exception, KeyboardInterrupt) as error:
+        if was_interrupted(error):
+            hint = f" {kept} are kept; the same command goes on from them." if resumable else ""
+            stderr.print(f"[bold]stopped.[/]{hint}", soft_wrap=True)
+            raise typer.Exit(130) from None
+        hint = "" if debugging else "; run with --debug for the traceback"
+        raise failed(error, f"{last_words(error)}{hint}", 1) from None
 
 
-@app.command()
+def failed(error: BaseException, text: str, code: int) -> typer.Exit:
+    """Print an error; returns what ends the command with `code`."""
+    if debugging:
+        stderr.print(escape("".join(traceback.format_exception(error))), soft_wrap=True, end="")
+    stderr.print(f"[bold red]error:[/] {_plain(text)}", soft_wrap=True)
+    return typer.Exit(code)
+
+
+def was_interrupted(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is what happened: a library that is being imported may make another error of it."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+def say(text: str) -> None:
+    """A line of results on stdout. Raises FastoryError where it cannot be written, as on a full disk."""
+    try:
+        typer.echo(text)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        drop_stdout()
+        raise FastoryError(f"stdout could not be written: {error.strerror or error}") from error
+
+
+def drop_stdout() -> None:
+    """Keep Python from failing once more while it closes stdout."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@app.command(cls=Command)
 def generate(
     stories: Annotated[
         list[str] | None,
@@ -180,15 +270,27 @@ def generate(
         "height": height,
     }
     with reported(resumable=True):
+        from fastory import door
+        from fastory.settings import check_placement
+
         if redraw_seed is not None and frames is None:
             raise InputError("--redraw-seed wants --frames: which frames are to be redrawn?")
-        chosen = parse_frames(frames)
+        chosen = door.parse_frames(frames)
+        door.check_flags(settings, preset)
+        check_placement(device, dtype, graphs)
+        if batch_size is not None and batch_size < 1:
+            raise InputError(f"--batch-size: wanted 1 or more, got {batch_size}")
         read = read_stories(stories or [])
+        door.check_stories(read, style)
+        if first_frame is not None:
+            door.check_first_frame(first_frame)
+        door.check_output(output, read)
         if engine is not None:
             beside = {"--config": config, "--ip-adapter": ip_adapter, "--image-encoder": image_encoder,
                       "--adapter": adapter, "--lora": lora, "--model": model if model != "builtin" else None}  # fmt: skip
             if given := [name for name, value in beside.items() if value]:
                 raise InputError(f"--engine holds the whole model; {given[0]} is given when it is exported")
+            door.check_engine(engine)
             opened = open_engine(engine, device, dtype)
         else:
             opened = open_model(
@@ -212,17 +314,26 @@ def generate(
         show(events, quiet=quiet, json_lines=json_lines)
 
 
-@app.command()
+@app.command(cls=Command)
 def doctor() -> None:
     """Print versions, devices, and which kernels would run and why not others, to paste in a bug report."""
     with reported():
         _quiet_libraries()
         from fastory.doctor import report
 
-        typer.echo("\n".join(report()))
+        say("\n".join(report()))
 
 
-@app.command()
+@app.command(cls=Command)
+def words() -> None:
+    """Print the words that the built-in model knows, and sentences it draws; other models take any English."""
+    with reported():
+        from fastory.builtin.captions import vocabulary_lines
+
+        say("\n".join(vocabulary_lines()))
+
+
+@app.command(cls=Command)
 def convert(
     checkpoint: Annotated[Path, typer.Argument(help="A .ckpt, .bin or .pt file.", show_default=False)],
     out: Annotated[
@@ -248,6 +359,10 @@ def convert(
     with reported():
         if out is not None and output is not None and out != output:
             raise InputError(f"OUT is {out} and --output {output}; give one of them")
+        from fastory import door
+
+        door.check_pickle(checkpoint)
+        door.check_paths({"OUT": out, "--output": output, "--config": config})
         if offline:
             os.environ["HF_HUB_OFFLINE"] = "1"
         _quiet_libraries()
@@ -256,10 +371,10 @@ def convert(
         written = convert_checkpoint(
             checkpoint, out or output, config=config, overwrite=overwrite, offline=offline
         )
-        typer.echo(str(written))
+        say(str(written))
 
 
-@app.command()
+@app.command(cls=Command)
 def tune(
     stories: Annotated[
         Path,
@@ -357,6 +472,12 @@ def tune(
     """
     with reported(resumable=True, kept="Checkpoints"):
         packages.require("fastory tune", "tune", "tensorboard")
+        from fastory import door
+        from fastory.settings import check_placement
+
+        check_placement(device, "auto", "auto")
+        door.check_paths({"STORIES": stories, "--output": output})
+        door.check_model(model, ip_adapter=ip_adapter, image_encoder=image_encoder, adapter=adapter)
         _quiet_libraries()
         if offline:
             os.environ["HF_HUB_OFFLINE"] = "1"
@@ -372,7 +493,7 @@ def tune(
             rank=rank,
             self_attention=self_attention,
             freeze_encoder=freeze_encoder,
-            window=int(window) if window.isdecimal() else window,
+            window=int(window) if window.isdecimal() and len(window) < 10 else window,
             dropout=dropout,
             high_noise=high_noise,
             imitate=imitate,
@@ -405,7 +526,7 @@ def tune(
         show_tuning(events, quiet)
 
 
-@app.command()
+@app.command(cls=Command)
 def export(
     onnx: Annotated[bool, option(OUTPUT, "--onnx", help="ONNX graphs (the default).")] = False,
     trt: Annotated[
@@ -486,6 +607,9 @@ def export(
         if rtx is not None and any(flags.values()):
             raise InputError(f"TensorRT for RTX has no {wanted[0]}; leave it out")
         packages.require("fastory export", "onnx", "onnx", "onnxscript", "onnxruntime")
+        from fastory import door
+
+        door.check_paths({"--output": output})
         bounds = checked_engines(rtx, size or []) if trt else {}
         opened = open_model(
             model, config, ip_adapter, image_encoder, adapter, lora or [], "cpu", dtype, "off", offline
@@ -493,7 +617,7 @@ def export(
         folder = show_export(export_events(opened, output, groups, bind, overwrite), quiet)
         if trt:
             show_engines(engine_events(folder, rtx, component or [], bounds, flags), quiet)
-        typer.echo(str(folder))
+        say(str(folder))
 
 
 def export_events(model: Any, output: Path | None, groups: int, bind: str, overwrite: bool) -> Iterator[Any]:
@@ -564,28 +688,13 @@ def show_export(events: Iterator[Any], quiet: bool) -> Path:
     return folder
 
 
-def parse_frames(text: str | None) -> list[int] | slice | None:
-    """Frame numbers of 3,7-9, or a slice for 5-. Raises InputError."""
-    if text is None:
-        return None
-    if text.endswith("-") and text[:-1].strip().isdecimal():
-        return slice(int(text[:-1]), None)
-    chosen: set[int] = set()
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
-            raise InputError(
-                f"--frames: wanted numbers and ranges such as 3,7-9, or 5- for all from 5 on, got {text!r}"
-            )
-        chosen.update(range(int(first), int(last or first) + 1))
-    return sorted(chosen)
-
-
 def read_stories(names: list[str]) -> list[Any]:
     """Story files, and bundled examples by name."""
     from fastory.builtin import DEFAULT_EXAMPLE, EXAMPLES
+    from fastory.files import check_names_fit
     from fastory.story import Story
 
+    check_names_fit([Path(name) for name in names])
     names = names or [DEFAULT_EXAMPLE]
     return [
         Story.read(EXAMPLES[name] if name in EXAMPLES and not Path(name).exists() else Path(name))
@@ -606,6 +715,17 @@ def open_model(
     offline: bool,
 ) -> Any:
     """The StoryModel that the options name."""
+    from fastory import door
+
+    parsed = [parse_lora(text) for text in loras]
+    door.check_model(
+        model,
+        config=config,
+        ip_adapter=ip_adapter,
+        image_encoder=image_encoder,
+        adapter=adapter,
+        loras=[path for path, _ in parsed],
+    )
     if offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
     _quiet_libraries()
@@ -617,7 +737,7 @@ def open_model(
         ip_adapter=ip_adapter,
         image_encoder=image_encoder,
         adapter=adapter,
-        loras=[parse_lora(text) for text in loras],
+        loras=parsed,
         device=device,
         dtype=dtype,
         graphs=graphs,
@@ -648,7 +768,7 @@ def show(events: Iterator[Event], *, quiet: bool, json_lines: bool) -> None:
 
     if json_lines:
         for event in events:
-            typer.echo(as_json(event))
+            say(as_json(event))
         return
     with Screen(quiet) as screen:
         for event in events:
@@ -680,7 +800,7 @@ def show_tuning(events: Iterator[Any], quiet: bool) -> None:
                     bar.console.print(f"  step {event.step}: {said}", soft_wrap=True)
                 case loop.Tuned():
                     bar.update(task, visible=False)
-                    typer.echo(str(event.adapter))
+                    say(str(event.adapter))
 
 
 class Screen:
@@ -696,13 +816,15 @@ class Screen:
             TimeRemainingColumn(),  # from the measured step times
             TextColumn("left"),
             console=stderr,
-            disable=quiet,
+            disable=quiet or not stderr.is_terminal,
             speed_estimate_period=120,
         )
         self.task = self.progress.add_task("", visible=False)
         self.round, self.frame, self.done_in_round = "", -1, 0
         self.titles: dict[int, str] = {}  # stories that are being drawn, by their place in the call
         self.total = 0
+        self.since = time.monotonic()
+        self.drawn: dict[int, tuple[int, int]] = {}  # causal: finished frames and all, by the story's place
 
     def __enter__(self) -> Screen:
         self.progress.start()
@@ -716,6 +838,16 @@ class Screen:
         if not self.quiet:
             self.progress.console.print(f"  {text}", soft_wrap=True)
 
+    def count(self, drawn: FrameDrawn) -> None:
+        """Causal mode where there is no bar: a line for each frame. Iterative mode has one for each round."""
+        if self.round or stderr.is_terminal:
+            return
+        done, total = self.drawn[drawn.place]
+        self.drawn[drawn.place] = (done + 1, total)
+        title = f"{_plain(self.titles[drawn.place])}: " if len(self.titles) > 1 else ""
+        seconds, self.since = time.monotonic() - self.since, time.monotonic()
+        self.note(f"{title}frame {drawn.frame} drawn ({done + 1} of {total}): {seconds:.1f} s")
+
     def show(self, event: Event) -> None:
         """One event."""
         from fastory import events
@@ -723,8 +855,9 @@ class Screen:
         match event:
             case events.StoryStarted():
                 state = f"; {event.finished} of {event.total} pictures are finished" if event.finished else ""
-                rounds = f", {event.rounds - 1} rounds" if event.rounds > 1 else ""
-                self.note(f"[bold]{_plain(event.story)}[/]: {event.frames} frames{rounds}{state}")
+                rounds = f", {counted(event.rounds - 1, 'round')}" if event.rounds > 1 else ""
+                self.note(f"[bold]{_plain(event.story)}[/]: {counted(event.frames, 'frame')}{rounds}{state}")
+                self.drawn[event.place] = (event.finished, event.total)
                 self.total += (event.total - event.finished) * event.steps
                 if self.titles:  # drawn side by side with others
                     self.progress.update(self.task, total=self.total, visible=self.total > 0)
@@ -754,6 +887,9 @@ class Screen:
                     f"frame {event.frame} of round {event.round}" if self.round else f"frame {event.frame}"
                 )
                 self.note(f"[yellow]note:[/] {which} {event.left_out}; it is left out as a reference")
+                self.count(event)
+            case events.FrameDrawn():
+                self.count(event)
             case events.BatchHalved():
                 self.progress.update(self.task, advance=-self.done_in_round)
                 what = f"round {event.round}" if event.frame is None else f"frame {event.frame}"
@@ -767,13 +903,11 @@ class Screen:
                 self.note(f"storybook  {_plain(event.storybook)}")
                 self.progress.update(self.task, visible=False)
                 self.progress.refresh()
-                typer.echo(str(event.folder))
+                say(str(event.folder))
 
 
 def _plain(value: object) -> str:
     """Text that rich prints as it is."""
-    from rich.markup import escape
-
     return escape(str(value))
 
 
@@ -784,10 +918,11 @@ def _quiet_libraries() -> None:
 
 
 def main() -> None:
-    """Entry point of the `fastory` command."""
+    """The commands, once this module is imported; see fastory.__main__."""
     wait_passively()
-    app()
-
-
-if __name__ == "__main__":
-    main()
+    try:
+        app()
+    except OSError as error:  # --help into a full disk
+        drop_stdout()
+        stderr.print(f"[bold red]error:[/] {_plain(last_words(error))}", soft_wrap=True)
+        sys.exit(1)

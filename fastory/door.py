@@ -13,6 +13,7 @@ from typing import Any
 from fastory import files, settings
 from fastory.errors import InputError
 from fastory.model_names import PICKLE_SUFFIXES, local_encoder, local_model, local_weights, user_path
+from fastory.pictures import open_picture
 from fastory.run import run_paths
 from fastory.story import MAX_FRAMES, Story
 from fastory.wording import shown
@@ -65,6 +66,22 @@ def check_engine(folder: Path) -> None:
         raise InputError(
             f"{folder} holds no {EXPORT_MANIFEST}; wanted a folder that `fastory export` finished"
         )
+
+
+def check_first_frame(path: Path) -> None:
+    """InputError for what is no picture."""
+    user_path(path, "--first-frame")
+    try:
+        open_picture(path)
+    except InputError as error:
+        raise InputError(f"--first-frame: {error}") from error
+
+
+def check_paths(paths: Mapping[str, Path | None]) -> None:
+    """InputError, by the option's name, for what can be no path."""
+    for what, path in paths.items():
+        if path is not None:
+            user_path(path, what)
 
 
 def check_output(output: Path | None, stories: Sequence[Story]) -> None:

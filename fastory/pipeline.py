@@ -34,7 +34,7 @@ from fastory.placement import choose_batch, under_threads
 from fastory.run import Identity, RunFolder, run_paths
 from fastory.sampler import frame_seed, is_guided, make_scheduler, rows_per_frame
 from fastory.settings import Needs, Settings, check, resolve, unused
-from fastory.story import Story
+from fastory.story import Story, are_captions
 
 VERSIONED = ("torch", "diffusers", "transformers", "safetensors", "pillow")
 
@@ -69,7 +69,8 @@ def generate(
 ) -> Iterator[Event]:
     """Draw one story or many; yields events, among them every picture as it is finished.
 
-    stories: Story objects or story files. model: an opened StoryModel, or what StoryModel.open takes. output: the run
+    stories: Story objects or story files; a list of texts of which none is a file, or has the suffix of one, is the captions
+    of one story, as Story.from_captions takes them. model: an opened StoryModel, or what StoryModel.open takes. output: the run
     folder (with several stories, the folder of their run folders); under: a folder in which run folders are named by
     story and settings. Without both, nothing is written. frames: only redraw these, in a finished run folder; in causal
     mode all from one on, as a slice(k, None). Causal stories with the same settings are drawn side by side, and
@@ -82,6 +83,8 @@ def generate(
     given = [stories] if isinstance(stories, (Story, str, Path)) else list(stories)
     if not given:
         raise InputError("no story was given; wanted at least one story file")
+    if not isinstance(stories, str) and are_captions(given):
+        given = [Story.from_captions([str(text) for text in given])]
     read = [story if isinstance(story, Story) else Story.read(story) for story in given]
     if first_frame is not None:
         try:
@@ -550,11 +553,12 @@ def story_notices(model: StoryModel, story: Story, settings: Settings) -> Iterat
     if settings.mode == "causal" and any(character.references for character in story.characters):
         yield "pictures of characters are read by iterative mode alone; causal mode goes by earlier frames"
     if model.name == "builtin":
-        from fastory.builtin.captions import unknown_words
+        from fastory.builtin.captions import notice_of, unknown_words
 
         names = {character.name: "" for character in story.characters}
         text = " ".join(story.prompt(i, settings.style) for i in range(len(story.frames)))
-        yield from map(str, unknown_words(text, names, tokenizer=model.pipeline.tokenizer))
+        if unknown := unknown_words(text, names, tokenizer=model.pipeline.tokenizer):
+            yield notice_of(unknown)
 
 
 def size_notice(model: StoryModel, settings: Settings) -> Iterator[str]:

@@ -262,6 +262,14 @@ def style_template(style: str | None) -> str:
     )
 
 
+def are_captions(texts: Sequence[object]) -> bool:
+    """Whether all of them are texts, and none is a file, or has the suffix of a story file."""
+    return all(
+        isinstance(text, str) and not text.lower().endswith(SUFFIXES) and not os.path.exists(text)
+        for text in texts
+    )
+
+
 # What a file says: its text, then plain values and the line of each.
 
 

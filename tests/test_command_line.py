@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from fastory.cli import app, parse_frames, parse_lora
+from fastory.cli import app, parse_lora
+from fastory.door import parse_frames
 
 ROOT = Path(__file__).parent.parent
 

@@ -1,15 +1,21 @@
 """Captions of the drawn world: a small grammar with variety, its vocabulary, and the words it does not know."""
 
+from __future__ import annotations
+
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import TYPE_CHECKING
 
-import numpy as np
-from transformers import CLIPTokenizer
+from fastory.wording import counted
 
-from fastory.builtin.world import Character, Scene
+if TYPE_CHECKING:  # `fastory words` imports neither
+    import numpy as np
+    from transformers import CLIPTokenizer
+
+    from fastory.builtin.world import Character, Scene
 
 TOKEN_LIMIT = 40
 
@@ -232,3 +238,47 @@ def unknown_words(
     known = {*trained, *(word for name in names or {} for word in words(name))}
     strange = dict.fromkeys(word for word in words(text) if word not in known)
     return [UnknownWord(w, tuple(difflib.get_close_matches(w, trained, n=3, cutoff=0.6))) for w in strange]
+
+
+MOST_NAMED = 8  # unknown words in a notice
+EXAMPLES = (
+    "A rabbit is reading a book in the forest.",
+    "Mia the fox and a penguin are playing with a ball on the beach.",
+    "A bear is sleeping in the house while a cat waves a flag.",
+)
+
+
+def notice_of(unknown: Sequence[UnknownWord]) -> str:
+    """One line for a story's unknown words: which they are, what the model can draw, and what draws anything."""
+    named = [
+        f"{one.word[:30]} ({one.suggestions[0]}?)" if one.suggestions else one.word[:30]
+        for one in unknown[:MOST_NAMED]
+    ]
+    more = f" and {len(unknown) - MOST_NAMED} more" if len(unknown) > MOST_NAMED else ""
+    animals = ", ".join(SPECIES_WORDS)
+    actions = ", ".join(phrases[0] for phrases in ACTION_PHRASES.values())
+    places = ", ".join(PLACE_PHRASES)
+    return (
+        f"the built-in model does not know {counted(len(unknown), 'word')} of this story: {', '.join(named)}{more}. It draws "
+        f"six animals ({animals}) in six places ({places}), {actions}; `fastory words` prints all its words. A checkpoint "
+        "(--model) draws anything"
+    )
+
+
+def vocabulary_lines() -> Iterator[str]:
+    """What the model was trained on, for people: animals, places, actions, connecting words, names and examples."""
+    yield "The built-in model knows these words and no others; a checkpoint (--model) takes any English."
+    yield from _section("animals", ((name, ", ".join(options)) for name, options in SPECIES_WORDS.items()))
+    yield from _section("places", ((name, ", ".join(options)) for name, options in PLACE_PHRASES.items()))
+    verbs = ((name, ", ".join((*ACTION_PHRASES[name], *ACTION_VERBS[name]))) for name in ACTION_PHRASES)
+    yield from _section("actions", verbs)
+    connecting, fillers = ", ".join(dict.fromkeys(GRAMMAR_WORDS)), ", ".join(FILLERS)
+    yield from _section("other words", (("connecting", connecting), ("not drawn", fillers)))
+    yield from _section("names", (("", ", ".join(NAMES) + "; others, if `characters:` lists them"),))
+    yield "\nexamples: one or two animals, what each does, and where"
+    yield from (f"  {sentence}" for sentence in EXAMPLES)
+
+
+def _section(title: str, rows: Iterable[tuple[str, str]]) -> Iterator[str]:
+    yield f"\n{title}"
+    yield from (f"  {name:<11}{said}" if name else f"  {said}" for name, said in rows)
