@@ -854,7 +854,11 @@ class Screen:
 
         match event:
             case events.StoryStarted():
-                state = f"; {event.finished} of {event.total} pictures are finished" if event.finished else ""
+                state = (
+                    f"; {event.finished} of {counted(event.total, 'picture')} finished"
+                    if event.finished
+                    else ""
+                )
                 rounds = f", {counted(event.rounds - 1, 'round')}" if event.rounds > 1 else ""
                 self.note(f"[bold]{_plain(event.story)}[/]: {counted(event.frames, 'frame')}{rounds}{state}")
                 self.drawn[event.place] = (event.finished, event.total)

@@ -30,6 +30,7 @@ from fastory.export.tensorrt_session import TensorRtSession
 from fastory.history import HistoryConfig
 from fastory.model import Caption, StoryModel
 from fastory.placement import Placement, place
+from fastory.wording import counted
 
 
 class EngineModel(StoryModel):
@@ -146,7 +147,7 @@ class EngineModel(StoryModel):
                 )
         if groups > self.folder.groups:
             raise InputError(
-                f"{self.folder.path} was exported for {self.folder.groups} groups of references, and this story has {groups} "
+                f"{self.folder.path} was exported for {counted(self.folder.groups, 'group')} of references, and this story has {groups} "
                 f"(the frames, and every character with pictures); export it with --groups {groups}"
             )
 

@@ -35,6 +35,7 @@ from fastory.run import Identity, RunFolder, run_paths
 from fastory.sampler import frame_seed, is_guided, make_scheduler, rows_per_frame
 from fastory.settings import Needs, Settings, check, resolve, unused
 from fastory.story import Story, are_captions
+from fastory.wording import counted
 
 VERSIONED = ("torch", "diffusers", "transformers", "safetensors", "pillow")
 
@@ -446,9 +447,9 @@ def telling_of(one: Begun) -> Telling:
 
 def micro_batch(model: StoryModel, settings: Settings, count: int, asked: int | None) -> tuple[int, str]:
     """How many of `count` are denoised at once, frames of a round or stories side by side, and why."""
-    what = "stories" if settings.mode == "causal" else "frames"
+    what = "story" if settings.mode == "causal" else "frame"
     if asked is not None:
-        return min(asked, count), f"{min(asked, count)} of {count} {what} at once, as asked for"
+        return min(asked, count), f"{min(asked, count)} of {counted(count, what)} at once, as asked for"
     factor = model.vae_factor
     width, height = (settings.width or 0) // factor, (settings.height or 0) // factor
     guided = is_guided(model, settings)
@@ -495,7 +496,8 @@ def footer(model: StoryModel, settings: Settings) -> dict[str, str]:
     """The settings as the storybook prints them."""
     first, last = settings.reference_scale
     if settings.mode == "causal":
-        method = {"Window": f"{settings.window} frames" if settings.window != "all" else "all earlier frames"}
+        window = settings.window
+        method = {"Window": counted(window, "frame") if isinstance(window, int) else "all earlier frames"}
         method |= {"Drafts": f"{settings.drafts} of frame 0"} if settings.drafts else {}
     else:
         scale = f"reference scale {first:g} to {last:g}"
@@ -504,7 +506,7 @@ def footer(model: StoryModel, settings: Settings) -> dict[str, str]:
         "Model": Path(model.name).name,
         "Mode": settings.mode,
         **method,
-        "Sampling": f"{settings.scheduler}, {settings.steps} steps, guidance {settings.guidance_scale:g}",
+        "Sampling": f"{settings.scheduler}, {counted(settings.steps, 'step')}, guidance {settings.guidance_scale:g}",
         "Noise": f"{settings.noise}, seed {settings.seed}",
         "Size": f"{settings.width} x {settings.height}",
     }

@@ -15,6 +15,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from fastory import settings, threads
 from fastory.errors import InputError
+from fastory.wording import counted
 
 DTYPES = {name: getattr(torch, name) for name in settings.DTYPES}
 
@@ -105,15 +106,15 @@ def choose_batch(
     height: int,
     guided: bool,
     frames: int,
-    what: str = "frames",
+    what: str = "frame",
 ) -> tuple[int, str]:
-    """Frames per micro-batch and the line that says why. width, height: of the latents. what: frames, or stories."""
+    """Frames per micro-batch and the line that says why. width, height: of the latents. what: frame, or story."""
     needed = frame_bytes(unet, placement.dtype, width, height, guided)
     free = free_bytes(placement.device)
     most = min(frames, MOST_FRAMES[placement.device.type])
     size = max(1, min(most, int(0.7 * free / needed)))
     reason = (
-        f"{size} of {frames} {what} at once: about {_size(needed)} each, {_size(free)} free on {placement.device}, "
+        f"{size} of {counted(frames, what)} at once: about {_size(needed)} each, {_size(free)} free on {placement.device}, "
         f"at most {MOST_FRAMES[placement.device.type]} there"
     )
     return size, reason

@@ -56,7 +56,7 @@ def refuse(arguments: list[str], wanted: str, code: int = 2) -> str:
         (["--steps", "0"], "wanted 1 to 1000, got 0"),
         (["--steps", "many"], "--steps"),
         (["--seed", "-5"], "seed"),
-        (["--guidance-scale", "-1"], "guidance_scale"),
+        (["--guidance-scale", "-1"], "--guidance-scale: wanted 0 to 100"),
         (["--style", "comci"], "comic"),
         (["--width", "100"], "multiple of"),
         (["--height", "70"], "multiple of"),

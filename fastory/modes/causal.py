@@ -31,6 +31,7 @@ from fastory.pictures import open_picture
 from fastory.sampler import Row, Sampler, frame_seed
 from fastory.settings import Settings
 from fastory.story import Story
+from fastory.wording import counted
 
 
 @dataclass
@@ -61,12 +62,12 @@ def window_of(config: HistoryConfig, settings: Settings, frames: int) -> int:
     wanted = max(1, frames - 1) if settings.window == "all" else int(settings.window)
     if wanted > config.positions:
         what = (
-            f"window all, and the story's {frames} frames need {wanted}"
+            f"window all, and the story's {counted(frames, 'frame')} need {wanted}"
             if settings.window == "all"
             else f"window {settings.window}"
         )
         raise InputError(
-            f"{what}: this model has time embeddings for {config.positions} frames of history; "
+            f"{what}: this model has time embeddings for {counted(config.positions, 'frame')} of history; "
             f"give --window {config.positions} or less"
         )
     return wanted

@@ -26,6 +26,7 @@ from fastory.tuning.stories import Example, digest_of, read_examples
 from fastory.tuning.tables import Tables, encode_examples, open_tables
 from fastory.tuning.trainee import Trainee, adapter_file, prepare
 from fastory.tuning.validation import Validation
+from fastory.wording import counted
 
 LOG_EVERY = 10
 NO_RESULT = ("save_every", "validate_every")  # settings that do not change the weights
@@ -250,7 +251,7 @@ def check_window(positions: int, tuning: Tuning, longest: int) -> None:
     wanted = longest if tuning.window == "all" else tuning.window
     if isinstance(wanted, int) and wanted > positions:
         raise InputError(
-            f"--window {tuning.window} takes {wanted} frames of history, and the encoder has time embeddings for {positions}; "
+            f"--window {tuning.window} takes {counted(wanted, 'frame')} of history, and the encoder has time embeddings for {positions}; "
             "give a smaller --window or --frames, or with a new encoder a larger --positions"
         )
 
