@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 
 if __name__ == "__main__":  # `python -m fastory.cli`: what follows is imported where Ctrl-C is met
-    from fastory.__main__ import main
+    from fastory.__main__ import main as interruptible
 
-    main()
+    interruptible()
     sys.exit()
 
 import difflib

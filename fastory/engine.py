@@ -147,8 +147,8 @@ class EngineModel(StoryModel):
                 )
         if groups > self.folder.groups:
             raise InputError(
-                f"{self.folder.path} was exported for {counted(self.folder.groups, 'group')} of references, and this story has {groups} "
-                f"(the frames, and every character with pictures); export it with --groups {groups}"
+                f"{self.folder.path} was exported for {counted(self.folder.groups, 'group')} of references, "
+                f"and this story has {groups} (the frames, and every character with pictures); export it with --groups {groups}"
             )
 
     def encode_caption(self, prompt: str) -> Caption:

@@ -251,8 +251,8 @@ def check_window(positions: int, tuning: Tuning, longest: int) -> None:
     wanted = longest if tuning.window == "all" else tuning.window
     if isinstance(wanted, int) and wanted > positions:
         raise InputError(
-            f"--window {tuning.window} takes {counted(wanted, 'frame')} of history, and the encoder has time embeddings for {positions}; "
-            "give a smaller --window or --frames, or with a new encoder a larger --positions"
+            f"--window {tuning.window} takes {counted(wanted, 'frame')} of history, and the encoder has "
+            f"time embeddings for {positions}; give a smaller --window or --frames, or with a new encoder a larger --positions"
         )
 
 
