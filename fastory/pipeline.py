@@ -239,6 +239,8 @@ def open_folder(
         folder.check(identity, job.frames)
         job.model = job.model.on(folder.manifest["machine"])
         job.notices += version_notices(folder.manifest["machine"]["versions"])
+        if job.frames is None and folder.manifest.get("redraw") and not identity.changed(folder.manifest):
+            job.notices.append(folder.give_up_redraw())
         job.notices += restored(folder, job.story, identity)
     job.folder, job.identity = folder, identity
     drawn_from = partial(noise_seeds, job.story, job.settings)

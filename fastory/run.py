@@ -484,6 +484,7 @@ class RunFolder:
         }
         pending = self.manifest.get("redraw")
         if pending and {name: pending.get(name, []) for name in wanted} == wanted:
+            self._refuse_damaged(frames, count)
             return True
         self._refuse_unfinished(count)
         kept = {i: s for i, s in self._recorded_seeds().items() if str(i) not in dropped}
@@ -495,6 +496,26 @@ class RunFolder:
         self._trusted.clear()
         self._save()
         return True
+
+    def give_up_redraw(self) -> str:
+        """Forget a redraw that is not finished: the run as it was is asked for. Returns what to tell the user."""
+        frames = _listed(self.manifest["redraw"]["frames"])
+        self._remove([name for name in listed_files(self.manifest) if name.startswith("redraw/")])
+        del self.manifest["redraw"]
+        self._trusted.clear()
+        self._save()
+        return f"the unfinished redraw of frames {frames} is given up, as this command asks for the run as it was"
+
+    def _refuse_damaged(self, redrawn: Sequence[int], count: int) -> None:
+        """InputError where a picture is damaged that the redraw keeps: it was drawn beside frames that change now."""
+        rounds = manifest.rounds_of(self.manifest["settings"])
+        kept = [(k, i) for k in range(rounds) for i in range(count) if i not in redrawn]
+        damaged = [picture_name(k, i) for k, i in kept if not self.has(k, i)]
+        if damaged:
+            raise InputError(
+                f"{self.path / damaged[0]} is damaged or missing, and this redraw keeps it; give the redraw up with the "
+                f"command that drew the run, for the story {self.path / 'story.yaml'}, which draws it again, then redraw"
+            )
 
     def _refuse_unfinished(self, count: int) -> None:
         pending = self.manifest.pop(

@@ -135,3 +135,26 @@ def test_killed_while_new_pictures_move_in(moved: int, run: Path, model: StoryMo
             (run / "redraw" / name).rename(run / name)
     assert not drawn(draw(story, model, run, frames=[1]))
     assert contents(run) == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("how", ["another text", "another seed"])
+def test_the_command_of_the_run_gives_an_unfinished_redraw_up(how: str, run: Path, model: StoryModel) -> None:
+    """It used to draw the frame's old text into the redraw, and to move that in."""
+    before, story = contents(run), Story.from_captions(CAPTIONS, title="Fox")
+    edited = Story.from_captions(EDITED, title="Fox") if how == "another text" else story
+    options = {"frames": [1]} if how == "another text" else {"frames": [1], "redraw_seed": 9}
+    pause_after(generate(edited, model=model, output=run, batch_size=2, **options, **FEW), 1)  # type: ignore[arg-type]
+    events = draw(story, model, run)
+    assert any("given up" in event.message for event in events if isinstance(event, Notice))
+    assert not drawn(events) and contents(run) == before
+
+
+def test_a_redraw_does_not_draw_what_it_keeps(run: Path, model: StoryModel) -> None:
+    """A kept picture that was damaged meanwhile came about beside the old frame: beside the new one it would differ."""
+    before, edited = contents(run), Story.from_captions(EDITED, title="Fox")
+    pause_after(generate(edited, model=model, output=run, batch_size=2, frames=[1], **FEW), 2)  # type: ignore[arg-type]
+    (run / "iteration-01" / "frame-000.png").write_bytes(b"")
+    with pytest.raises(InputError, match="damaged or missing, and this redraw keeps it"):
+        draw(edited, model, run, frames=[1])
+    assert drawn(draw(Story.read(run / "story.yaml"), model, run)) == {(1, 0)}
+    assert contents(run) == before
