@@ -207,6 +207,9 @@ def _said(logger: Any) -> str:
     return "; ".join(dict.fromkeys(logger.messages)) or "it did not say why"
 
 
+# This file runs where fastory is not installed, so it has small copies of what fastory/files.py does: sha256 and write.
+
+
 def sha256(file: Path) -> str:
     """The SHA-256 of a file. Raises BuildError where it is missing."""
     try:
@@ -217,16 +220,29 @@ def sha256(file: Path) -> str:
 
 
 def write(file: Path, data: Any) -> None:
-    """Beside its place, synced and renamed: a kill or a full disk leaves no half of it."""
+    """Beside its place, synced, renamed, and the folder synced: a kill or a full disk leaves no half of it."""
     partial = file.with_name(f".{file.name}.partial")
     try:
-        with partial.open("wb") as opened:
+        partial.unlink(missing_ok=True)  # a link of this name would be written through
+        with partial.open("xb") as opened:
             opened.write(data)
             opened.flush()
             os.fsync(opened.fileno())
         partial.replace(file)
+        sync_folder(file.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the system write a folder's list of names to the disk; Windows has no handle for one."""
+    if os.name == "nt":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def note(folder: Path, engine: str, record: Mapping[str, Any]) -> None:

@@ -6,10 +6,11 @@ import hashlib
 import inspect
 import json
 import logging
+import re
 import shutil
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,13 +19,23 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from fastory import __version__, packages
-from fastory.checkpoints.hashes import file_hash
-from fastory.errors import FastoryError, InputError
-from fastory.export.folder import MANIFEST, SCHEMA, ExportFolder, hashes_of, write_manifest
+from fastory import __version__, files, packages
+from fastory.errors import InputError
+from fastory.export.folder import (
+    DOING,
+    HINT,
+    MANIFEST,
+    SCHEMA,
+    ExportFolder,
+    hashes_of,
+    refuse_other_files,
+    write_manifest,
+)
 from fastory.export.graphs import Component, components, constants, factored, is_large, plain_linear
 from fastory.export.parity import Parity, measure_apart, measure_folder, refuse_apart
 from fastory.model import StoryModel
+
+RANGES = "pkg.torch.export.ExportedProgram.range_constraints"  # of the exporter's metadata
 
 
 @dataclass(frozen=True)
@@ -73,8 +84,10 @@ def export_onnx(
 
     output: ./engines/<model>-<hash> by default. groups: G, groups of references (frames are one, every character with
     pictures one more). binding: ort, portable or trt. The same call on a finished export only changes its binding.
-    Everything is checked before the first event: raises InputError. While exporting, raises FastoryError for a full disk
-    and for a graph that does not compute what torch computes; what was written is taken away again.
+    overwrite: replace an export that is there, once the new one is whole; a folder with files of others is refused.
+    Everything is checked before the first event: raises InputError. While exporting, raises FastoryError for a full disk,
+    for a folder that another process exports into, and for a graph that does not compute what torch computes; what was
+    written is taken away again.
     """
     packages.require("an export", "onnx", "onnx", "onnxscript", "onnxruntime")
     from fastory.export.operators import BINDINGS
@@ -90,6 +103,7 @@ def export_onnx(
         "fastory": __version__,
     }
     folder = Path(output) if output else default_folder(model, identity)
+    files.finish_interrupted(folder, DOING, HINT, last=MANIFEST)
     there = _existing(folder, identity, overwrite)
     if there is None:
         _room_for(model, folder)
@@ -105,13 +119,12 @@ def default_folder(model: StoryModel, identity: Mapping[str, Any]) -> Path:
 
 def _existing(folder: Path, identity: Mapping[str, Any], overwrite: bool) -> ExportFolder | None:
     """The finished export of the same in `folder`; None where there is nothing, or what is there is to go."""
-    if overwrite or not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        if folder.exists() and not folder.is_dir():
-            raise InputError(f"{folder} is a file; wanted a folder, or a name that is free")
-        if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
-            raise InputError(
-                f"{folder} is no export; --overwrite would delete what is in it. Choose another --output."
-            )
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file; wanted a folder, or a name that is free")
+    if not folder.exists() or not any(folder.iterdir()):
+        return None
+    if overwrite:
+        refuse_other_files(folder)
         return None
     there = ExportFolder.open(folder)
     if there.manifest["identity"] != json.loads(json.dumps(identity)):
@@ -149,45 +162,56 @@ def _export(
     model: StoryModel, folder: Path, identity: Mapping[str, Any], groups: int, binding: str
 ) -> Iterator[Event]:
     """Everything in a folder beside its place, renamed once it is good."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        described: dict[str, Any] = {}
-        # What is compared must run here; bodies for TensorRT are put in afterwards.
-        runs = "ort" if binding == "trt" else binding
-        for component in components(model, groups):
-            started = time.monotonic()
-            described[component.name] = export_component(component, partial, groups, runs)
-            size = (partial / f"{component.name}.onnx.data").stat().st_size
-            yield Exported(component.name, time.monotonic() - started, size)
-        _write_beside(model, partial)
-        found = compare(model, partial, groups)
-        yield Compared(len(found), max(found, key=lambda one: one.share) if found else None)
-        if runs != binding:
-            bind_all(partial, [one["file"] for one in described.values()], binding, groups, model.dtype)
-        record = _parity_record(model, found)
-        manifest = _manifest(model, identity, groups, binding, described, record)
-        write_manifest(partial, {**manifest, "files": hashes_of(partial)})
-        if folder.exists():
-            shutil.rmtree(folder)
-        partial.rename(folder)
-    except OSError as error:
-        raise FastoryError(
-            f"{folder} could not be written: {error.strerror or error}. Nothing of it is left."
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with files.disk_errors(folder, "Nothing of it is left."):
+        files.make_folder(folder.absolute().parent)
+        with files.unfinished(folder, DOING, HINT, last=MANIFEST) as place:
+            new = place / files.NEW
+            files.make_folder(new)
+            yield from _fill(model, new, identity, groups, binding)
+            files.sync_tree(new)
+            if folder.exists() and any(folder.iterdir()):
+                refuse_other_files(folder)
+            files.replace_folder(new, folder, place / files.OLD)
     yield Finished(folder)
+
+
+def _fill(
+    model: StoryModel, folder: Path, identity: Mapping[str, Any], groups: int, binding: str
+) -> Iterator[Event]:
+    """All files of an export, compared with torch, in a folder that does not stand in its place yet."""
+    described: dict[str, Any] = {}
+    # What is compared must run here; bodies for TensorRT are put in afterwards.
+    runs = "ort" if binding == "trt" else binding
+    for component in components(model, groups):
+        started = time.monotonic()
+        described[component.name] = export_component(component, folder, groups, runs)
+        size = (folder / f"{component.name}.onnx.data").stat().st_size
+        yield Exported(component.name, time.monotonic() - started, size)
+    _write_beside(model, folder)
+    found = compare(model, folder, groups)
+    yield Compared(len(found), max(found, key=lambda one: one.share) if found else None)
+    if runs != binding:
+        for one in described.values():
+            bind_graph(folder / one["file"], folder / one["file"], binding, groups, model.dtype)
+    record = _parity_record(model, found)
+    manifest = _manifest(model, identity, groups, binding, described, record)
+    write_manifest(folder, {**manifest, "files": hashes_of(folder)})
 
 
 def export_component(component: Component, folder: Path, groups: int, binding: str) -> dict[str, Any]:
     """<name>.onnx and its weights in `folder`; returns what fastory.json says of it."""
     import onnx
 
-    from fastory.export.operators import OPSET, bind_file, translations
-
     file = folder / f"{component.name}.onnx"
+    _save(_traced(component), file)
+    bind_graph(file, file, binding, groups, component.dtype)
+    onnx.checker.check_model(str(file))
+    return describe(component)
+
+
+def _traced(component: Component) -> torch.onnx.ONNXProgram:
+    from fastory.export.operators import OPSET, translations
+
     inputs = component.sample(component.traced, 0)
     with plain_linear(component.module), torch.no_grad(), _quiet():
         program = torch.onnx.export(
@@ -202,21 +226,25 @@ def export_component(component: Component, folder: Path, groups: int, binding: s
             verbose=False,
         )
     assert program is not None
-    program.save(str(file), external_data=True)
-    del program
-    bind_file(file, file, binding, groups, component.dtype)
-    onnx.checker.check_model(str(file))
-    return describe(component)
+    return program
 
 
-def bind_all(folder: Path, graphs: Sequence[str], binding: str, groups: int, dtype: torch.dtype) -> None:
-    """Other bodies in these graph files, each replaced as a whole."""
+def _save(program: torch.onnx.ONNXProgram, file: Path) -> None:
+    _sort_ranges(program.model.graph.metadata_props)
+    files.write(file, lambda path: program.save(str(path), external_data=True))
+
+
+def _sort_ranges(properties: MutableMapping[str, str]) -> None:
+    """Sort the ranges of sizes that the exporter notes, from a set, in an order that is another in every process."""
+    if noted := properties.get(RANGES):
+        properties[RANGES] = "{" + ", ".join(sorted(re.findall(r"[^{}, ][^:{}]*: VR\[[^\]]*\]", noted))) + "}"
+
+
+def bind_graph(path: Path, target: Path, binding: str, groups: int, dtype: torch.dtype) -> None:
+    """A graph file with other bodies."""
     from fastory.export.operators import bind_file
 
-    for name in graphs:
-        partial = folder / f".{name}.partial"
-        bind_file(folder / name, partial, binding, groups, dtype)
-        partial.replace(folder / name)
+    bind_file(path, target, binding, groups, dtype)
 
 
 def describe(component: Component) -> dict[str, Any]:
@@ -276,16 +304,18 @@ def _quiet() -> Iterator[None]:
 
 def _write_beside(model: StoryModel, folder: Path) -> None:
     """Tokenizers, image processors, the scheduler's configuration, and constants."""
-    pipeline = model.pipeline
-    pipeline.tokenizer.save_pretrained(folder / "tokenizer")
+    pipeline, checkpoint = model.pipeline, model.checkpoint
+    parts = {"tokenizer": pipeline.tokenizer, "scheduler": pipeline.scheduler}
     if model.family == "sdxl":
-        pipeline.tokenizer_2.save_pretrained(folder / "tokenizer_2")
-    pipeline.scheduler.save_pretrained(folder / "scheduler")
+        parts["tokenizer_2"] = pipeline.tokenizer_2
     if model.adapter is not None:
-        model.checkpoint.image_processor.save_pretrained(folder / "feature_extractor")
-    if model.checkpoint.history is not None:
-        model.checkpoint.history.tokenizer.save_pretrained(folder / "history_tokenizer")
-    save_file(constants(model), folder / "constants.safetensors")
+        parts["feature_extractor"] = checkpoint.image_processor
+    if checkpoint.history is not None:
+        parts["history_tokenizer"] = checkpoint.history.tokenizer
+    for name, part in parts.items():
+        files.write_into(folder / name, part.save_pretrained)
+    tensors = constants(model)
+    files.write(folder / "constants.safetensors", lambda path: save_file(tensors, path))
 
 
 def compare(model: StoryModel, folder: Path, groups: int) -> list[Parity]:
@@ -385,12 +415,32 @@ def _manifest(
 
 
 def _rebind(there: ExportFolder, binding: str) -> Iterator[Event]:
-    """Other bodies in the small graph files; the weights are not touched."""
+    """Other bodies in the small graph files; the weights are not touched.
+
+    The new files are whole in a folder of their own before the first of them takes its place, and fastory.json is the
+    last one: what a kill leaves to be done, the same command does.
+    """
     if there.manifest["binding"] != binding:
-        files = dict(there.manifest["files"])
-        graphs = [component["file"] for component in there.components.values()]
-        bind_all(there.path, graphs, binding, there.groups, there.dtype)
-        files |= {name: file_hash(there.path / name) for name in graphs}
-        write_manifest(there.path, {**there.manifest, "binding": binding, "files": files})
+        kept = "The export is as it was."
+        with (
+            files.disk_errors(there.path, kept),
+            files.unfinished(there.path, DOING, HINT, last=MANIFEST) as place,
+        ):
+            there = ExportFolder.open(there.path)  # as it is now that nobody else changes it
+            _write_rebound(there, place / files.NEW, binding)
+            files.replace(place / files.NEW, place / files.READY)
+            files.move_files(place / files.READY, there.path, MANIFEST)
         yield Rebound(binding)
     yield Finished(there.path)
+
+
+def _write_rebound(there: ExportFolder, folder: Path, binding: str) -> None:
+    """The graphs with other bodies, and the fastory.json that lists them."""
+    files.make_folder(folder)
+    listed = dict(there.manifest["files"])
+    for component in there.components.values():
+        name = component["file"]
+        bind_graph(there.path / name, folder / name, binding, there.groups, there.dtype)
+        listed[name] = files.sha256_of(folder / name)
+    write_manifest(folder, {**there.manifest, "binding": binding, "files": listed})
+    files.sync_tree(folder)

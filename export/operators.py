@@ -22,6 +22,8 @@ import torch
 from onnx import defs, parser
 from onnxscript import values
 
+from fastory import files
+
 DOMAIN, VERSION, OPSET = "fastory", 1, 23
 BINDINGS = ("ort", "portable", "trt")
 GRCA, BANDED = "grca", "banded_causal_attention"
@@ -124,10 +126,15 @@ def _mark_decomposable(graph: onnx.ModelProto, decomposable: bool) -> None:
 
 
 def bind_file(path: Path, target: Path, binding: str, groups: int, dtype: torch.dtype) -> None:
-    """`bind` from one graph file to another; the weights beside it are neither read nor written."""
+    """`bind` from one graph file to another, or the same; the weights beside it are neither read nor written."""
+    files.write(target, bound_bytes(path, binding, groups, dtype))
+
+
+def bound_bytes(path: Path, binding: str, groups: int, dtype: torch.dtype) -> bytes:
+    """A graph file as it is with other bodies."""
     graph = onnx.load(path, load_external_data=False)
     bind(graph, binding, groups, dtype)
-    target.write_bytes(graph.SerializeToString())
+    return bytes(graph.SerializeToString())
 
 
 def bound(graph: onnx.ModelProto) -> set[str]:

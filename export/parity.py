@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastory import files
 from fastory.errors import FastoryError
 from fastory.export.graphs import Component, components, plain_linear
 from fastory.export.sessions import OrtSession
@@ -117,14 +118,14 @@ def measure_apart(folder: Path, options: Mapping[str, Any], groups: int) -> list
             "memory; close other programs, or export on a machine with more memory"
         )
     found = [Parity(**one) for one in json.loads(report.read_text(encoding="utf-8"))]
-    report.unlink()
+    files.remove(report)
     return found
 
 
 def _measure_and_write(folder: Path, options: Mapping[str, Any], groups: int, report: Path) -> None:
     model = StoryModel.open(**options, device="cpu")
     found = measure_folder(folder, model, groups)
-    report.write_text(json.dumps([asdict(one) for one in found]), encoding="utf-8")
+    files.atomic_write(report, json.dumps([asdict(one) for one in found]).encode())
 
 
 def refuse_apart(found: Sequence[Parity]) -> None:

@@ -11,12 +11,11 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastory.checkpoints.hashes import file_hash
+from fastory import files
 from fastory.errors import FastoryError, InputError
 from fastory.export import build_engines
 from fastory.export.folder import ExportFolder
@@ -77,11 +76,11 @@ def build(
     }
     flags = [name for name, wanted in chosen.items() if wanted]
     jobs = _jobs(export, shapes, "tensorrt", None, flags)
-    with _written(export.path):
+    with files.disk_errors(export.path):
         plan = json.dumps({"schema": build_engines.SCHEMA, "jobs": jobs}, indent=1)
-        build_engines.write(export.path / build_engines.PLAN, (plan + "\n").encode())
+        files.atomic_write(export.path / build_engines.PLAN, (plan + "\n").encode())
         script = Path(build_engines.__file__)
-        build_engines.write(export.path / script.name, script.read_bytes())
+        files.atomic_write(export.path / script.name, script.read_bytes())
     return _run(export.path, jobs)
 
 
@@ -123,16 +122,11 @@ def engine_name(component: str, target: str | None = None) -> str:
 
 def write_graph(export: ExportFolder, component: str) -> Path:
     """<component>.trt.onnx."""
-    from fastory.export.operators import bind_file
+    from fastory.export.operators import bound_bytes
 
-    described = export.components[component]
+    graph = export.path / export.components[component]["file"]
     target = export.path / graph_name(component)
-    partial = target.with_name(f".{target.name}.partial")
-    try:
-        bind_file(export.path / described["file"], partial, "trt", export.groups, export.dtype)
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+    files.atomic_write(target, bound_bytes(graph, "trt", export.groups, export.dtype))
     return target
 
 
@@ -146,31 +140,23 @@ def _jobs(
     """What build_engines.build is given for each component; the graphs are written."""
     jobs = []
     for component, profile in shapes.items():
-        with _written(export.path):
-            files = [write_graph(export, component), export.path / export.components[component]["data"]]
+        with files.disk_errors(export.path):
+            graph = write_graph(export, component)
+        data = export.components[component]["data"]
         jobs.append(
             {
                 "component": component,
-                "graph": files[0].name,
-                "data": files[1].name,
+                "graph": graph.name,
+                "data": data,
                 "engine": engine_name(component, target),
                 "builder": builder,
                 "target": RTX_TARGETS[target] if target else None,
                 "profile": {name: [list(shape) for shape in three] for name, three in profile.items()},
                 "flags": list(flags),
-                "sha256": {file.name: file_hash(file) for file in files},
+                "sha256": {graph.name: files.sha256_of(graph), data: export.manifest["files"][data]},
             }
         )
     return jobs
-
-
-@contextmanager
-def _written(folder: Path) -> Iterator[None]:
-    """A disk that is full, or may not be written, as a message."""
-    try:
-        yield
-    except OSError as error:
-        raise FastoryError(f"{folder} could not be written: {error.strerror or error}") from error
 
 
 def _run(folder: Path, jobs: Sequence[Mapping[str, Any]]) -> Iterator[Built]:
@@ -194,7 +180,7 @@ def _apart(folder: Path, job: Mapping[str, Any]) -> dict[str, Any]:
     said = done.stderr.strip()
     if done.returncode == build_engines.MISSING:
         raise NotBuiltError(_not_built(folder, job, said))
-    (folder / f".{job['engine']}.partial").unlink(missing_ok=True)
+    files.remove(files.partial_of(folder / job["engine"]))
     if done.returncode == 1:
         raise FastoryError(f"{job['engine']} was not built: {said}")
     raise FastoryError(
