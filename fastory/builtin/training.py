@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import time
 import zlib
 from collections.abc import Iterator
@@ -16,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
+
+from fastory import files
 
 Batch = dict[str, Tensor]
 
@@ -92,21 +93,30 @@ class TrainingState:
 
     def save(self) -> None:
         """Write the state beside its place and rename it, so that a kill leaves the old one or the new one."""
-        fresh = self.folder.with_name(self.folder.name + ".new")
-        shutil.rmtree(fresh, ignore_errors=True)
-        fresh.mkdir(parents=True)
-        save_file(self.tensors(), fresh / "state.safetensors")
-        (fresh / "state.json").write_text(
-            json.dumps({"schema": 1, "step": self.step, "seconds": self.seconds})
+        fresh, old = self._beside()
+        files.remove(fresh)
+        files.remove(old)
+        files.make_folder(fresh)
+        tensors, progress = self.tensors(), {"schema": 1, "step": self.step, "seconds": self.seconds}
+        files.write(fresh / "state.safetensors", lambda path: save_file(tensors, path))
+        files.atomic_write(fresh / "state.json", json.dumps(progress).encode())  # last: with it all is there
+        files.sync_tree(fresh)
+        files.replace_folder(fresh, self.folder, old)
+        files.remove(old)
+
+    def _beside(self) -> tuple[Path, Path]:
+        """Where a state is written, and where the one before it is moved while the new one takes its place."""
+        return self.folder.with_name(f"{self.folder.name}.new"), self.folder.with_name(
+            f"{self.folder.name}.old"
         )
-        shutil.rmtree(self.folder, ignore_errors=True)
-        fresh.rename(self.folder)
 
     def resume(self) -> bool:
         """Take up the saved state, if there is one."""
-        fresh = self.folder.with_name(self.folder.name + ".new")
+        fresh, old = self._beside()
         if not self.folder.exists() and (fresh / "state.json").exists():
-            fresh.rename(self.folder)
+            files.replace(fresh, self.folder)
+        elif not self.folder.exists() and old.exists():
+            files.replace(old, self.folder)
         if not self.folder.exists():
             return False
         tensors = load_file(self.folder / "state.safetensors")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastory.documents import read_json
 from fastory.errors import FastoryError, InputError
-from fastory.files import atomic_write, sha256_of
+from fastory.files import atomic_write, folder_for, locked_folder, sha256_of
 
 TICK = 100_000_000  # ns; file systems of this decade count in 10 ms or less
 
@@ -107,6 +107,9 @@ def _is_digest(value: object) -> bool:
 
 
 def _write(known: dict[str, str]) -> None:
-    """Keeps the hashes where the place is writable; two processes at once at worst forget a few."""
+    """Keeps the hashes where the place is writable, and no other process writes there, which would share a partial file."""
     with suppress(FastoryError, RuntimeError):
-        atomic_write(_cache_file(), json.dumps(known, indent=0, sort_keys=True).encode())
+        path = _cache_file()
+        folder_for(path.parent, "nothing is remembered")
+        with locked_folder(path.parent, "remembers hashes in", "nothing is remembered"):
+            atomic_write(path, json.dumps(known, indent=0, sort_keys=True).encode())
