@@ -49,7 +49,7 @@ class ExportFolder:
             listed = dict(manifest["files"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(
-                f"{file} is damaged ({error}); export the model anew with --overwrite"
+                f"{file} is damaged ({error}); export the model anew, into another folder"
             ) from error
         if schema != SCHEMA:
             raise InputError(

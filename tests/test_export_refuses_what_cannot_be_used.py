@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from fastory import Story, StoryModel, generate
+from fastory import Story, StoryModel, files, generate
 from fastory.cli import app
 from fastory.engine import EngineModel
 from fastory.errors import FastoryError, InputError
@@ -154,6 +155,42 @@ def test_folders_that_hold_something_else_are_kept(model: StoryModel, copy: Path
         with pytest.raises(InputError, match=r"no export|no fastory\.json"):
             export_onnx(model, mine, overwrite=overwrite)
     assert (mine / "letter.txt").read_text() == "dear"
+
+
+def test_overwrite_never_deletes_what_no_export_wrote(model: StoryModel, copy: Path) -> None:
+    """Neither a file beside the graphs nor one in a folder of the export; what a build of engines left is no obstacle."""
+    for name in ("letter.txt", "tokenizer/letter.txt", "unet.engine.txt"):
+        (copy / name).write_text("dear")
+        with pytest.raises(InputError, match=f"holds {name}, which no export wrote"):
+            export_onnx(model, copy, overwrite=True)
+        assert (copy / name).read_text() == "dear"
+        (copy / name).unlink()
+    for name in ("engines.json", "unet.engine", "unet.rtx-sm89.engine", "unet.trt.onnx", "build_engines.py",
+                 ".unet.engine.partial", "timing-nvidia-l4-sm89-11.0.cache"):  # fmt: skip
+        (copy / name).write_text("ours")
+    export_onnx(model, copy, overwrite=True)  # refuses nothing; its events are not asked for
+    (copy / "fastory.json").write_text("{")
+    with pytest.raises(InputError, match="damaged"):
+        export_onnx(model, copy, overwrite=True)
+
+
+def test_two_exports_into_one_folder_are_refused(model: StoryModel, copy: Path) -> None:
+    with files.unfinished(copy, "exports into", "wait") as place:
+        for overwrite in (False, True):
+            with pytest.raises(FastoryError, match=f"another process exports into {re.escape(str(copy))};"):
+                list(export_onnx(model, copy, groups=2, binding="portable", overwrite=overwrite))
+        assert place.is_dir()
+    assert not place.exists()
+
+
+def test_a_folder_of_the_users_beside_the_export_stays(model: StoryModel, copy: Path) -> None:
+    beside = copy.with_name(f"{copy.name}.unfinished")
+    (beside / "new").mkdir(parents=True)
+    (beside / "new" / "letter.txt").write_text("dear")
+    for overwrite in (False, True):
+        with pytest.raises(InputError, match=r"engines\.unfinished is in the way"):
+            list(export_onnx(model, copy, groups=2, overwrite=overwrite))
+    assert (beside / "new" / "letter.txt").read_text() == "dear"
 
 
 @pytest.mark.parametrize(
