@@ -88,7 +88,7 @@ def test_stories_that_are_not_whole(stories: Path, sd15_folder: Path) -> None:
         (["--local-heads", "3"], "local_heads: wanted heads whose width is a multiple of 8, got 3 for 32"),
         (["--validation", "3"], "--validation: wanted 0 to 2 of the 3 stories, got 3"),
         (["--adapter", "missing.safetensors"], "missing.safetensors"),
-        (["--adapter", "stories/a.safetensors", "--history-size", "small"], "give one of the two"),
+        (["--adapter", "stories/story-0/story.txt", "--history-size", "small"], "give one of the two"),
     ],
 )
 def test_option_that_cannot_be_used(
