@@ -37,7 +37,7 @@ def loading(what: str) -> Iterator[None]:
                 raise
             if isinstance(error, Exception) and _out_of_memory(error):
                 raise
-            raise InputError(f"{what}: {type(error).__name__}: {_shortened(str(error))}") from error
+            raise InputError(f"{what}: {type(error).__name__}: {one_line(str(error))}") from error
 
 
 @contextmanager
@@ -49,7 +49,7 @@ def enough_memory(what: str) -> Iterator[None]:
         if not _out_of_memory(error):
             raise
         raise FastoryError(
-            f"There is not enough memory to load {what}: {_shortened(str(error))}. Close other programs, or "
+            f"There is not enough memory to load {what}: {one_line(str(error))}. Close other programs, or "
             "take half the size with --dtype bfloat16 (or float16 on a GPU)."
         ) from error
 
@@ -73,7 +73,7 @@ def _quiet(library: ModuleType) -> Iterator[None]:
             library.enable_progress_bar()
 
 
-def _shortened(message: str) -> str:
+def one_line(message: str) -> str:
     """A library's message on one line, cut where it begins to list every key."""
     line = " ".join(message.split())
     if "ignore_mismatched_sizes" in line:  # transformers says the rest in a table that it logs

@@ -5,14 +5,26 @@ from __future__ import annotations
 import pickle
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from zipfile import BadZipFile, is_zipfile
+from zipfile import is_zipfile
 
 import torch
 
 from fastory import files
+from fastory.checkpoints.loading import one_line
 from fastory.checkpoints.weights import PICKLE_SUFFIXES
 from fastory.checkpoints.writing import DOING, HINT, KEPT, is_converted_file, same_tensors, save_tensors
 from fastory.errors import InputError
+from fastory.model_names import local_path
+from fastory.placement import is_out_of_memory
+
+MOST_LEVELS = 32  # of mappings in mappings
+MOST_ENTRIES = 1_000_000
+MOST_LETTERS = 1000
+MOST_REPEATED = 2**30  # bytes that a tensor may have beyond its memory: an expanded one is written in full
+KINDS = {
+    *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float8_e4m3fn),
+    *(torch.float8_e5m2, torch.float16, torch.bfloat16, torch.float32, torch.float64),
+}
 
 
 def convert_pickle(path: Path, output: Path | None = None, *, overwrite: bool = False) -> Path:
@@ -31,9 +43,18 @@ def read_pickle(path: Path) -> dict[str, torch.Tensor]:
 
     Raises InputError for input that is not tensors alone, is damaged or has another suffix.
     """
-    if path.suffix.lower() not in PICKLE_SUFFIXES or not path.is_file():
-        raise InputError(f"{path} cannot be converted: wanted a file ending in {', '.join(PICKLE_SUFFIXES)}.")
-    tensors = dict(_flattened(path, _contents(path)))
+    found = local_path(path, "the pickle")
+    if path.suffix.lower() not in PICKLE_SUFFIXES or found is None or not found.is_file():
+        shown = str(path) if len(str(path)) <= 300 else f"{str(path)[:60]}..."
+        raise InputError(
+            f"{shown} cannot be converted: wanted a file ending in {', '.join(PICKLE_SUFFIXES)}."
+        )
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in _flattened(path, _contents(path)):
+        if name in tensors:
+            raise InputError(f"{path} is refused: two tensors of it are named {name} when they are flattened")
+        _check_tensor(path, name, tensor)
+        tensors[name] = tensor
     if not tensors:
         raise InputError(f"{path} holds no tensors.")
     return tensors
@@ -61,12 +82,16 @@ def _contents(path: Path) -> Mapping[object, object]:
     except pickle.UnpicklingError as error:
         raise InputError(
             f"{path} is refused: it holds more than tensors, and reading it could run any program "
-            f"({str(error).splitlines()[0]}). If you trust where it came from, save its state_dict alone with "
+            f"({one_line(str(error))}). If you trust where it came from, save its state_dict alone with "
             "torch.save and convert that file."
         ) from error
-    except (OSError, RuntimeError, ValueError, EOFError, BadZipFile, LookupError) as error:
+    # A damaged pickle makes torch raise anything: AttributeError, TypeError, AssertionError, RecursionError ...
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise InputError(
-            f"{path} cannot be read: {error}. It was cut short or is no pickle of tensors."
+            f"{path} cannot be read: {type(error).__name__}: {one_line(str(error))}. It was cut short or is no pickle of "
+            "tensors."
         ) from error
     if not isinstance(contents, Mapping):
         raise InputError(f"{path} holds a {type(contents).__name__}; wanted named tensors.")
@@ -74,17 +99,67 @@ def _contents(path: Path) -> Mapping[object, object]:
     return inner if isinstance(inner, Mapping) else contents
 
 
-def _flattened(
-    path: Path, contents: Mapping[object, object], prefix: str = ""
-) -> Iterator[tuple[str, torch.Tensor]]:
-    for key, value in contents.items():
-        name = f"{prefix}{key}"
+def _flattened(path: Path, contents: Mapping[object, object]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and tensors of nested mappings in their order. A mapping may hold itself, so depth and count are bounded."""
+    levels = [("", iter(contents.items()))]
+    for _ in range(MOST_ENTRIES):
+        prefix, entries = levels[-1]
+        entry = next(entries, None)
+        if entry is None:
+            levels.pop()
+            if not levels:
+                return
+            continue
+        key, value = entry
+        name = f"{prefix}{_checked(path, key)}"
         if isinstance(value, torch.Tensor):
             yield name, value.detach()
-        elif isinstance(value, Mapping):
-            yield from _flattened(path, value, f"{name}.")
+        elif not isinstance(value, Mapping):
+            shown = name if len(name) <= 60 else f"{name[:60]}..."
+            raise InputError(f"{path} is refused: {shown} is a {type(value).__name__}; wanted tensors alone.")
+        elif len(levels) > MOST_LEVELS:
+            raise InputError(
+                f"{path} is refused: {name[:60]}... is in more than {MOST_LEVELS} mappings, one in the other"
+            )
         else:
-            raise InputError(f"{path} is refused: {name} is a {type(value).__name__}; wanted tensors alone.")
+            levels.append((f"{name}.", iter(value.items())))
+    raise InputError(f"{path} is refused: it has more than {MOST_ENTRIES} entries")
+
+
+def _checked(path: Path, key: object) -> str:
+    """A part of a tensor's name. InputError for what no safetensors file can have as one."""
+    name = str(key)
+    if (
+        not isinstance(key, str | int)
+        or len(name) > MOST_LETTERS
+        or (not name.isascii() and not _is_text(name))
+    ):
+        raise InputError(f"{path} is refused: a name in it is {ascii(name)[:60]}; wanted text")
+    return name
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
+    return True
+
+
+def _check_tensor(path: Path, name: str, tensor: torch.Tensor) -> None:
+    """InputError for a kind of tensor that safetensors has not, and for one larger than the file that it is from."""
+    said = (
+        "has no data (it is of the device meta)" if tensor.is_meta
+        else f"is {str(tensor.layout).removeprefix('torch.')}" if tensor.layout != torch.strided
+        else f"is quantised ({str(tensor.dtype).removeprefix('torch.')})" if tensor.is_quantized
+        else f"is of type {str(tensor.dtype).removeprefix('torch.')}" if tensor.dtype not in KINDS
+        else ""
+    )  # fmt: skip
+    if said:
+        raise InputError(f"{path} is refused: {name[:200]} {said}; wanted dense tensors of plain numbers")
+    size = tensor.numel() * tensor.element_size()
+    if size > max(MOST_REPEATED, tensor.untyped_storage().nbytes()):
+        raise InputError(f"{path} is refused: {name[:200]} would repeat its numbers up to {size} bytes")
 
 
 def _write(tensors: dict[str, torch.Tensor], output: Path, overwrite: bool) -> None:
