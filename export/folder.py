@@ -10,21 +10,116 @@ from __future__ import annotations
 
 import json
 import re
+import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StringConstraints
 
 from fastory import files
+from fastory.checkpoints.configs import SCHEDULERS, Number, Size
 from fastory.checkpoints.hashes import file_hash
+from fastory.checkpoints.weights import is_inside, is_there
+from fastory.documents import read_json, validated
 from fastory.errors import InputError
 
 SCHEMA = 1
 MANIFEST = "fastory.json"
 DOING, HINT = "exports into", "choose another --output"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+ANEW = "export the model anew with --overwrite"
+# --overwrite replaces what fastory.json lists, and a damaged one lists nothing.
+ELSEWHERE = "export the model anew, into another folder"
+
+
+def _inside(name: str) -> str:
+    if not is_inside(name):
+        raise ValueError("wanted a file inside the folder")
+    return name
+
+
+# What an export's JSON may name: a file inside the folder, a hash, a name of ours.
+Inside = Annotated[str, AfterValidator(_inside)]
+Digest = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
+Name = Annotated[str, StringConstraints(pattern="^[a-z][a-z0-9_]{0,59}$")]
+Count = Annotated[int, Field(ge=0, le=2**31, strict=True)]
+Expression = Annotated[str, StringConstraints(pattern=r"^([0-9]{1,6}\*)?[a-z_]{1,60}$")]
+
+
+class Port(BaseModel):
+    """An input or output of a graph: its type, and its axes, fixed or as `4*height`."""
+
+    dtype: Literal["float32", "float16", "bfloat16", "bool", "int32", "int64"]
+    shape: list[Count | Expression]
+
+
+class Described(BaseModel):
+    """What fastory.json says of a component."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    file: Inside
+    data: Inside
+    inputs: dict[Name, Port]
+    outputs: dict[Name, Port]
+    ranges: dict[Name, tuple[Count, Count]]
+    hot: dict[Name, Count] = {}
+
+
+class ExportManifest(BaseModel):
+    """What every reader of fastory.json needs."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    dtype: Literal["float32", "float16", "bfloat16"]
+    groups: Annotated[Size, Field(le=10_000)]
+    binding: Literal["ort", "portable", "trt"]
+    size_factor: Annotated[Size, Field(le=10_000)]
+    vae_factor: Annotated[Size, Field(le=10_000)]
+    files: dict[Inside, Digest]
+    components: dict[Name, Described]
+    identity: dict[str, Any] = {}
+
+
+class ExportedUNet(BaseModel):
+    """The UNet's sizes."""
+
+    in_channels: Size
+    block_out_channels: list[Size]
+    cross_attention_dim: Size
+    time_cond_proj_dim: Size | None
+    parameters: Size
+
+
+class ExportedVae(BaseModel):
+    """What decoding reads."""
+
+    dtype: Literal["float32", "float16", "bfloat16"]
+    scaling_factor: Annotated[Number, Field(gt=0)]
+    latents_mean: list[Number] | None
+    latents_std: list[Annotated[Number, Field(gt=0)]] | None
+
+
+class DrawableManifest(ExportManifest):
+    """What drawing needs beside that."""
+
+    name: Annotated[str, StringConstraints(max_length=500)]
+    family: Literal["sd15", "sdxl"]
+    tokens_per_ref: Annotated[Size, Field(le=10_000)]
+    native_size: tuple[Annotated[Size, Field(le=100_000)], Annotated[Size, Field(le=100_000)]]
+    width: Size
+    defaults: dict[str, Any]
+    unet: ExportedUNet
+    vae: ExportedVae
+    pooled_width: Size | None
+    force_zeros_for_empty_prompt: StrictBool
+    history: dict[str, Any] | None
+    scheduler: Literal[SCHEDULERS]  # type: ignore[valid-type]
 
 
 @dataclass(frozen=True)
@@ -35,28 +130,29 @@ class ExportFolder:
     manifest: Mapping[str, Any]
 
     @classmethod
-    def open(cls, path: Path, check: bool = True) -> ExportFolder:
+    def open(
+        cls,
+        path: Path,
+        check: bool = True,
+        trust_cache: bool = False,
+        schema: type[ExportManifest] = ExportManifest,
+    ) -> ExportFolder:
         """Read fastory.json and, with `check`, compare every file with its hash.
 
-        Raises InputError for a folder without it, a newer schema, and files that are missing, changed or of another export.
+        trust_cache: a file whose size, inode and times are those of its last hashing is not read again. schema: what the
+        manifest must hold. Raises InputError for a folder without it, a newer schema, names that lead out of the folder,
+        and files that are missing, changed or of another export.
         """
         file = path / MANIFEST
-        if not file.is_file():
+        if not is_there(file):
             raise InputError(f"{path} holds no {MANIFEST}; wanted a folder that `fastory export` finished")
-        try:
-            manifest = json.loads(file.read_text(encoding="utf-8"))
-            schema = manifest["schema"]
-            listed = dict(manifest["files"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"{file} is damaged ({error}); export the model anew, into another folder"
-            ) from error
-        if schema != SCHEMA:
-            raise InputError(
-                f"{file} has schema {schema}; this version of fastory reads schema {SCHEMA}. Update fastory, or export anew."
-            )
+        what = f"the {MANIFEST} of an export"
+        manifest = read_json(file, what=what, todo=ELSEWHERE)
+        check_schema(manifest, file, SCHEMA, ELSEWHERE)
+        validated(schema, manifest, file, what=what, todo=ELSEWHERE)
+        _check_components(manifest, file)
         if check:
-            check_files(path, listed)
+            check_files(path, manifest["files"], trust_cache)
         return cls(path, manifest)
 
     @property
@@ -75,19 +171,57 @@ class ExportFolder:
         return int(self.manifest["groups"])
 
 
-def check_files(path: Path, listed: Mapping[str, str]) -> None:
-    """InputError for the first file that is not there, or not as it was written."""
+def check_schema(found: Any, file: Path, known: int, todo: str) -> None:
+    """InputError for a JSON file of ours without a schema, or of one that this version does not read."""
+    schema = found.get("schema") if isinstance(found, dict) else None
+    if type(schema) is not int:
+        raise InputError(f"{file} is damaged (no schema); {todo}")
+    if schema != known:
+        raise InputError(
+            f"{file} has schema {schema}; this version of fastory reads schema {known}. Update fastory, or {todo}"
+        )
+
+
+def _check_components(manifest: Mapping[str, Any], file: Path) -> None:
+    """InputError for a graph whose hash is not given, or an axis without a range."""
+    for name, component in manifest["components"].items():
+        for key in ("file", "data"):
+            if component[key] not in manifest["files"]:
+                raise InputError(
+                    f"{file} is damaged (no hash of {component[key]}, the {key} of {name}); {ANEW}"
+                )
+        for port in component["inputs"].values():
+            axes = [axis.rpartition("*")[2] for axis in port["shape"] if isinstance(axis, str)]
+            if unknown := [axis for axis in axes if axis not in component["ranges"]]:
+                raise InputError(f"{file} is damaged (no range of {unknown[0]}, an axis of {name}); {ANEW}")
+
+
+def check_files(path: Path, listed: Mapping[str, str], trust_cache: bool = False) -> None:
+    """InputError for the first file that is not there, leads out of the folder, or is not as it was written."""
     for name, digest in listed.items():
-        file = path / name
-        if not file.is_file():
-            raise InputError(
-                f"{path} is incomplete: {name} is missing; export the model anew with --overwrite"
-            )
-        if file_hash(file) != digest:
+        file = checked_file(path, name, f"{path} is incomplete: {name} is missing; {ANEW}")
+        if (file_hash(file) if trust_cache else files.sha256_of(file)) != digest:
             raise InputError(
                 f"{file} is not the file of this export (its SHA-256 is not the one in {MANIFEST}): it was changed, damaged, "
-                "or comes from another export; export the model anew with --overwrite"
+                f"or comes from another export; {ANEW}"
             )
+
+
+def checked_file(folder: Path, name: str, missing: str) -> Path:
+    """A regular file inside `folder` that can be read. Raises InputError, with `missing` where there is none."""
+    file = folder / name
+    try:
+        if not file.resolve().is_relative_to(folder.resolve()):
+            raise InputError(f"{file} is a link that leads out of the folder; {ANEW}")
+        if not stat.S_ISREG(file.stat().st_mode):
+            raise InputError(f"{file} is a folder, a pipe or a device; wanted a file, {ANEW}")
+        with file.open("rb"):
+            return file
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(missing) from None
+    except (OSError, RuntimeError, ValueError) as error:  # a link to itself is a RuntimeError
+        said = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"{file} cannot be read ({said}); {ANEW}") from error
 
 
 def hashes_of(folder: Path) -> dict[str, str]:

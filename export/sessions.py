@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastory import threads
 from fastory.errors import FastoryError, InputError
+from fastory.placement import is_out_of_memory
 
 
 class Session(Protocol):
@@ -58,16 +59,25 @@ class OrtSession:
         try:
             self.session = runtime.InferenceSession(str(path), options, providers=providers)
         except Exception as error:  # onnxruntime's own classes, which share no base
-            raise FastoryError(f"{path} cannot be loaded by ONNX Runtime: {error}") from error
+            raise FastoryError(f"{path} cannot be loaded by ONNX Runtime: {_one_line(error)}") from error
+        self.path = path
         self.outputs = [one.name for one in self.session.get_outputs()]
-        self.types = {one.name: _TORCH[one.type] for one in self.session.get_inputs()}
+        types = {one.name: one.type for one in self.session.get_inputs()}
+        if unknown := [kind for kind in types.values() if kind not in _TORCH]:
+            raise InputError(f"{path} takes a {unknown[0]}; wanted a graph that `fastory export` wrote")
+        self.types = {name: _TORCH[kind] for name, kind in types.items()}
 
     def run(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """inputs by name, in any floating type -> outputs by name."""
         ready = {name: inputs[name].to(kind).contiguous() for name, kind in self.types.items()}
         if self.device.type == "cuda":
             return self._bound(ready)
-        given = self.session.run(self.outputs, {name: one.numpy() for name, one in ready.items()})
+        try:
+            given = self.session.run(self.outputs, {name: one.numpy() for name, one in ready.items()})
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            raise FastoryError(f"{self.path} cannot be run by ONNX Runtime: {_one_line(error)}") from error
         return {name: torch.from_numpy(one) for name, one in zip(self.outputs, given, strict=True)}
 
     def _bound(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -85,6 +95,10 @@ class OrtSession:
             name: torch.from_dlpack(one)
             for name, one in zip(self.outputs, binding.get_outputs(), strict=True)
         }
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 _TORCH = {

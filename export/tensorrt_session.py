@@ -6,19 +6,23 @@ engines.json says to which, and whatever differs is refused before the engine is
 
 from __future__ import annotations
 
-import json
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
+from pydantic import BaseModel, StringConstraints
 from torch import Tensor
 
 from fastory.checkpoints.hashes import file_hash
+from fastory.checkpoints.weights import is_there
+from fastory.documents import read_json, validated
 from fastory.errors import FastoryError, InputError
 from fastory.export import build_engines
+from fastory.export.folder import Digest, Inside, check_schema, checked_file
+from fastory.files import sha256_of
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -36,34 +40,42 @@ DTYPES = {
 }
 
 
+class EngineRecord(BaseModel):
+    """What engines.json says of an engine. builder: the package that made it, and is imported to run it."""
+
+    builder: Literal["tensorrt", "tensorrt_rtx"]
+    version: Annotated[str, StringConstraints(pattern=r"^[0-9]{1,6}(\.[0-9a-z+]{1,20}){0,6}$")]
+    flags: list[str]
+    capability: Annotated[str, StringConstraints(pattern=r"^[0-9]{1,3}\.[0-9]{1,3}$")]
+    name: str | None
+    sha256: dict[Inside, Digest]
+
+
 def engine_record(folder: Path, engine: str) -> Mapping[str, Any]:
     """What engines.json says of an engine file. Raises InputError where it says nothing, or is damaged or newer."""
     file = folder / build_engines.ENGINES
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        schema, engines = found["schema"], found["engines"]
-    except FileNotFoundError:
-        raise InputError(f"{folder} holds no engines; {AGAIN}") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{file} is damaged ({error}); {AGAIN}") from error
-    if schema != build_engines.SCHEMA:
-        raise InputError(
-            f"{file} has schema {schema}; this version of fastory reads schema {build_engines.SCHEMA}. Update fastory, "
-            f"or {AGAIN}"
-        )
+    if not is_there(file):
+        raise InputError(f"{folder} holds no engines; {AGAIN}")
+    what = "the record of engines that `fastory export --trt` wrote"
+    found = read_json(file, what=what, todo=AGAIN)
+    check_schema(found, file, build_engines.SCHEMA, AGAIN)
+    engines = found.get("engines")
+    if not isinstance(engines, dict):
+        raise InputError(f"{file} is damaged (no engines); {AGAIN}")
     if engine not in engines:
-        raise InputError(f"{folder} holds no {engine}; it has {', '.join(engines) or 'none'}; {AGAIN}")
+        raise InputError(f"{folder} holds no {engine}; it has {', '.join(engines)[:300] or 'none'}; {AGAIN}")
     record: Mapping[str, Any] = engines[engine]
+    validated(EngineRecord, record, file, what=what, todo=AGAIN)
+    if engine not in record["sha256"]:
+        raise InputError(f"{file} is damaged (no hash of {engine}); {AGAIN}")
     return record
 
 
-def refuse_changed(folder: Path, record: Mapping[str, Any]) -> None:
+def refuse_changed(folder: Path, record: Mapping[str, Any], trust_cache: bool = False) -> None:
     """InputError for an engine, a graph or weights that are not those of the build."""
     for name, digest in record["sha256"].items():
-        file = folder / name
-        if not file.is_file():
-            raise InputError(f"{file} is missing; {AGAIN}")
-        if file_hash(file) != digest:
+        file = checked_file(folder, name, f"{folder / name} is missing; {AGAIN}")
+        if (file_hash(file) if trust_cache else sha256_of(file)) != digest:
             raise InputError(
                 f"{file} was changed since the engine was built, or comes from another export; {AGAIN}"
             )
@@ -109,8 +121,11 @@ class _Prepared:
 class TensorRtSession:
     """An engine on one CUDA device. `types` names its inputs and their types."""
 
-    def __init__(self, folder: Path, engine: str, device: torch.device, graphs: bool = True) -> None:
+    def __init__(
+        self, folder: Path, engine: str, device: torch.device, graphs: bool = True, trust_cache: bool = False
+    ) -> None:
         """engine: a file of engines.json. graphs: capture each set of shapes in a CUDA graph at its second run.
+        trust_cache: files with the size, inode and times of their last hashing are not read again.
 
         Raises InputError for an engine that is not as it was built, or not for this GPU and this TensorRT;
         FastoryError where it cannot be opened.
@@ -124,7 +139,7 @@ class TensorRtSession:
         capability = ".".join(str(part) for part in torch.cuda.get_device_capability(device))
         name, version = torch.cuda.get_device_name(device), str(self.trt.__version__)
         refuse_elsewhere(engine, record, name, capability, version)
-        refuse_changed(folder, record)
+        refuse_changed(folder, record, trust_cache)
         with torch.cuda.device(device):
             self._open("version-compatible" in record["flags"])
         self.prepared: OrderedDict[tuple[Any, ...], _Prepared] = OrderedDict()

@@ -206,6 +206,9 @@ def generate(
     engine: Annotated[
         Path | None, option(MODEL, help="What `fastory export` wrote, in place of a model.")
     ] = None,
+    trust_cache: Annotated[
+        bool, option(MODEL, help="With --engine: hash no file again that is as it was when it was hashed.")
+    ] = False,
     offline: Annotated[bool, option(MODEL, help="Never ask a hub.")] = False,
     steps: Annotated[int | None, option(SAMPLING, help="Denoising steps.")] = None,
     guidance_scale: Annotated[float | None, option(SAMPLING, help="Classifier-free guidance.")] = None,
@@ -291,7 +294,9 @@ def generate(
             if given := [name for name, value in beside.items() if value]:
                 raise InputError(f"--engine holds the whole model; {given[0]} is given when it is exported")
             door.check_engine(engine)
-            opened = open_engine(engine, device, dtype)
+            opened = open_engine(engine, device, dtype, trust_cache)
+        elif trust_cache:
+            raise InputError("--trust-cache is for --engine; a model's hashes are always remembered")
         else:
             opened = open_model(
                 model, config, ip_adapter, image_encoder, adapter, lora or [], device, dtype, graphs, offline
@@ -745,12 +750,12 @@ def open_model(
     )
 
 
-def open_engine(folder: Path, device: str, dtype: str) -> Any:
+def open_engine(folder: Path, device: str, dtype: str, trust_cache: bool) -> Any:
     """The EngineModel of an export folder."""
     _quiet_libraries()
     from fastory.engine import EngineModel
 
-    return EngineModel.open_engine(folder, device, dtype)
+    return EngineModel.open_engine(folder, device, dtype, trust_cache)
 
 
 def parse_lora(text: str) -> tuple[str, float]:

@@ -15,20 +15,28 @@ from typing import Any, cast
 import diffusers
 import torch
 from diffusers.image_processor import VaeImageProcessor
-from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoTokenizer, CLIPImageProcessorPil
+from transformers import CLIPImageProcessorPil
 
 from fastory.attention import HistoryContext, ReferenceContext
+from fastory.checkpoints.configs import (
+    check_tokenizer,
+    check_values,
+    open_processor,
+    open_scheduler,
+    open_tokenizer,
+)
 from fastory.checkpoints.history import History, image_processor
+from fastory.checkpoints.weights import is_there, load_finite
 from fastory.errors import InputError
-from fastory.export.folder import ExportFolder
+from fastory.export.folder import MANIFEST, DrawableManifest, ExportFolder
 from fastory.export.graphs import factored
 from fastory.export.sessions import OrtSession, Session
 from fastory.export.tensorrt import engine_name
 from fastory.export.tensorrt_session import TensorRtSession
 from fastory.history import HistoryConfig
 from fastory.model import Caption, StoryModel
+from fastory.model_names import local_path
 from fastory.placement import Placement, place
 from fastory.wording import counted
 
@@ -50,8 +58,9 @@ class EngineModel(StoryModel):
         self.sessions: dict[str, Session] = {}
         self.constants = {
             name: tensor.to(self.device, self.dtype)
-            for name, tensor in load_file(folder.path / "constants.safetensors").items()
+            for name, tensor in load_finite(folder.path / "constants.safetensors").items()
         }
+        self._check_constants()
         self.pipeline = self._pipeline()
         history = None if manifest["history"] is None else self._history()
         self.checkpoint = cast(
@@ -64,31 +73,61 @@ class EngineModel(StoryModel):
         self.adapter = cast(Any, SimpleNamespace(tokens=manifest["tokens_per_ref"]))
 
     @classmethod
-    def open_engine(cls, path: str | Path, device: str = "auto", dtype: str = "auto") -> EngineModel:
-        """Open an export folder; every file is compared with its hash.
+    def open_engine(
+        cls, path: str | Path, device: str = "auto", dtype: str = "auto", trust_cache: bool = False
+    ) -> EngineModel:
+        """Open an export folder; every file is read and compared with its hash.
 
-        device: auto, cpu, cuda or cuda:N. Raises InputError for a folder that cannot be used, another dtype than it was
-        exported in, and bfloat16 on ONNX Runtime.
+        device: auto, cpu, cuda or cuda:N. trust_cache: a file that has the size, inode and times of its last hashing is
+        not read again, which saves seconds per gigabyte. Raises InputError for a folder that cannot be used, another dtype
+        than it was exported in, and bfloat16 on ONNX Runtime.
         """
-        folder = ExportFolder.open(Path(path))
+        folder_path = local_path(path, "--engine")
+        if folder_path is None:
+            raise InputError(
+                f"{path} holds no {MANIFEST}, there is no such folder; wanted one that `fastory export` finished"
+            )
+        folder = ExportFolder.open(folder_path, trust_cache=trust_cache, schema=DrawableManifest)
         own = folder.manifest["dtype"]
         if dtype not in ("auto", own):
             raise InputError(
                 f"--dtype {dtype}: {path} was exported in {own}; export it in {dtype}, or leave --dtype out"
             )
         placed = place(device, own, "off")
-        return cls(folder, placed, sessions_for(folder, placed.device))
+        return cls(folder, placed, sessions_for(folder, placed.device, trust_cache))
 
     def run(self, component: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """One call of a component. Raises InputError for sizes that it was not exported for."""
-        check_sizes(component, self.folder.components[component], inputs)
+        if not self.has(component):
+            raise InputError(f"{self.folder.path} was exported without {component}; export the model anew")
+        described = self.folder.components[component]
+        check_sizes(component, described, inputs)
         if component not in self.sessions:
-            self.sessions[component] = self.session_of(component)
+            session = self.session_of(component)
+            check_ports(session, described, f"{self.folder.path}: {component}")
+            self.sessions[component] = session
         return self.sessions[component].run(inputs)
 
     def has(self, component: str) -> bool:
         """Whether the export holds a component."""
         return component in self.folder.components
+
+    def _check_constants(self) -> None:
+        """InputError for tensors beside the graphs that a run would miss, or of other sizes."""
+        width, history = self.cross_attention_dim, self.manifest["history"]
+        wanted: dict[str, tuple[int, ...]] = {}
+        if self.has("image_encoder"):
+            wanted["null_reference"] = (1, self.tokens_per_ref, width)
+        if history is not None:
+            positions = HistoryConfig.read(history, str(self.folder.path)).positions
+            wanted |= {"history_types": (2, width), "history_times": (positions, width)}
+        for name, shape in wanted.items():
+            found = tuple(self.constants[name].shape) if name in self.constants else "none"
+            if found != shape:
+                raise InputError(
+                    f"{self.folder.path / 'constants.safetensors'}: {name}: wanted {shape}, got {found}; "
+                    "export the model anew"
+                )
 
     @property
     def defaults(self) -> Mapping[str, Any]:
@@ -205,10 +244,9 @@ class EngineModel(StoryModel):
     def _pipeline(self) -> Any:
         """What is read of a pipeline: tokenizers, the scheduler's configuration, the making of pictures."""
         path, pooled = self.folder.path, self.manifest["pooled_width"]
-        scheduler = getattr(diffusers, self.manifest["scheduler"])
         read = SimpleNamespace(
-            tokenizer=AutoTokenizer.from_pretrained(path / "tokenizer", local_files_only=True),
-            scheduler=scheduler.from_pretrained(path / "scheduler", local_files_only=True),
+            tokenizer=self._tokenizer("tokenizer", "text_encoder"),
+            scheduler=open_scheduler(path / "scheduler", self.manifest["scheduler"]),
             image_processor=VaeImageProcessor(vae_scale_factor=self.vae_factor),
             config=SimpleNamespace(
                 force_zeros_for_empty_prompt=self.manifest["force_zeros_for_empty_prompt"]
@@ -216,19 +254,30 @@ class EngineModel(StoryModel):
             get_guidance_scale_embedding=_guidance_embedding,
         )
         if pooled is not None:
-            read.tokenizer_2 = AutoTokenizer.from_pretrained(path / "tokenizer_2", local_files_only=True)
+            read.tokenizer_2 = self._tokenizer("tokenizer_2", "text_encoder_2")
             read.text_encoder_2 = SimpleNamespace(config=SimpleNamespace(projection_dim=pooled))
         return read
 
+    def _tokenizer(self, name: str, encoder: str) -> Any:
+        """A tokenizer that makes as many tokens as its text encoder was exported for."""
+        folder = self.folder.path / name
+        ports = self.folder.components.get(encoder, {}).get("inputs", {})
+        length = ports["ids"]["shape"][-1] if "ids" in ports and ports["ids"]["shape"] else None
+        if not isinstance(length, int):
+            raise InputError(f"{self.folder.path} was exported without {encoder}; export the model anew")
+        tokenizer = open_tokenizer(folder)
+        check_tokenizer(tokenizer, folder, None, length)
+        return tokenizer
+
     def _feature_extractor(self) -> Any:
         folder = self.folder.path / "feature_extractor"
-        return CLIPImageProcessorPil.from_pretrained(folder) if folder.is_dir() else None
+        return open_processor(folder, CLIPImageProcessorPil) if is_there(folder) else None
 
     def _history(self) -> History:
         config = HistoryConfig.read(self.manifest["history"], str(self.folder.path))
-        tokenizer = AutoTokenizer.from_pretrained(
-            self.folder.path / "history_tokenizer", local_files_only=True
-        )
+        sizes = {"frame_tokens": config.frame_tokens, "image_size": config.vision["image_size"]}
+        check_values(sizes, self.folder.path / MANIFEST)
+        tokenizer = open_tokenizer(self.folder.path / "history_tokenizer")
         return History(cast(Any, EngineHistory(self, config)), tokenizer, image_processor(config), {}, ())
 
 
@@ -238,7 +287,18 @@ def _guidance_embedding(weights: Tensor, embedding_dim: int) -> Tensor:
     return make(None, weights, embedding_dim=embedding_dim)
 
 
-def sessions_for(folder: ExportFolder, device: torch.device) -> Callable[[str], Session]:
+def check_ports(session: Any, described: Mapping[str, Any], where: str) -> None:
+    """InputError for a graph that takes or gives other tensors than fastory.json says."""
+    other = {*session.types} - {*described["inputs"]} or {*described["outputs"]} - {*session.outputs}
+    if other:
+        raise InputError(
+            f"{where}: its graph and fastory.json differ in {min(other)[:60]}; export the model anew"
+        )
+
+
+def sessions_for(
+    folder: ExportFolder, device: torch.device, trust_cache: bool = False
+) -> Callable[[str], Session]:
     """What runs the components of `folder` on `device`: on CUDA the engines that were built for it, else ONNX Runtime.
 
     Raises InputError where only TensorRT could, and there is no engine.
@@ -249,7 +309,7 @@ def sessions_for(folder: ExportFolder, device: torch.device) -> Callable[[str], 
 
     def session(name: str) -> Session:
         if name in engines:
-            return TensorRtSession(folder.path, engines[name], device)
+            return TensorRtSession(folder.path, engines[name], device, trust_cache=trust_cache)
         return OrtSession(folder.path / folder.components[name]["file"], device)
 
     return session

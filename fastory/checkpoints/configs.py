@@ -67,7 +67,7 @@ TOKENIZERS = (
 TODO = "take the file anew from its source"
 
 Size = Annotated[int, Field(ge=1, strict=True)]
-Number = Annotated[float, Field(allow_inf_nan=False)]
+Number = Annotated[float, Field(allow_inf_nan=False, strict=True)]
 
 
 class UNetConfig(BaseModel):
@@ -133,9 +133,9 @@ def check_part(folder: Path, shapes: Shapes) -> dict[str, Any]:
     return config
 
 
-def check_sizes(config: Mapping[str, Any], shapes: Shapes, path: Path, most: int = MOST_IN_PART) -> None:
+def check_sizes(config: Mapping[str, Any], shapes: Shapes, path: Path) -> None:
     """InputError for a number in `config` that is larger than any side of a tensor, or for more layers than tensors."""
-    side = max([most, *(side for shape in shapes.values() for side in shape)])
+    side = max([MOST_IN_PART, *(side for shape in shapes.values() for side in shape)])
     for name, value in _numbers(config):
         if isinstance(value, int) and abs(value) > side:
             raise InputError(
@@ -160,8 +160,10 @@ def _count(name: str, value: Any) -> int:
 
 
 def check_values(config: Mapping[str, Any], path: Path) -> None:
-    """InputError for numbers beyond what a picture's preparation or a schedule can have; no weights tell more."""
-    check_sizes({"values": config}, {}, path, MOST)
+    """InputError for a number beyond what a picture's preparation or a schedule can have; no weights tell more."""
+    for name, value in _numbers(config):
+        if isinstance(value, int) and abs(value) > MOST:
+            raise InputError(f"{path}: {name} is {_shown(value)}; wanted {MOST} or less; {TODO}")
 
 
 def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, int | float]]:
@@ -258,10 +260,10 @@ def open_tokenizer(folder: Path, kind: Any = AutoTokenizer) -> Any:
         return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
-def check_tokenizer(tokenizer: Any, folder: Path, vocabulary: int, positions: int) -> None:
+def check_tokenizer(tokenizer: Any, folder: Path, vocabulary: int | None, positions: int) -> None:
     """InputError for a tokenizer whose ids or length a text encoder does not take.
 
-    vocabulary, positions: rows of the encoder's tables of tokens and of positions.
+    vocabulary, positions: rows of the encoder's tables of tokens (None where they are not known) and of positions.
     """
     with loading(f"{folder} does not make tokens of a caption"):
         length, largest = int(tokenizer.model_max_length), max(tokenizer.get_vocab().values())
@@ -272,7 +274,9 @@ def check_tokenizer(tokenizer: Any, folder: Path, vocabulary: int, positions: in
         raise InputError(
             f"{folder}: model_max_length: wanted 3 to {positions}, what the text encoder takes, got {_shown(length)}; {TODO}"
         )
-    if max(largest, *ids) >= vocabulary or min(ids) < 0 or len(ids) != length:
+    if len(ids) != length or (
+        vocabulary is not None and not 0 <= min(ids) <= max(largest, *ids) < vocabulary
+    ):
         raise InputError(
             f"{folder} has tokens up to {max(largest, *ids)}, and the text encoder takes {vocabulary}; it is the tokenizer "
             "of another model"
