@@ -24,9 +24,9 @@ install_requires = [
     "transformers>=5.17" + excluded("transformers"),  # CLIP text and image encoders, tokenizers
     "accelerate>=1.0",  # diffusers and transformers load weights without a second copy through it; training's loop
     "safetensors>=0.8",  # the only weight format that is read
-    "peft>=0.17",  # LoRA files on the UNet and the text encoder
+    "peft>=0.21",  # LoRA files on the UNet and the text encoder
     "numpy>=1.26",  # pictures as arrays
-    "pillow>=10",  # PNG and WebP, resizing, the drawn world
+    "pillow>=10.1",  # PNG and WebP, resizing, the drawn world
     "pydantic>=2.7",  # the story file's schema
     "PyYAML>=6",  # story files, with line numbers
     "typer>=0.15",  # the command line
@@ -45,7 +45,7 @@ extras_require = {
     # fastory tune: losses and validation pictures, as files that any TensorBoard shows
     "tune": ["tensorboard>=2.16"],
     # fastory export: the format, torch's exporter, and the runtime that each graph is compared on
-    "onnx": ["onnx>=1.19", "onnxscript>=0.5", "onnxruntime>=1.22"],
+    "onnx": ["onnx>=1.19", "onnxscript>=0.6", "onnxruntime>=1.24.1"],
     # fastory export --trt: builds engines for the GPU of this machine
     "tensorrt": ["tensorrt>=11"],
     # fastory export --trt --rtx: builds engines without a GPU; the libraries are in the wheel
@@ -59,8 +59,8 @@ extras_require = {
         "pytest-benchmark>=5",  # bench/, which the suite collects and skips
         "tensorboard>=2.16",  # fastory tune
         "onnx>=1.19",  # fastory export
-        "onnxscript>=0.5",
-        "onnxruntime>=1.22",
+        "onnxscript>=0.6",
+        "onnxruntime>=1.24.1",
         "hypothesis>=6.100",  # properties of the kernels
         "ruff>=0.12",  # lint and format
         "mypy>=1.15",  # types

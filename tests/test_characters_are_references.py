@@ -48,6 +48,11 @@ def pictures(model: StoryModel, given: Story, **settings: object) -> dict[tuple[
     }
 
 
+def furthest(one: bytes, other: bytes) -> int:
+    """The largest difference of two pictures, in levels of 8 bits."""
+    return max(abs(a - b) for a, b in zip(one, other, strict=True))
+
+
 def test_each_policy_shows_the_frames_it_names(tmp_path: Path) -> None:
     given = story(tmp_path, None)
     seen = {
@@ -88,7 +93,9 @@ def test_weight_of_a_characters_pictures_is_its_own(model: StoryModel, tmp_path:
     loud = pictures(model, story(tmp_path, "red", ", scale: 0.9"))
     rounds = pictures(model, story(tmp_path, "red"))
     same = pictures(model, story(tmp_path, "red", ", scale: 0.5"))
-    assert silent == none
+    # a silent group adds exact zeros, and keys that are masked: their number alone moves the last bit on some processors
+    assert all(furthest(silent[key], none[key]) <= 1 for key in none)
+    assert furthest(loud[1, 0], none[1, 0]) > 1
     assert rounds == same
     assert loud[1, 0] != rounds[1, 0] and loud[1, 1] == rounds[1, 1]
 

@@ -14,9 +14,10 @@ from small_stories import encoded, write_stories
 
 from fastory import StoryModel
 from fastory.attention import ReferenceContext
+from fastory.files import sha256_of
 from fastory.tuning import loop
 from fastory.tuning.imitation import difference
-from fastory.tuning.loop import Stepped, sha256_of, tune
+from fastory.tuning.loop import Stepped, tune
 from fastory.tuning.sizes import HistorySizes, Tuning
 from fastory.tuning.trainee import Batch, Trainee, visible_references
 

@@ -13,9 +13,10 @@ import torch
 from small_stories import encoded, write_siblings, write_stories
 
 from fastory.checkpoints.history import History
+from fastory.files import sha256_of
 from fastory.tuning import loop
 from fastory.tuning.batches import Batches
-from fastory.tuning.loop import Stepped, sha256_of, tune
+from fastory.tuning.loop import Stepped, tune
 from fastory.tuning.siblings import (
     contrast,
     families_of,

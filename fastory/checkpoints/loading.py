@@ -76,6 +76,8 @@ def _quiet(library: ModuleType) -> Iterator[None]:
 def one_line(message: str) -> str:
     """A library's message on one line, cut where it begins to list every key."""
     line = " ".join(message.split())
-    if "ignore_mismatched_sizes" in line:  # transformers says the rest in a table that it logs
+    if (
+        "ignore_mismatched_sizes" in line and "expected shape" not in line
+    ):  # transformers logs the rest as a table
         return "its weights are of other shapes than its configuration asks for"
     return line if len(line) <= 300 else line[:300] + " ..."
