@@ -115,7 +115,7 @@ def test_click_enlarges_and_keys_go_on(page):
     picture.click()
     enlarged = page.find_element(By.CSS_SELECTOR, "dialog img")
     assert dialog.is_displayed() and enlarged.size["width"] > 2 * small
-    assert CAPTIONS[0] in dialog.text and "Frame 0 of 2" in dialog.text
+    assert CAPTIONS[0] in dialog.text and "Frame 0 (1 of 3)" in dialog.text
     page.switch_to.active_element.send_keys(Keys.ARROW_DOWN)
     assert (colour(page, "dialog img"), "Round 1 of 2" in dialog.text) == ("green", True)
     page.switch_to.active_element.send_keys(Keys.ARROW_RIGHT)
@@ -124,7 +124,7 @@ def test_click_enlarges_and_keys_go_on(page):
     page.switch_to.active_element.send_keys(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT, Keys.ARROW_UP)
     assert (colour(page, "dialog img"), CAPTIONS[2] in dialog.text) == ("blue", True)
     page.find_element(By.CSS_SELECTOR, "dialog .previous").click()
-    assert "Frame 1 of 2" in dialog.text
+    assert "Frame 1 (2 of 3)" in dialog.text
     page.switch_to.active_element.send_keys(Keys.ESCAPE)
     assert not dialog.is_displayed()
     assert page.switch_to.active_element == page.find_element(
@@ -240,5 +240,5 @@ def test_one_round_has_no_slider(page, pages, tmp_path):
     page.get(path.as_uri())
     assert page.find_elements(By.CSS_SELECTOR, "input") == []
     page.find_element(By.CSS_SELECTOR, ".picture").click()
-    assert "Frame 0 of 0" in page.find_element(By.TAG_NAME, "dialog").text
+    assert "Frame 0 (1 of 1)" in page.find_element(By.TAG_NAME, "dialog").text
     assert page.get_log("browser") == []

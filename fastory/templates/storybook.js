@@ -33,7 +33,7 @@
     const frame = frames[enlarged];
     put(stage.querySelector("img"), stage, frame);
     dialog.querySelector(".caption").textContent = frame.caption;
-    dialog.querySelector(".position").textContent = `Frame ${enlarged} of 0 to ${frames.length - 1}`;
+    dialog.querySelector(".position").textContent = `Frame ${enlarged} (${enlarged + 1} of ${frames.length})`;
     dialog.querySelector(".previous").disabled = enlarged === 0;
     dialog.querySelector(".next").disabled = enlarged === frames.length - 1;
   }
