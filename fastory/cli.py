@@ -213,7 +213,8 @@ def generate(
     steps: Annotated[int | None, option(SAMPLING, help="Denoising steps.")] = None,
     guidance_scale: Annotated[float | None, option(SAMPLING, help="Classifier-free guidance.")] = None,
     scheduler: Annotated[
-        str | None, option(SAMPLING, help="ddim, lcm, euler, euler-ancestral, dpm++, unipc or pndm.")
+        str | None,
+        option(SAMPLING, help="ddim, ddim-leading, lcm, euler, euler-ancestral, dpm++, unipc or pndm."),
     ] = None,
     seed: Annotated[int | None, option(SAMPLING, help="Seed of the initial noise.")] = None,
     noise: Annotated[str | None, option(SAMPLING, help="shared by all frames, or per-frame.")] = None,

@@ -28,7 +28,8 @@ def make_scheduler(model: StoryModel, name: str) -> Any:
             f"scheduler lcm wants a UNet distilled for it (time_cond_proj_dim); {model.name} has none. "
             "Give an LCM UNet with --model, or another --scheduler."
         )
-    kind, config = getattr(diffusers, SCHEDULERS[name].kind), dict(model.pipeline.scheduler.config)
+    row = SCHEDULERS[name]
+    kind, config = getattr(diffusers, row.kind), {**model.pipeline.scheduler.config, **row.config}
     if "clip_sample" in inspect.signature(kind).parameters:
         # DDIM clips by default, which is for pixels. A checkpoint that came with another scheduler does not say so.
         config.setdefault("clip_sample", False)

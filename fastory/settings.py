@@ -23,6 +23,10 @@ class Scheduler:
 
 SCHEDULERS: Mapping[str, Scheduler] = {
     "ddim": Scheduler("DDIMScheduler"),
+    # What the official code of Story-Adapter draws with, whatever the model folder's scheduler says.
+    "ddim-leading": Scheduler(
+        "DDIMScheduler", {"timestep_spacing": "leading", "steps_offset": 1, "set_alpha_to_one": False}
+    ),
     "lcm": Scheduler("LCMScheduler"),
     "euler": Scheduler("EulerDiscreteScheduler"),
     "euler-ancestral": Scheduler("EulerAncestralDiscreteScheduler"),
@@ -103,7 +107,12 @@ _STORY_ADAPTER: Mapping[str, Any] = {
 # The sizes of story-iter are SDXL's own, 1024 x 1024: an SDXL folder has them without being told.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "paper": _STORY_ADAPTER,
-    "story-iter": {**_STORY_ADAPTER, "guidance_scale": 5.0, "reference_fit": "squash"},
+    "story-iter": {
+        **_STORY_ADAPTER,
+        "scheduler": "ddim-leading",
+        "guidance_scale": 5.0,
+        "reference_fit": "squash",
+    },
     "story-iter-fast": {
         **_STORY_ADAPTER,
         "scheduler": "lcm",
