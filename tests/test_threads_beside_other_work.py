@@ -63,7 +63,7 @@ def waiting(tmp_path: Path, command: list[str], **environment: str) -> str:
 
 @pytest.mark.parametrize("module", entry_modules())
 def test_modules_set_it_before_pytorch_is_loaded(module: str, tmp_path: Path) -> None:
-    arguments = ["doctor"] if module == "fastory.cli" else []
+    arguments = ["doctor"] if module in ("fastory.cli", "fastory.__main__") else []
     assert waiting(tmp_path, ["-m", module, *arguments]) == "PASSIVE"
 
 
