@@ -188,12 +188,14 @@ def _check_components(manifest: Mapping[str, Any], file: Path) -> None:
         for key in ("file", "data"):
             if component[key] not in manifest["files"]:
                 raise InputError(
-                    f"{file} is damaged (no hash of {component[key]}, the {key} of {name}); {ANEW}"
+                    f"{file} is damaged (no hash of {component[key]}, the {key} of {name}); {ELSEWHERE}"
                 )
         for port in component["inputs"].values():
             axes = [axis.rpartition("*")[2] for axis in port["shape"] if isinstance(axis, str)]
             if unknown := [axis for axis in axes if axis not in component["ranges"]]:
-                raise InputError(f"{file} is damaged (no range of {unknown[0]}, an axis of {name}); {ANEW}")
+                raise InputError(
+                    f"{file} is damaged (no range of {unknown[0]}, an axis of {name}); {ELSEWHERE}"
+                )
 
 
 def check_files(path: Path, listed: Mapping[str, str], trust_cache: bool = False) -> None:

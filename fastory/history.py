@@ -21,6 +21,7 @@ from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVi
 
 from fastory.errors import InputError
 from fastory.kernels.banded import banded_causal_attention
+from fastory.wording import shown
 
 SCHEMA = 1
 
@@ -46,7 +47,9 @@ class HistoryConfig:
         """The sizes of a config.json. Raises InputError for a newer schema, and for names or values that do not fit."""
         schema = values.get("schema")
         if type(schema) is not int or not 1 <= schema <= SCHEMA:
-            raise InputError(f"{where}: wanted schema {SCHEMA}, got {schema!r}; a newer fastory may read it")
+            raise InputError(
+                f"{where}: wanted schema {SCHEMA}, got {shown(schema)}; a newer fastory may read it"
+            )
         names = ("vision", "text", "frame_tokens", "positions", "local_heads", "bottleneck")
         if missing := [name for name in names if name not in values]:
             raise InputError(f"{where}: {missing[0]!r} is missing; wanted {', '.join(names)}")
@@ -54,11 +57,11 @@ class HistoryConfig:
         least = {"frame_tokens": 1, "positions": 1, "local_heads": 0, "bottleneck": 0}
         for name, smallest in least.items():
             if type(given[name]) is not int or given[name] < smallest:
-                raise InputError(f"{where}: {name}: wanted {smallest} or more, got {given[name]!r}")
+                raise InputError(f"{where}: {name}: wanted {smallest} or more, got {shown(given[name])}")
         for name, size in (("vision", "image_size"), ("text", "hidden_size")):
             if not isinstance(given[name], dict) or type(given[name].get(size)) is not int:
                 raise InputError(
-                    f"{where}: {name}: wanted the configuration of a Blip class, got {given[name]!r}"
+                    f"{where}: {name}: wanted the configuration of a Blip class, got {shown(given[name])}"
                 )
         config = cls(**given)
         heads = config.local_heads

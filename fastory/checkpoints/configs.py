@@ -6,12 +6,15 @@ positions. So the sizes are first compared with the tensors that are there, by t
 
 from __future__ import annotations
 
+import inspect
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import diffusers
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, StrictBool
 from transformers import AutoTokenizer
@@ -20,6 +23,7 @@ from fastory.checkpoints.loading import loading
 from fastory.checkpoints.weights import is_there, read_json
 from fastory.documents import validated
 from fastory.errors import InputError
+from fastory.wording import shown
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -64,6 +68,7 @@ TOKENIZERS = (
     "PreTrainedTokenizerFast",
     "TokenizersBackend",
 )
+PLAIN: dict[str, tuple[type, ...]] = {"int": (int,), "float": (float, int), "str": (str,)}
 TODO = "take the file anew from its source"
 
 Size = Annotated[int, Field(ge=1, strict=True)]
@@ -139,7 +144,7 @@ def check_sizes(config: Mapping[str, Any], shapes: Shapes, path: Path) -> None:
     for name, value in _numbers(config):
         if isinstance(value, int) and abs(value) > side:
             raise InputError(
-                f"{path}: {name} is {_shown(value)}; wanted {side} or less, as the weights have it; {TODO}"
+                f"{path}: {name} is {shown(value)}; wanted {side} or less, as the weights have it; {TODO}"
             )
     for holder in _objects(config):
         layers = 1
@@ -147,7 +152,7 @@ def check_sizes(config: Mapping[str, Any], shapes: Shapes, path: Path) -> None:
             layers *= max(1, _count(name, holder.get(name)))
             if layers > max(1, len(shapes)):
                 raise InputError(
-                    f"{path}: {name} asks for {_shown(layers)} layers or more, and there are {len(shapes)} tensors; {TODO}"
+                    f"{path}: {name} asks for {shown(layers)} layers or more, and there are {len(shapes)} tensors; {TODO}"
                 )
 
 
@@ -163,7 +168,7 @@ def check_values(config: Mapping[str, Any], path: Path) -> None:
     """InputError for a number beyond what a picture's preparation or a schedule can have; no weights tell more."""
     for name, value in _numbers(config):
         if isinstance(value, int) and abs(value) > MOST:
-            raise InputError(f"{path}: {name} is {_shown(value)}; wanted {MOST} or less; {TODO}")
+            raise InputError(f"{path}: {name} is {shown(value)}; wanted {MOST} or less; {TODO}")
 
 
 def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, int | float]]:
@@ -183,31 +188,28 @@ def _objects(value: Any) -> Iterator[Mapping[str, Any]]:
         yield from _objects(inner)
 
 
-def _shown(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
-
-
 def _check_nothing_elsewhere(config: Mapping[str, Any], path: Path) -> None:
     for name in ELSEWHERE:
         if config.get(name):
             raise InputError(
-                f"{path}: {name}: wanted plain weights, got {_shown(repr(config[name]))}; take the model without it"
+                f"{path}: {name}: wanted plain weights, got {shown(config[name])}; take the model without it"
             )
     for name in ATTENTION:
         if config.get(name) not in (None, False, "eager", "sdpa"):
             raise InputError(
-                f"{path}: {name}: wanted eager or sdpa, got {_shown(repr(config[name]))}; remove it, fastory has its own"
+                f"{path}: {name}: wanted eager or sdpa, got {shown(config[name])}; remove it, fastory has its own"
             )
 
 
 def check_unet(config: Mapping[str, Any], path: Path) -> UNetConfig:
-    """Raises InputError for values that fastory itself could not draw with."""
+    """Raises InputError for values that could not be drawn with."""
+    _check_arguments(UNet2DConditionModel, config, path)
     return validated(UNetConfig, config, path, what="the configuration of a UNet", todo=TODO)
 
 
 def check_vae(config: Mapping[str, Any], path: Path) -> VaeConfig:
-    """Raises InputError for values that fastory itself could not decode with."""
+    """Raises InputError for values that could not be decoded with."""
+    _check_arguments(AutoencoderKL, config, path)
     vae = validated(VaeConfig, config, path, what="the configuration of an AutoencoderKL", todo=TODO)
     for name, values in (("latents_mean", vae.latents_mean), ("latents_std", vae.latents_std)):
         if values is not None and len(values) != vae.latent_channels:
@@ -215,6 +217,27 @@ def check_vae(config: Mapping[str, Any], path: Path) -> VaeConfig:
                 f"{path}: {name}: wanted {vae.latent_channels} numbers, one a channel, got {len(values)}; {TODO}"
             )
     return vae
+
+
+def _check_arguments(kind: Any, config: Mapping[str, Any], path: Path) -> None:
+    """InputError for a value of another type than an argument of the class: diffusers only meets it while drawing.
+
+    Flags are left alone: every value is one, and SDXL's own configuration has null for false.
+    """
+    found: dict[str, Any] = {}
+    for name, argument in inspect.signature(kind.__init__).parameters.items():
+        found[name] = config.get(name, argument.default)
+        wanted = PLAIN.get(str(argument.annotation).removeprefix("<class '").removesuffix("'>"))
+        if wanted and (not isinstance(found[name], wanted) or isinstance(found[name], bool)):
+            raise InputError(f"{path}: {name}: wanted {wanted[0].__name__}, got {shown(found[name])}; {TODO}")
+    levels = len(found["block_out_channels"]) if isinstance(found["block_out_channels"], list | tuple) else 0
+    for name in ("down_block_types", "up_block_types"):
+        blocks = found[name]
+        names = isinstance(blocks, list | tuple) and all(isinstance(block, str) for block in blocks)
+        if not names or len(blocks) != levels:
+            raise InputError(
+                f"{path}: {name}: wanted a name for each of {levels} block_out_channels, got {shown(blocks)}; {TODO}"
+            )
 
 
 def open_scheduler(folder: Path, class_name: str | None = None) -> Any:
@@ -229,9 +252,7 @@ def open_scheduler(folder: Path, class_name: str | None = None) -> Any:
     named = values.get("_class_name")
     for name in (class_name or named, named or class_name):
         if name not in SCHEDULERS:
-            raise InputError(
-                f"{path}: the scheduler is {_shown(repr(name))}; wanted one of {', '.join(SCHEDULERS)}"
-            )
+            raise InputError(f"{path}: the scheduler is {shown(name)}; wanted one of {', '.join(SCHEDULERS)}")
     check_values({k: v for k, v in values.items() if k != "trained_betas"}, path)
     validated(SchedulerConfig, values, path, what="the configuration of a scheduler", todo=TODO)
     kind = getattr(diffusers, str(class_name or named))
@@ -254,7 +275,7 @@ def open_tokenizer(folder: Path, kind: Any = AutoTokenizer) -> Any:
     named = read_json(config).get("tokenizer_class") if is_there(config) else None
     if named is not None and named not in TOKENIZERS:
         raise InputError(
-            f"{config}: tokenizer_class is {_shown(repr(named))}; wanted one of {', '.join(TOKENIZERS)}"
+            f"{config}: tokenizer_class is {shown(named)}; wanted one of {', '.join(TOKENIZERS)}"
         )
     with loading(f"{folder} cannot be opened as a tokenizer"):
         return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -272,7 +293,7 @@ def check_tokenizer(tokenizer: Any, folder: Path, vocabulary: int | None, positi
         ).input_ids
     if not 3 <= length <= positions:
         raise InputError(
-            f"{folder}: model_max_length: wanted 3 to {positions}, what the text encoder takes, got {_shown(length)}; {TODO}"
+            f"{folder}: model_max_length: wanted 3 to {positions}, what the text encoder takes, got {shown(length)}; {TODO}"
         )
     if len(ids) != length or (
         vocabulary is not None and not 0 <= min(ids) <= max(largest, *ids) < vocabulary
