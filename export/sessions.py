@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastory import threads
 from fastory.errors import FastoryError, InputError
-from fastory.placement import is_out_of_memory
+from fastory.runtime import is_out_of_memory
 
 
 class Session(Protocol):

@@ -37,7 +37,7 @@ from fastory.export.tensorrt_session import TensorRtSession
 from fastory.history import HistoryConfig
 from fastory.model import Caption, StoryModel
 from fastory.model_names import local_path
-from fastory.placement import Placement, place
+from fastory.runtime import Placement, place
 from fastory.wording import counted
 
 

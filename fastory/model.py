@@ -20,7 +20,7 @@ from fastory.checkpoints.history import ENC, History
 from fastory.errors import InputError
 from fastory.history import Seen
 from fastory.kernels import backends
-from fastory.placement import Placement, place
+from fastory.runtime import Placement, place
 
 # The squash of the reference implementation: every reference becomes 256 x 256 before CLIP's own resizing.
 SQUASH = 256

@@ -17,7 +17,7 @@ from fastory.attention import Context, Shared
 from fastory.clock import timed
 from fastory.errors import FastoryError
 from fastory.model import Caption, StoryModel
-from fastory.placement import is_out_of_memory
+from fastory.runtime import is_out_of_memory
 from fastory.schedulers import SchedulerStep, make_scheduler
 from fastory.settings import Settings
 

@@ -22,7 +22,7 @@ from fastory.clock import timed
 from fastory.errors import FastoryError
 from fastory.events import BatchHalved, FrameDrawn, StepDone
 from fastory.modes.iterative import iterative
-from fastory.placement import Placement, free_bytes
+from fastory.runtime import Placement, free_bytes
 from fastory.sampler import Row, Sampler, explained
 from fastory.schedulers import SchedulerStep
 from fastory.settings import SCHEDULERS, Settings

@@ -19,7 +19,7 @@ import torch
 import fastory
 from fastory import Story, StoryModel, generate, threads
 from fastory.events import StepDone
-from fastory.placement import release_memory
+from fastory.runtime import release_memory
 
 PACKAGE = Path(fastory.__file__).parent
 # Stops a process where PyTorch is first looked for, and says how its threads would wait.

@@ -12,7 +12,7 @@ from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
 from fastory.errors import FastoryError, InputError
-from fastory.placement import is_out_of_memory
+from fastory.runtime import is_out_of_memory
 
 
 @contextmanager

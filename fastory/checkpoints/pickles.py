@@ -15,7 +15,7 @@ from fastory.checkpoints.weights import PICKLE_SUFFIXES
 from fastory.checkpoints.writing import DOING, HINT, KEPT, is_converted_file, same_tensors, save_tensors
 from fastory.errors import InputError
 from fastory.model_names import local_path
-from fastory.placement import is_out_of_memory
+from fastory.runtime import is_out_of_memory
 
 MOST_LEVELS = 32  # of mappings in mappings
 MOST_ENTRIES = 1_000_000

@@ -8,7 +8,7 @@ from typing import Protocol, TypeVar
 from fastory.errors import FastoryError
 from fastory.events import BatchHalved, Event
 from fastory.model import StoryModel
-from fastory.placement import is_out_of_memory, release_memory
+from fastory.runtime import is_out_of_memory, release_memory
 from fastory.sampler import Sampler
 
 Drawn = TypeVar("Drawn")
