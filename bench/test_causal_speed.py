@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 from fastory import Story, StoryModel, generate
+from fastory.conditioning.history import HistoryConfig, HistoryEncoder
 from fastory.events import FrameDrawn
-from fastory.history import HistoryConfig, HistoryEncoder
 
 WINDOW, FRAMES, AROUND = 4, 106, 5
 CAPTION = "a fox is sleeping in the snow"

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from fastory.attention import CrossAttentionLayers, HistoryContext, Layer, ReferenceContext
+from fastory.conditioning.history import LocalCausalAttention
 from fastory.errors import InputError
-from fastory.history import LocalCausalAttention
 from fastory.kernels.banded import banded_causal_attention
 from fastory.model import RowByRow, StoryModel
 

@@ -28,13 +28,13 @@ from fastory.checkpoints.configs import (
 )
 from fastory.checkpoints.history import History, image_processor
 from fastory.checkpoints.weights import is_there, load_finite
+from fastory.conditioning.history import HistoryConfig
 from fastory.errors import InputError
 from fastory.export.folder import MANIFEST, DrawableManifest, ExportFolder
 from fastory.export.graphs import factored
 from fastory.export.sessions import OrtSession, Session
 from fastory.export.tensorrt import engine_name
 from fastory.export.tensorrt_session import TensorRtSession
-from fastory.history import HistoryConfig
 from fastory.model import Caption, StoryModel
 from fastory.model_names import local_path
 from fastory.runtime import Placement, place

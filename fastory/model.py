@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from fastory.attention import CrossAttentionLayers
 from fastory.checkpoints import Checkpoint, IPAdapter, checkpoint_of, model_hashes, open_checkpoint
 from fastory.checkpoints.history import ENC, History
+from fastory.conditioning.history import Seen
 from fastory.errors import InputError
-from fastory.history import Seen
 from fastory.kernels import backends
 from fastory.runtime import Placement, place
 

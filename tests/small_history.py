@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from fastory import Story, StoryModel, generate
+from fastory.conditioning.history import HistoryConfig, HistoryEncoder
 from fastory.events import Event, FrameDrawn
-from fastory.history import HistoryConfig, HistoryEncoder
 
 FRAME_TOKENS, POSITIONS = 12, 6
 

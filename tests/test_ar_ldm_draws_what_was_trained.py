@@ -31,7 +31,7 @@ from fastory.checkpoints import convert_checkpoint
 from fastory.checkpoints.ar_ldm import convert_ar_ldm, original_names
 from fastory.checkpoints.ar_ldm_configs import Shapes, read_configs
 from fastory.cli import app
-from fastory.history import HistoryConfig, HistoryEncoder
+from fastory.conditioning.history import HistoryConfig, HistoryEncoder
 
 # SD1.5, CLIP ViT-L and BLIP-large as published; vocabularies and caption length of the Flintstones checkpoint.
 UNET = {"block_out_channels": (320, 640, 1280, 1280), "cross_attention_dim": 768, "attention_head_dim": 8}

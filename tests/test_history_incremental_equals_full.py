@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastory import StoryModel
 from fastory.attention import Layer, Window
-from fastory.history import HistoryEncoder, Ring, Seen
+from fastory.conditioning.history import HistoryEncoder, Ring, Seen
 
 FRAMES, CAPTION = 6, 7
 TOLERANCE = 1e-5  # float32, as the method asks for; the largest values are about 1

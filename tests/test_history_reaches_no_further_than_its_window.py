@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastory import StoryModel
 from fastory.attention import Window
-from fastory.history import Ring, Seen
+from fastory.conditioning.history import Ring, Seen
 
 FRAMES = 6
 

@@ -43,8 +43,8 @@ from fastory.checkpoints.writing import (
     refuse_other_files,
     write_record,
 )
+from fastory.conditioning.history import HistoryEncoder
 from fastory.errors import InputError
-from fastory.history import HistoryEncoder
 from fastory.settings import PRESETS
 
 MARKS = ("mm_encoder.", "modal_type_embeddings.", "time_embeddings.")

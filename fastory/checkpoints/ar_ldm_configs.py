@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fastory.checkpoints.weights import read_json
+from fastory.conditioning.history import HistoryConfig
 from fastory.errors import InputError
-from fastory.history import HistoryConfig
 
 VISION, MULTIMODAL = "mm_encoder.visual_encoder.", "mm_encoder.text_encoder."
 

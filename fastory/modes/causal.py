@@ -21,9 +21,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from fastory.attention import Window
+from fastory.conditioning.history import HistoryConfig, Ring, Seen
 from fastory.errors import InputError
 from fastory.events import Event, FrameDrawn, Notice, StepDone
-from fastory.history import HistoryConfig, Ring, Seen
 from fastory.model import Caption, StoryModel
 from fastory.modes.finished import Finished, Nothing
 from fastory.modes.memory import until_it_fits

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fastory.conditioning.history import HistoryConfig
 from fastory.errors import InputError
-from fastory.history import HistoryConfig
 
 # vision: width, layers, heads, picture's side, patch; text: layers. The text width is always the base's.
 SIZES: Mapping[str, tuple[tuple[int, int, int, int, int], int]] = {

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from fastory.attention import HistoryContext
 from fastory.checkpoints.history import History, image_processor
+from fastory.conditioning.history import HistoryEncoder
 from fastory.errors import InputError
-from fastory.history import HistoryEncoder
 from fastory.model import StoryModel
 from fastory.tuning.imitation import Teacher, difference
 from fastory.tuning.preservation import Base

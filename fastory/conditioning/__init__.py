@@ -1,0 +1,1 @@
+"""Conditioning: what attention reads, as data."""
