@@ -29,10 +29,10 @@ def export(folder: Path) -> None:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
     from fastory import StoryModel
-    from fastory.attention import CrossAttentionLayers
     from fastory.export import graphs
     from fastory.export.folder import hashes_of, write_manifest
     from fastory.export.onnx import export_component
+    from fastory.processors.projected import CrossAttentionLayers
 
     started = time.monotonic()
     model = StoryModel.open("builtin", device="cpu", dtype="float16")

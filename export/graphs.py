@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastory.attention import CrossAttentionLayers, HistoryContext, Layer, ReferenceContext
 from fastory.conditioning.history import LocalCausalAttention
 from fastory.errors import InputError
 from fastory.kernels.banded import banded_causal_attention
 from fastory.model import RowByRow, StoryModel
+from fastory.processors.projected import CrossAttentionLayers, HistoryContext, Layer, ReferenceContext
 
 Axis = int | str
 """A number, or a name of Component.ranges with an optional factor: `batch`, `4*references`."""

@@ -18,7 +18,6 @@ from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 from transformers import CLIPImageProcessorPil
 
-from fastory.attention import HistoryContext, ReferenceContext
 from fastory.checkpoints.configs import (
     check_tokenizer,
     check_values,
@@ -37,6 +36,7 @@ from fastory.export.tensorrt import engine_name
 from fastory.export.tensorrt_session import TensorRtSession
 from fastory.model import Caption, StoryModel
 from fastory.model_names import local_path
+from fastory.processors.projected import HistoryContext, ReferenceContext
 from fastory.runtime import Placement, place
 from fastory.wording import counted
 

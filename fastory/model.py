@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from fastory.attention import CrossAttentionLayers
 from fastory.checkpoints import Checkpoint, IPAdapter, checkpoint_of, model_hashes, open_checkpoint
 from fastory.checkpoints.history import ENC, History
 from fastory.conditioning.history import Seen
 from fastory.errors import InputError
 from fastory.kernels import backends
+from fastory.processors.projected import CrossAttentionLayers
 from fastory.runtime import Placement, place
 
 # The squash of the reference implementation: every reference becomes 256 x 256 before CLIP's own resizing.

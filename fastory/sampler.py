@@ -13,10 +13,10 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from fastory.attention import Context, Shared
 from fastory.clock import timed
 from fastory.errors import FastoryError
 from fastory.model import Caption, StoryModel
+from fastory.processors.projected import Context, Shared
 from fastory.runtime import is_out_of_memory
 from fastory.schedulers import SchedulerStep, make_scheduler
 from fastory.settings import Settings

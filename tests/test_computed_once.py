@@ -15,9 +15,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastory import Story, StoryModel
-from fastory.attention import ReferenceContext, References
 from fastory.events import FrameDrawn, RoundStarted
 from fastory.modes import iterative as mode
+from fastory.processors.projected import ReferenceContext, References
 from fastory.sampler import Sampler
 
 ROUNDS, FRAMES = 2, 5

@@ -46,7 +46,7 @@ from pathlib import Path
 import torch
 from diffusers import UNet2DConditionModel
 from fastory import StoryModel
-from fastory.attention import CrossAttentionLayers
+from fastory.processors.projected import CrossAttentionLayers
 from fastory.export import graphs, parity
 from fastory.export.onnx import export_component
 from fastory.export.sessions import OrtSession

@@ -11,8 +11,8 @@ from small_history import FRAME_TOKENS, write_causal_folder
 from torch import Tensor
 
 from fastory import StoryModel
-from fastory.attention import Layer, Window
 from fastory.conditioning.history import HistoryEncoder, Ring, Seen
+from fastory.processors.projected import Layer, Window
 
 FRAMES, CAPTION = 6, 7
 TOLERANCE = 1e-5  # float32, as the method asks for; the largest values are about 1

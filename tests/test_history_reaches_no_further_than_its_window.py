@@ -10,8 +10,8 @@ from small_history import FRAME_TOKENS, write_causal_folder
 from torch import Tensor
 
 from fastory import StoryModel
-from fastory.attention import Window
 from fastory.conditioning.history import Ring, Seen
+from fastory.processors.projected import Window
 
 FRAMES = 6
 

@@ -16,12 +16,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastory import Story, StoryModel
-from fastory.attention import References
 from fastory.checkpoints import open_checkpoint
 from fastory.clock import timed
 from fastory.errors import FastoryError
 from fastory.events import BatchHalved, FrameDrawn, StepDone
 from fastory.modes.iterative import iterative
+from fastory.processors.projected import References
 from fastory.runtime import Placement, free_bytes
 from fastory.sampler import Row, Sampler, explained
 from fastory.schedulers import SchedulerStep

@@ -15,9 +15,9 @@ from small_stories import write_stories
 from torch import Tensor
 
 from fastory import Story, StoryModel
-from fastory.attention import HistoryContext
 from fastory.modes.causal import Company, Telling
 from fastory.pictures import open_picture
+from fastory.processors.projected import HistoryContext
 from fastory.sampler import Row
 from fastory.settings import Settings
 from fastory.tuning.batches import Batches

@@ -20,7 +20,6 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from fastory.attention import Window
 from fastory.conditioning.history import HistoryConfig, Ring, Seen
 from fastory.errors import InputError
 from fastory.events import Event, FrameDrawn, Notice, StepDone
@@ -28,6 +27,7 @@ from fastory.model import Caption, StoryModel
 from fastory.modes.finished import Finished, Nothing
 from fastory.modes.memory import until_it_fits
 from fastory.pictures import open_picture
+from fastory.processors.projected import Window
 from fastory.sampler import Row, Sampler, frame_seed
 from fastory.settings import Settings
 from fastory.story import Story

@@ -16,12 +16,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastory.attention import References
 from fastory.events import Event, FrameDrawn, Notice, RoundFinished, RoundStarted, StepDone
 from fastory.model import Caption, StoryModel
 from fastory.modes.finished import Finished, Nothing
 from fastory.modes.memory import until_it_fits
 from fastory.pictures import open_picture
+from fastory.processors.projected import References
 from fastory.sampler import Row, Sampler, frame_seed
 from fastory.settings import Settings
 from fastory.story import Story

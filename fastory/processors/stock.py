@@ -4,7 +4,7 @@
     fastory.install(pipe)
     pipe(prompt, ip_adapter_image=[references]).images
 
-A story's own model projects its references once (fastory.attention); a stock pipeline gives its UNet new ones at
+A story's own model projects its references once (fastory.processors.projected); a stock pipeline gives its UNet new ones at
 every step, so here they are projected where diffusers does it, in the layer.
 """
 

@@ -19,8 +19,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from fastory.attention import Context, CrossAttentionLayers, ReferenceContext
 from fastory.model import StoryModel
+from fastory.processors.projected import Context, CrossAttentionLayers, ReferenceContext
 
 Lesson = dict[str, tuple[Tensor, Tensor, Tensor]]
 """Layer -> what went in, what came out, and what would have for other references, (R, L, C) each."""

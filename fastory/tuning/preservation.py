@@ -15,8 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastory.attention import CrossAttentionLayers, References
 from fastory.model import StoryModel
+from fastory.processors.projected import CrossAttentionLayers, References
 
 
 class Base:

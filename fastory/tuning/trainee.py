@@ -19,11 +19,11 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fastory.attention import HistoryContext
 from fastory.checkpoints.history import History, image_processor
 from fastory.conditioning.history import HistoryEncoder
 from fastory.errors import InputError
 from fastory.model import StoryModel
+from fastory.processors.projected import HistoryContext
 from fastory.tuning.imitation import Teacher, difference
 from fastory.tuning.preservation import Base
 from fastory.tuning.siblings import contrast, mending, patched_noise
