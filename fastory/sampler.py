@@ -18,7 +18,7 @@ from fastory.errors import FastoryError
 from fastory.model import Caption, StoryModel
 from fastory.processors.projected import Context, Shared
 from fastory.runtime import is_out_of_memory
-from fastory.schedulers import SchedulerStep, make_scheduler
+from fastory.sampling.schedulers import SchedulerStep, make_scheduler
 from fastory.settings import Settings
 
 

@@ -18,7 +18,7 @@ from fastory.events import FrameDrawn, StepDone
 from fastory.modes.causal import Company, Telling, causal
 from fastory.modes.iterative import iterative
 from fastory.sampler import Row, Sampler
-from fastory.schedulers import SchedulerStep
+from fastory.sampling.schedulers import SchedulerStep
 from fastory.settings import Settings
 
 CAPTIONS = ["a red fox in the sea", "the rabbit sleeps", "a fox and a rabbit", "robinson swims"]

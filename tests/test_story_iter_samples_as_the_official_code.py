@@ -5,7 +5,7 @@ from __future__ import annotations
 from diffusers import DDIMScheduler
 
 from fastory import StoryModel
-from fastory.schedulers import make_scheduler
+from fastory.sampling.schedulers import make_scheduler
 from fastory.settings import PRESETS
 
 

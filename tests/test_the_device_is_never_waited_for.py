@@ -24,7 +24,7 @@ from fastory.modes.iterative import iterative
 from fastory.processors.projected import References
 from fastory.runtime import Placement, free_bytes
 from fastory.sampler import Row, Sampler, explained
-from fastory.schedulers import SchedulerStep
+from fastory.sampling.schedulers import SchedulerStep
 from fastory.settings import SCHEDULERS, Settings
 
 CAPTIONS = ["a red fox in the sea", "the rabbit sleeps"]

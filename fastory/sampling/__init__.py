@@ -1,0 +1,1 @@
+"""Sampling: schedulers, noise, and the denoising of a micro-batch."""
