@@ -13,11 +13,11 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from fastory.clock import timed
 from fastory.errors import FastoryError
 from fastory.model import Caption, StoryModel
 from fastory.processors.projected import Context, Shared
 from fastory.runtime import is_out_of_memory
+from fastory.sampling.clock import timed
 from fastory.sampling.schedulers import SchedulerStep, make_scheduler
 from fastory.settings import Settings
 

@@ -17,13 +17,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastory import Story, StoryModel
 from fastory.checkpoints import open_checkpoint
-from fastory.clock import timed
 from fastory.errors import FastoryError
 from fastory.events import BatchHalved, FrameDrawn, StepDone
 from fastory.modes.iterative import iterative
 from fastory.processors.projected import References
 from fastory.runtime import Placement, free_bytes
 from fastory.sampler import Row, Sampler, explained
+from fastory.sampling.clock import timed
 from fastory.sampling.schedulers import SchedulerStep
 from fastory.settings import SCHEDULERS, Settings
 
