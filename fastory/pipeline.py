@@ -32,7 +32,7 @@ from fastory.modes.iterative import iterative
 from fastory.pictures import open_picture
 from fastory.run import Identity, RunFolder, run_paths
 from fastory.runtime import choose_batch, under_threads
-from fastory.sampler import frame_seed, is_guided, make_scheduler, rows_per_frame
+from fastory.sampling.sampler import frame_seed, is_guided, make_scheduler, rows_per_frame
 from fastory.settings import Needs, Settings, check, resolve, unused
 from fastory.story import Story, are_captions
 from fastory.wording import counted

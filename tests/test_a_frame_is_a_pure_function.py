@@ -17,7 +17,7 @@ from fastory import Story, StoryModel, generate
 from fastory.events import FrameDrawn, StepDone
 from fastory.modes.causal import Company, Telling, causal
 from fastory.modes.iterative import iterative
-from fastory.sampler import Row, Sampler
+from fastory.sampling.sampler import Row, Sampler
 from fastory.sampling.schedulers import SchedulerStep
 from fastory.settings import Settings
 

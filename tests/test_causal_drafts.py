@@ -16,7 +16,7 @@ from small_history import tell as tell_causally
 from fastory import InputError, Story, StoryModel, generate
 from fastory.events import BatchHalved, FrameDrawn, StepDone
 from fastory.modes import causal as mode
-from fastory.sampler import Sampler
+from fastory.sampling.sampler import Sampler
 from fastory.settings import Settings
 
 CAPTIONS = ["a red fox in the sea", "the rabbit sleeps", "a fox and a rabbit with fruit"]

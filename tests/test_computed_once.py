@@ -18,7 +18,7 @@ from fastory import Story, StoryModel
 from fastory.events import FrameDrawn, RoundStarted
 from fastory.modes import iterative as mode
 from fastory.processors.projected import ReferenceContext, References
-from fastory.sampler import Sampler
+from fastory.sampling.sampler import Sampler
 
 ROUNDS, FRAMES = 2, 5
 

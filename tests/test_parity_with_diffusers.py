@@ -16,7 +16,7 @@ from PIL import Image
 
 from fastory import Story, StoryModel
 from fastory.modes import iterative as mode
-from fastory.sampler import Sampler, make_scheduler
+from fastory.sampling.sampler import Sampler, make_scheduler
 from fastory.settings import Settings
 
 STEPS, SCALE, GUIDANCE, SEED = 10, 0.4, 5.0, 3

@@ -22,8 +22,8 @@ from fastory.events import BatchHalved, FrameDrawn, StepDone
 from fastory.modes.iterative import iterative
 from fastory.processors.projected import References
 from fastory.runtime import Placement, free_bytes
-from fastory.sampler import Row, Sampler, explained
 from fastory.sampling.clock import timed
+from fastory.sampling.sampler import Row, Sampler, explained
 from fastory.sampling.schedulers import SchedulerStep
 from fastory.settings import SCHEDULERS, Settings
 

@@ -18,7 +18,7 @@ from fastory import Story, StoryModel
 from fastory.modes.causal import Company, Telling
 from fastory.pictures import open_picture
 from fastory.processors.projected import HistoryContext
-from fastory.sampler import Row
+from fastory.sampling.sampler import Row
 from fastory.settings import Settings
 from fastory.tuning.batches import Batches
 from fastory.tuning.sizes import HistorySizes, Tuning

@@ -22,7 +22,7 @@ from fastory.modes.finished import Finished, Nothing
 from fastory.modes.memory import until_it_fits
 from fastory.pictures import open_picture
 from fastory.processors.projected import References
-from fastory.sampler import Row, Sampler, frame_seed
+from fastory.sampling.sampler import Row, Sampler, frame_seed
 from fastory.settings import Settings
 from fastory.story import Story
 

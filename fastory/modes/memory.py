@@ -9,7 +9,7 @@ from fastory.errors import FastoryError
 from fastory.events import BatchHalved, Event
 from fastory.model import StoryModel
 from fastory.runtime import is_out_of_memory, release_memory
-from fastory.sampler import Sampler
+from fastory.sampling.sampler import Sampler
 
 Drawn = TypeVar("Drawn")
 
