@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from fastory.conditioning.history import LocalCausalAttention
 from fastory.errors import InputError
 from fastory.kernels.banded import banded_causal_attention
-from fastory.model import RowByRow, StoryModel
+from fastory.models.torch_model import RowByRow, StoryModel
 from fastory.processors.projected import CrossAttentionLayers, HistoryContext, Layer, ReferenceContext
 
 Axis = int | str

@@ -33,7 +33,7 @@ from fastory.export.folder import (
 )
 from fastory.export.graphs import Component, components, constants, factored, is_large, plain_linear
 from fastory.export.parity import Parity, measure_apart, measure_folder, refuse_apart
-from fastory.model import StoryModel
+from fastory.models.torch_model import StoryModel
 
 RANGES = "pkg.torch.export.ExportedProgram.range_constraints"  # of the exporter's metadata
 

@@ -17,7 +17,7 @@ from fastory import files
 from fastory.errors import FastoryError
 from fastory.export.graphs import Component, components, plain_linear
 from fastory.export.sessions import OrtSession
-from fastory.model import StoryModel
+from fastory.models.torch_model import StoryModel
 
 SEED = 20241
 # Two computations of the same terms in another order: the export may be this many times as far from float64 as torch

@@ -21,7 +21,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from fastory.errors import FastoryError, InputError
     from fastory.events import Event
-    from fastory.model import StoryModel
+    from fastory.models.torch_model import StoryModel
     from fastory.pipeline import generate
     from fastory.processors.stock import install, uninstall
     from fastory.settings import PRESETS, Settings
@@ -52,7 +52,7 @@ _ROOMS = {
     "Event": "events",
     "FastoryError": "errors",
     "InputError": "errors",
-    "StoryModel": "model",
+    "StoryModel": "models.torch_model",
     "generate": "pipeline",
     "install": "processors.stock",
     "uninstall": "processors.stock",

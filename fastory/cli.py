@@ -735,7 +735,7 @@ def open_model(
     if offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
     _quiet_libraries()
-    from fastory.model import StoryModel
+    from fastory.models.torch_model import StoryModel
 
     return StoryModel.open(
         model,

@@ -34,8 +34,8 @@ from fastory.export.graphs import factored
 from fastory.export.sessions import OrtSession, Session
 from fastory.export.tensorrt import engine_name
 from fastory.export.tensorrt_session import TensorRtSession
-from fastory.model import Caption, StoryModel
 from fastory.model_names import local_path
+from fastory.models.torch_model import Caption, StoryModel
 from fastory.processors.projected import HistoryContext, ReferenceContext
 from fastory.runtime import Placement, place
 from fastory.wording import counted

@@ -26,7 +26,7 @@ from fastory.events import (
     StoryFinished,
     StoryStarted,
 )
-from fastory.model import NOT_FINITE, StoryModel
+from fastory.models.torch_model import NOT_FINITE, StoryModel
 from fastory.modes.causal import Telling, causal, window_of
 from fastory.modes.iterative import iterative
 from fastory.pictures import open_picture

@@ -22,7 +22,7 @@ from fastory.builtin.encoders import ABSENT
 from fastory.builtin.remembering import START, HistoryObjective, build_history_encoder, patchy, see_as
 from fastory.builtin.world import COLOURS, SIZE, SPECIES, Scene, Tale, draw
 from fastory.checkpoints.history import read_adapter_config
-from fastory.model import StoryModel
+from fastory.models.torch_model import StoryModel
 
 
 @pytest.fixture(scope="module")

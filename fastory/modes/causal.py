@@ -23,7 +23,7 @@ from torch import Tensor
 from fastory.conditioning.history import HistoryConfig, Ring, Seen
 from fastory.errors import InputError
 from fastory.events import Event, FrameDrawn, Notice, StepDone
-from fastory.model import Caption, StoryModel
+from fastory.models.torch_model import Caption, StoryModel
 from fastory.modes.finished import Finished, Nothing
 from fastory.modes.memory import until_it_fits
 from fastory.pictures import open_picture

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastory.events import Event, FrameDrawn, Notice, RoundFinished, RoundStarted, StepDone
-from fastory.model import Caption, StoryModel
+from fastory.models.torch_model import Caption, StoryModel
 from fastory.modes.finished import Finished, Nothing
 from fastory.modes.memory import until_it_fits
 from fastory.pictures import open_picture

@@ -7,7 +7,7 @@ from typing import Protocol, TypeVar
 
 from fastory.errors import FastoryError
 from fastory.events import BatchHalved, Event
-from fastory.model import StoryModel
+from fastory.models.torch_model import StoryModel
 from fastory.runtime import is_out_of_memory, release_memory
 from fastory.sampling.sampler import Sampler
 

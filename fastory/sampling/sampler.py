@@ -14,7 +14,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from fastory.errors import FastoryError
-from fastory.model import Caption, StoryModel
+from fastory.models.torch_model import Caption, StoryModel
 from fastory.processors.projected import Context, Shared
 from fastory.runtime import is_out_of_memory
 from fastory.sampling.clock import timed

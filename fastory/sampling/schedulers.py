@@ -15,7 +15,7 @@ from fastory.errors import InputError
 from fastory.settings import SCHEDULERS
 
 if TYPE_CHECKING:
-    from fastory.model import StoryModel
+    from fastory.models.torch_model import StoryModel
 
 
 def make_scheduler(model: StoryModel, name: str) -> Any:

@@ -19,7 +19,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from fastory.model import StoryModel
+from fastory.models.torch_model import StoryModel
 from fastory.processors.projected import Context, CrossAttentionLayers, ReferenceContext
 
 Lesson = dict[str, tuple[Tensor, Tensor, Tensor]]

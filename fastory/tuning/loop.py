@@ -15,7 +15,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 
 from fastory import files
 from fastory.errors import FastoryError, InputError
-from fastory.model import StoryModel
+from fastory.models.torch_model import StoryModel
 from fastory.tuning.batches import Batches
 from fastory.tuning.imitation import Teacher
 from fastory.tuning.preservation import Base

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastory.model import StoryModel
+from fastory.models.torch_model import StoryModel
 from fastory.processors.projected import CrossAttentionLayers, References
 
 

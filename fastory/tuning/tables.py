@@ -15,7 +15,7 @@ from torch import Tensor
 from fastory import files
 from fastory.checkpoints.history import ENC
 from fastory.errors import FastoryError, InputError
-from fastory.model import StoryModel
+from fastory.models.torch_model import StoryModel
 from fastory.pictures import open_picture
 from fastory.tuning.stories import Example
 

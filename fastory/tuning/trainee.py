@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from fastory.checkpoints.history import History, image_processor
 from fastory.conditioning.history import HistoryEncoder
 from fastory.errors import InputError
-from fastory.model import StoryModel
+from fastory.models.torch_model import StoryModel
 from fastory.processors.projected import HistoryContext
 from fastory.tuning.imitation import Teacher, difference
 from fastory.tuning.preservation import Base

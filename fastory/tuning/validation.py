@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageOps
 
 from fastory.events import FrameDrawn
-from fastory.model import StoryModel
+from fastory.models.torch_model import StoryModel
 from fastory.modes.causal import Telling, causal
 from fastory.pictures import open_picture
 from fastory.settings import resolve

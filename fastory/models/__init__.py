@@ -1,0 +1,1 @@
+"""Models: what a mode calls, of a checkpoint in PyTorch or of an export's sessions."""
