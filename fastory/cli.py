@@ -754,7 +754,7 @@ def open_model(
 def open_engine(folder: Path, device: str, dtype: str, trust_cache: bool) -> Any:
     """The EngineModel of an export folder."""
     _quiet_libraries()
-    from fastory.engine import EngineModel
+    from fastory.models.engine_model import EngineModel
 
     return EngineModel.open_engine(folder, device, dtype, trust_cache)
 

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from fastory import Story, StoryModel, generate
-from fastory.engine import EngineModel
 from fastory.events import FrameDrawn
+from fastory.models.engine_model import EngineModel
 from fastory.modes.causal import Telling, causal
 from fastory.modes.iterative import iterative
 from fastory.pipeline import prepare

@@ -11,9 +11,9 @@ import pytest
 from onnx import TensorProto
 
 from fastory import Story, StoryModel, generate
-from fastory.engine import EngineModel
 from fastory.events import FrameDrawn
 from fastory.export.onnx import Compared, export_onnx
+from fastory.models.engine_model import EngineModel
 
 STORY = Story.from_captions(["A fox is jumping in the forest"])
 pytest.importorskip("onnxruntime", reason="exported graphs run on ONNX Runtime")

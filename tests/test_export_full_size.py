@@ -16,9 +16,9 @@ import pytest
 from PIL import Image
 
 from fastory import Story, StoryModel, generate
-from fastory.engine import EngineModel
 from fastory.events import FrameDrawn
 from fastory.export.onnx import export_onnx
+from fastory.models.engine_model import EngineModel
 
 pytest.importorskip("onnxruntime", reason="exported graphs run on ONNX Runtime")
 

@@ -16,12 +16,12 @@ from typer.testing import CliRunner
 
 from fastory import Story, StoryModel, files, generate
 from fastory.cli import app
-from fastory.engine import EngineModel
 from fastory.errors import FastoryError, InputError
 from fastory.export import parity
 from fastory.export.graphs import components
 from fastory.export.onnx import export_onnx
 from fastory.export.sessions import OrtSession
+from fastory.models.engine_model import EngineModel
 
 STORY = Story.from_captions(["A fox is jumping in the forest", "A cat is sleeping in the house"])
 

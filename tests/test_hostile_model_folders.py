@@ -17,9 +17,9 @@ from small_checkpoints import write_adapter
 from small_history import write_causal_folder
 
 from fastory import Story, StoryModel, generate
-from fastory.engine import EngineModel
 from fastory.errors import FastoryError, InputError
 from fastory.events import FrameDrawn
+from fastory.models.engine_model import EngineModel
 
 STORY = Story.from_captions(["a fox swims"])
 SECONDS = 40  # a hang takes hours; a case takes 0.3 s on a quiet machine
