@@ -16,7 +16,7 @@ from torch import Tensor
 from fastory import files
 from fastory.errors import FastoryError
 from fastory.export.graphs import Component, components, plain_linear
-from fastory.export.sessions import OrtSession
+from fastory.models.onnx_session import OrtSession
 from fastory.models.torch_model import StoryModel
 
 SEED = 20241

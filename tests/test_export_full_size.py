@@ -49,7 +49,7 @@ from fastory import StoryModel
 from fastory.processors.projected import CrossAttentionLayers
 from fastory.export import graphs, parity
 from fastory.export.onnx import export_component
-from fastory.export.sessions import OrtSession
+from fastory.models.onnx_session import OrtSession
 
 step, family, kind, base, folder, config = sys.argv[1:7]
 dtype = getattr(torch, kind)

@@ -14,7 +14,7 @@ from fastory.export.folder import ExportFolder
 from fastory.export.graphs import Component, components
 from fastory.export.onnx import Compared, Finished, Rebound, export_onnx
 from fastory.export.operators import BANDED, GRCA, opaque_nodes
-from fastory.export.sessions import OrtSession
+from fastory.models.onnx_session import OrtSession
 
 # Of 7 cross-attention layers and the convolutions between them, in float32; parity measures 4e-6 of values near 4.
 CLOSE = 2e-5

@@ -20,8 +20,8 @@ from fastory.errors import FastoryError, InputError
 from fastory.export import parity
 from fastory.export.graphs import components
 from fastory.export.onnx import export_onnx
-from fastory.export.sessions import OrtSession
 from fastory.models.engine_model import EngineModel
+from fastory.models.onnx_session import OrtSession
 
 STORY = Story.from_captions(["A fox is jumping in the forest", "A cat is sleeping in the house"])
 
