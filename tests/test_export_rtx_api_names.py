@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from fastory.export import build_engines, tensorrt_session
+from fastory.export import build_engines
+from fastory.models import tensorrt_session
 
 pytestmark = pytest.mark.rtx
 pytest.importorskip(

@@ -11,7 +11,7 @@ import pytest
 
 from fastory.errors import InputError
 from fastory.export import build_engines
-from fastory.export.tensorrt_session import engine_record, refuse_changed, refuse_elsewhere
+from fastory.models.tensorrt_session import engine_record, refuse_changed, refuse_elsewhere
 
 ADA = ("NVIDIA GeForce RTX 4090", "8.9", "11.1.0")
 

@@ -32,9 +32,9 @@ from fastory.errors import InputError
 from fastory.export.folder import MANIFEST, DrawableManifest, ExportFolder
 from fastory.export.graphs import factored
 from fastory.export.tensorrt import engine_name
-from fastory.export.tensorrt_session import TensorRtSession
 from fastory.model_names import local_path
 from fastory.models.onnx_session import OrtSession, Session
+from fastory.models.tensorrt_session import TensorRtSession
 from fastory.models.torch_model import Caption, StoryModel
 from fastory.processors.projected import HistoryContext, ReferenceContext
 from fastory.runtime import Placement, place
