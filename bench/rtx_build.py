@@ -30,8 +30,8 @@ def export(folder: Path) -> None:
 
     from fastory import StoryModel
     from fastory.export import graphs
-    from fastory.export.folder import hashes_of, write_manifest
     from fastory.export.onnx import export_component
+    from fastory.models.export_folder import hashes_of, write_manifest
     from fastory.processors.projected import CrossAttentionLayers
 
     started = time.monotonic()

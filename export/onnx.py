@@ -21,7 +21,9 @@ from safetensors.torch import save_file
 
 from fastory import __version__, files, packages
 from fastory.errors import InputError
-from fastory.export.folder import (
+from fastory.export.graphs import Component, components, constants, factored, is_large, plain_linear
+from fastory.export.parity import Parity, measure_apart, measure_folder, refuse_apart
+from fastory.models.export_folder import (
     DOING,
     HINT,
     MANIFEST,
@@ -31,8 +33,6 @@ from fastory.export.folder import (
     refuse_other_files,
     write_manifest,
 )
-from fastory.export.graphs import Component, components, constants, factored, is_large, plain_linear
-from fastory.export.parity import Parity, measure_apart, measure_folder, refuse_apart
 from fastory.models.torch_model import StoryModel
 
 RANGES = "pkg.torch.export.ExportedProgram.range_constraints"  # of the exporter's metadata

@@ -18,8 +18,8 @@ from typing import Any
 from fastory import files
 from fastory.errors import FastoryError, InputError
 from fastory.export import build_engines
-from fastory.export.folder import ExportFolder
 from fastory.export.profiles import Bounds, Shapes, profiles
+from fastory.models.export_folder import ExportFolder
 
 # TensorRT for RTX 1.7 builds for GeForce and RTX cards: Turing, Ampere, Ada and Blackwell.
 RTX_TARGETS = {

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from fastory import StoryModel
-from fastory.export.folder import ExportFolder
 from fastory.export.graphs import Component, components
 from fastory.export.onnx import Compared, Finished, Rebound, export_onnx
 from fastory.export.operators import BANDED, GRCA, opaque_nodes
+from fastory.models.export_folder import ExportFolder
 from fastory.models.onnx_session import OrtSession
 
 # Of 7 cross-attention layers and the convolutions between them, in float32; parity measures 4e-6 of values near 4.

@@ -15,8 +15,8 @@ import pytest
 from small_export import write_export
 
 from fastory.errors import FastoryError
-from fastory.export.folder import MANIFEST, ExportFolder, hashes_of, write_manifest
 from fastory.export.tensorrt import RTX_TARGETS, Built, build_rtx, graph_name
+from fastory.models.export_folder import MANIFEST, ExportFolder, hashes_of, write_manifest
 
 pytestmark = [
     pytest.mark.rtx,

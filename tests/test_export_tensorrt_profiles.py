@@ -95,6 +95,6 @@ def test_an_unknown_component_is_refused(manifest: dict) -> None:
 
 
 def test_the_folder_of_the_fixture_is_an_export(tmp_path: Path) -> None:
-    from fastory.export.folder import ExportFolder
+    from fastory.models.export_folder import ExportFolder
 
     assert ExportFolder.open(write_export(tmp_path / "small")).groups == 1

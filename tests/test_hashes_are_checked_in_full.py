@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from fastory.checkpoints import hashes
 from fastory.cli import app
 from fastory.errors import InputError
-from fastory.export.folder import ExportFolder
+from fastory.models.export_folder import ExportFolder
 
 
 @pytest.fixture(autouse=True)

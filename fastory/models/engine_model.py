@@ -29,10 +29,10 @@ from fastory.checkpoints.history import History, image_processor
 from fastory.checkpoints.weights import is_there, load_finite
 from fastory.conditioning.history import HistoryConfig
 from fastory.errors import InputError
-from fastory.export.folder import MANIFEST, DrawableManifest, ExportFolder
 from fastory.export.graphs import factored
 from fastory.export.tensorrt import engine_name
 from fastory.model_names import local_path
+from fastory.models.export_folder import MANIFEST, DrawableManifest, ExportFolder
 from fastory.models.onnx_session import OrtSession, Session
 from fastory.models.tensorrt_session import TensorRtSession
 from fastory.models.torch_model import Caption, StoryModel

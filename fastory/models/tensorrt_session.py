@@ -21,8 +21,8 @@ from fastory.checkpoints.weights import is_there
 from fastory.documents import read_json, validated
 from fastory.errors import FastoryError, InputError
 from fastory.export import build_engines
-from fastory.export.folder import Digest, Inside, check_schema, checked_file
 from fastory.files import sha256_of
+from fastory.models.export_folder import Digest, Inside, check_schema, checked_file
 
 if TYPE_CHECKING:
     import tensorrt as trt
