@@ -28,11 +28,12 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from fastory import files, manifest
+from fastory import files
 from fastory.errors import FastoryError, InputError
 from fastory.events import FrameDrawn
-from fastory.manifest import listed_files, manifest_bytes, picture_name, read_manifest
 from fastory.pictures import open_picture
+from fastory.runs import manifest
+from fastory.runs.manifest import listed_files, manifest_bytes, picture_name, read_manifest
 from fastory.settings import Settings
 from fastory.story import Story
 from fastory.storybook import Page, write_sheet, write_storybook

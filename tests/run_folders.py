@@ -10,7 +10,7 @@ from typing import Any
 
 from fastory import Story, StoryModel, generate
 from fastory.events import Event, FrameDrawn
-from fastory.manifest import manifest_bytes
+from fastory.runs.manifest import manifest_bytes
 
 CAPTIONS = [
     "a fox is sleeping in the snow",
