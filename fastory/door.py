@@ -14,7 +14,7 @@ from fastory import files, settings
 from fastory.errors import InputError
 from fastory.model_names import PICKLE_SUFFIXES, local_encoder, local_model, local_weights, user_path
 from fastory.pictures import open_picture
-from fastory.run import run_paths
+from fastory.runs.folder import run_paths
 from fastory.story import MAX_FRAMES, Story
 from fastory.wording import shown
 

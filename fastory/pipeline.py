@@ -30,7 +30,7 @@ from fastory.models.torch_model import NOT_FINITE, StoryModel
 from fastory.modes.causal import Telling, causal, window_of
 from fastory.modes.iterative import iterative
 from fastory.pictures import open_picture
-from fastory.run import Identity, RunFolder, run_paths
+from fastory.runs.folder import Identity, RunFolder, run_paths
 from fastory.runtime import choose_batch, under_threads
 from fastory.sampling.sampler import frame_seed, is_guided, make_scheduler, rows_per_frame
 from fastory.settings import Needs, Settings, check, resolve, unused

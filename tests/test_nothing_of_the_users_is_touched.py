@@ -11,7 +11,7 @@ from run_folders import CAPTIONS, contents, draw, drawn, edit_manifest
 
 from fastory import InputError, Story, StoryModel, generate
 from fastory.events import FrameDrawn, Notice
-from fastory.run import RunFolder
+from fastory.runs.folder import RunFolder
 
 ONE = {"steps": 1, "iterations": 1}
 

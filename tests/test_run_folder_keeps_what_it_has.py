@@ -14,7 +14,7 @@ from run_folders import CAPTIONS, FEW, contents, draw, drawn, edit_manifest
 from fastory import InputError, Story, StoryModel, generate
 from fastory.errors import FastoryError
 from fastory.events import BatchChosen, FrameDrawn, Notice, StoryFinished, StoryStarted
-from fastory.run import RunFolder
+from fastory.runs.folder import RunFolder
 
 
 @pytest.fixture(scope="module")
