@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from fastory.errors import FastoryError, InputError
     from fastory.events import Event
     from fastory.models.torch_model import StoryModel
-    from fastory.pipeline import generate
     from fastory.processors.stock import install, uninstall
+    from fastory.runs.generate import generate
     from fastory.settings import PRESETS, Settings
     from fastory.story import Character, Frame, Story
 
@@ -53,7 +53,7 @@ _ROOMS = {
     "FastoryError": "errors",
     "InputError": "errors",
     "StoryModel": "models.torch_model",
-    "generate": "pipeline",
+    "generate": "runs.generate",
     "install": "processors.stock",
     "uninstall": "processors.stock",
     "PRESETS": "settings",

@@ -302,7 +302,7 @@ def generate(
             opened = open_model(
                 model, config, ip_adapter, image_encoder, adapter, lora or [], device, dtype, graphs, offline
             )
-        from fastory.pipeline import generate as draw
+        from fastory.runs.generate import generate as draw
 
         events = draw(
             read,

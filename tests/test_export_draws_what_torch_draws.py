@@ -17,7 +17,7 @@ from fastory.events import FrameDrawn
 from fastory.models.engine_model import EngineModel
 from fastory.modes.causal import Telling, causal
 from fastory.modes.iterative import iterative
-from fastory.pipeline import prepare
+from fastory.runs.generate import prepare
 
 STORY = Story.from_captions(
     [
