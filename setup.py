@@ -80,7 +80,8 @@ setup(
     packages=packages,
     package_dir={"fastory.kernels": "kernels", "fastory.export": "export"},
     package_data={
-        "fastory": ["py.typed", "templates/*"],
+        "fastory": ["py.typed"],
+        "fastory.runs": ["templates/*"],
         "fastory.builtin": ["weights/**/*", "weights/*", "stories/*", "*.md", "*.json", "*.safetensors"],
         "fastory.kernels.grca": ["configs/*.json"],
         "fastory.kernels.banded": ["configs/*.json"],

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from fastory.storybook import Page, write_storybook
+from fastory.runs.storybook import Page, write_storybook
 
 webdriver = pytest.importorskip(
     "selenium.webdriver", reason="selenium drives the browser: pip install .[test]"

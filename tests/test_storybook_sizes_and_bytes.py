@@ -13,8 +13,8 @@ import numpy
 import pytest
 from PIL import Image
 
-import fastory.storybook
-from fastory.storybook import MAX_BYTES, MAX_SIDE, Page, write_sheet, write_storybook
+import fastory.runs.storybook
+from fastory.runs.storybook import MAX_BYTES, MAX_SIDE, Page, write_sheet, write_storybook
 
 
 def noise(path: Path, width: int, height: int, seed: int = 0) -> Path:
@@ -93,7 +93,7 @@ def test_sheet_takes_any_text(tmp_path, text):
 
 
 def test_storybook_shrinks_pictures_to_its_limit(tmp_path, monkeypatch):
-    monkeypatch.setattr(fastory.storybook, "MAX_BYTES", 400_000)
+    monkeypatch.setattr(fastory.runs.storybook, "MAX_BYTES", 400_000)
     pictures = tuple(noise(tmp_path / f"{k}.png", 300, 200, k) for k in range(4))
     pages = [Page("A caption.", pictures, pictures[-1])] * 6
     write_storybook(pages, tmp_path / "book.html", title="t", settings={})
@@ -103,7 +103,7 @@ def test_storybook_shrinks_pictures_to_its_limit(tmp_path, monkeypatch):
 
 
 def test_storybook_leaves_out_rounds_before_pictures_become_dust(tmp_path, monkeypatch):
-    monkeypatch.setattr(fastory.storybook, "MAX_BYTES", 200_000)
+    monkeypatch.setattr(fastory.runs.storybook, "MAX_BYTES", 200_000)
     picture = noise(tmp_path / "a.png", 64, 64)
     pages = [Page("A caption.", (picture,) * 51, picture)] * 6
     write_storybook(pages, tmp_path / "book.html", title="t", settings={})
@@ -148,7 +148,7 @@ def test_same_story_same_bytes_in_another_process_and_folder(tmp_path):
     script = """
 import sys
 from pathlib import Path
-from fastory.storybook import Page, write_sheet, write_storybook
+from fastory.runs.storybook import Page, write_sheet, write_storybook
 folder = Path(sys.argv[1])
 pages = [Page(f"Frame {i}, é", (folder / "a.png", None, folder / "b.png"), folder / "b.png") for i in range(3)]
 write_sheet(pages, folder / "out.partial", title="Title")
@@ -175,7 +175,7 @@ def test_a_hundred_frames_of_noise(tmp_path):
     script = """
 import resource, sys
 from pathlib import Path
-from fastory.storybook import Page, write_storybook
+from fastory.runs.storybook import Page, write_storybook
 folder = Path(sys.argv[1])
 pictures = tuple(folder / f"{k % 4}.png" for k in range(11))
 frames = int(sys.argv[2])

@@ -36,7 +36,7 @@ from fastory.runs import manifest
 from fastory.runs.manifest import listed_files, manifest_bytes, picture_name, read_manifest
 from fastory.settings import Settings
 from fastory.story import Story
-from fastory.storybook import Page, write_sheet, write_storybook
+from fastory.runs.storybook import Page, write_sheet, write_storybook
 
 
 @dataclass(frozen=True)

@@ -358,7 +358,7 @@ def _webp(image: Image.Image, *, lossless: bool = False, quality: int = 80) -> b
 
 def _template() -> Template:
     environment = Environment(
-        loader=PackageLoader("fastory"),
+        loader=PackageLoader("fastory.runs"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
