@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from fastory.cli import app, parse_lora
 from fastory.door import parse_frames
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,6 @@
 """UNets of full size export within the time and memory that a machine has, and compute what torch computes.
 
-Random weights; each step in a process of its own, whose memory is counted: pytest -m slow tests/test_export_full_size.py -s
+Random weights; each step in a process of its own, whose memory is counted: `pytest -m slow -s` on this file.
 """
 
 from __future__ import annotations
