@@ -1,0 +1,1 @@
+"""Runs: stories drawn from door to folder, and what a folder holds."""
