@@ -34,9 +34,9 @@ from fastory.events import FrameDrawn
 from fastory.pictures import open_picture
 from fastory.runs import manifest
 from fastory.runs.manifest import listed_files, manifest_bytes, picture_name, read_manifest
+from fastory.runs.storybook import Page, write_sheet, write_storybook
 from fastory.settings import Settings
 from fastory.story import Story
-from fastory.runs.storybook import Page, write_sheet, write_storybook
 
 
 @dataclass(frozen=True)
