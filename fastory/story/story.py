@@ -1,57 +1,42 @@
-"""A story: captions, characters and how they should look. Read from .txt, .yaml or .json and checked."""
+"""A story: captions, characters and how they should look, checked as it is made."""
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import os
 import re
 import unicodedata
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
-
-import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    model_validator,
-)
+from typing import Any
 
 from fastory import files
 from fastory.errors import InputError
 from fastory.names import Names
 from fastory.pictures import check_picture
+from fastory.story.files import READERS, read_document, yaml_text
+from fastory.story.schema import (
+    MAX_FRAMES,
+    MAX_NAME,
+    SCHEMA,
+    FrameEntry,
+    Location,
+    Origin,
+    StoryEntry,
+    check_entry,
+    describe,
+    nearest,
+    style_template,
+    visible,
+)
 from fastory.wording import shown
 
-SCHEMA = 1
-MAX_BYTES = 2**20  # a thousand captions of a thousand characters; PyYAML takes seconds for each megabyte
-MAX_DEPTH = 32  # of nested brackets; what lies deeper can only be meant to exhaust the stack
-MAX_FRAMES = 10_000
-MAX_NAME = 200  # letters of a character's name; the search for names in captions counts on an end
-MAX_SEED = 2**63 - 1
-SUFFIXES = (".txt", ".yaml", ".yml", ".json")
-
-STYLES = {
-    "comic": "comic book panel, {prompt}, bold ink outlines, flat colours",
-    "film": "film still, {prompt}, cinematic lighting, shallow depth of field",
-    "realistic": "photograph, {prompt}, natural light, fine detail",
-    "none": "{prompt}",
-}
-
-_TOO_MANY = f"wanted at most {MAX_FRAMES} frames, got more: split the story"
 _CLOSED = re.compile(r"\s*([,.;:!?)\]…]|$)")  # a caption's own punctuation follows
 
-Location = tuple[str | int, ...]
 Box = tuple[float, float, float, float]
 
 
@@ -114,28 +99,18 @@ class Story:
         once here, so that a damaged one is found before anything is drawn.
         """
         path = Path(path)
-        files.check_names_fit([path])
-        readers = dict(zip(SUFFIXES, (_read_txt, _read_yaml, _read_yaml, _read_json), strict=True))
-        reader = readers.get(path.suffix.lower())
-        if path.is_dir():
-            raise InputError(f"{path}: wanted a story file, got a folder: name the file in it.")
-        if reader is None:
-            got = f"the suffix {path.suffix!r}" if path.suffix else "no suffix"
-            raise InputError(
-                f"{path}: wanted a story file ({', '.join(readers)}), got {got}: rename the file."
-            )
-        data, lines = reader(_read_text(path), str(path))
-        return _build(_Origin(str(path), lines), data, path)
+        data, lines = read_document(path)
+        return _build(Origin(str(path), lines), data, path)
 
     @classmethod
     def from_captions(cls, captions: Sequence[str], title: str = "story") -> Story:
         """A story of captions alone, a frame for each. Raises InputError as `read` does."""
         if isinstance(captions, str | bytes) or not isinstance(captions, Iterable):
             raise InputError(
-                f"captions: wanted a list of texts, got {_describe(captions)}: pass [caption, ...]."
+                f"captions: wanted a list of texts, got {describe(captions)}: pass [caption, ...]."
             )
         frames = list(islice(captions, MAX_FRAMES + 1))  # what gives captions may never end
-        return _build(_Origin("captions", {}), {"title": title, "frames": frames}, None)
+        return _build(Origin("captions", {}), {"title": title, "frames": frames}, None)
 
     @property
     def slug(self) -> str:
@@ -243,434 +218,22 @@ class Story:
             "characters": {c.name: _character_data(c, folder) for c in self.characters},
             "frames": [_frame_data(frame) for frame in self.frames],
         }
-        return yaml.dump(
-            _without_defaults(data), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=2**20
-        )
-
-
-def style_template(style: str | None) -> str:
-    """The text with {prompt} that a style stands for. Raises InputError for an unknown name."""
-    if style is None:
-        return "{prompt}"
-    if "{prompt}" in style:
-        return style
-    if style.lower() in STYLES:
-        return STYLES[style.lower()]
-    hint = _nearest(style.lower(), STYLES)
-    raise InputError(
-        f"style: wanted {', '.join(STYLES)} or a text with {{prompt}}, got {_describe(style)}{hint}."
-    )
+        return yaml_text(_without_defaults(data))
 
 
 def are_captions(texts: Sequence[object]) -> bool:
     """Whether all of them are texts, and none is a file, or has the suffix of a story file."""
     return all(
-        isinstance(text, str) and not text.lower().endswith(SUFFIXES) and not os.path.exists(text)
+        isinstance(text, str) and not text.lower().endswith(tuple(READERS)) and not os.path.exists(text)
         for text in texts
     )
-
-
-# What a file says: its text, then plain values and the line of each.
-
-
-def _read_text(path: Path) -> str:
-    wanted = f"{path}: wanted a story file,"
-    try:
-        if not path.exists():
-            raise InputError(f"{wanted} but there is none: check the path.")
-        if not path.is_file():  # a pipe would be waited for, a device read without end
-            raise InputError(f"{wanted} got a pipe or a device: save it as a file.")
-        with path.open("rb") as file:
-            raw = file.read(MAX_BYTES + 1)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{wanted} but it cannot be read ({error}): check the path and its permissions."
-        ) from error
-    if len(raw) > MAX_BYTES:
-        raise InputError(f"{wanted} of at most {MAX_BYTES // 1024} KiB, got more: split the story.")
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        got = f"got the byte 0x{raw[error.start]:02x}"
-        raise InputError(f"{path}:{line}: wanted text in UTF-8, {got}: save the file as UTF-8.") from error
-    if not text.strip():
-        raise InputError(f"{path}:1: wanted captions, got an empty file: write at least one caption.")
-    return text
-
-
-def _read_txt(text: str, name: str) -> tuple[Any, dict[Location, int]]:
-    captions: list[str] = []
-    lines: dict[Location, int] = {(): 1}
-    for number, line in enumerate(re.split(r"\r\n|\r|\n", text), start=1):
-        if line.strip() and not line.lstrip().startswith("#"):
-            lines["frames", len(captions)] = number
-            captions.append(line)
-    return {"frames": captions}, lines
-
-
-def _read_yaml(text: str, name: str) -> tuple[Any, dict[Location, int]]:
-    lines: dict[Location, int] = {(): 1}
-    try:
-        _check_events(text, name)
-        loader = _Loader(text)
-        node = loader.get_single_node()
-        _record_lines(node, (), lines, name)
-        return _plain(node, loader, name), lines
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        place = f"{name}:{mark.line + 1}" if mark else name
-        said = ", ".join(filter(None, [error.context, error.problem]))
-        todo = 'indent with spaces, and put texts that hold ": " or " #" in quotes'
-        raise InputError(f"{place}: wanted YAML, but {said}: {todo}.") from error
-    except yaml.reader.ReaderError as error:
-        line = text.count("\n", 0, error.position) + 1
-        got = f"U+{ord(text[error.position]):04X}"
-        raise InputError(
-            f"{name}:{line}: wanted YAML, got the control character {got}: remove it."
-        ) from error
-
-
-def _read_json(text: str, name: str) -> tuple[Any, dict[Location, int]]:
-    twice: list[str] = []
-    try:
-        data = json.loads(text, object_pairs_hook=lambda pairs: _noting_twice(pairs, twice))
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"{name}:{error.lineno}: wanted JSON, but {error.msg.lower()}: correct that line."
-        ) from error
-    except RecursionError as error:
-        raise InputError(
-            f"{name}: wanted at most {MAX_DEPTH} nested brackets, got more: flatten the file."
-        ) from error
-    except ValueError as error:
-        raise InputError(
-            f"{name}: wanted JSON with ordinary numbers, but {error}: shorten the number."
-        ) from error
-    _check_length(_Origin(name, {}), data)
-    lines = _lines_of_json(text, name)
-    if twice:  # where YAML can follow the layout it has said so, with the line
-        raise InputError(f"{name}: the key {twice[0][:60]!r} stands there twice: remove one.")
-    return data, lines
-
-
-def _noting_twice(pairs: list[tuple[str, Any]], twice: list[str]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice += [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
-    return found
-
-
-def _lines_of_json(text: str, name: str) -> dict[Location, int]:
-    """The lines of a JSON file's keys and items, found by YAML; the values are JSON's own.
-
-    JSON is YAML but for tabs between values (within texts they are escaped), a few characters, and the escapes of those
-    beyond U+FFFF.
-    """
-    text = yaml.reader.Reader.NON_PRINTABLE.sub("?", text.replace("\t", " "))
-    text = re.sub("[\x85\u2028\u2029]", "?", text)  # line ends for YAML alone
-    lines: dict[Location, int] = {(): 1}
-    try:
-        _check_events(text, name)
-        _record_lines(_Loader(text).get_single_node(), (), lines, name)
-    except yaml.YAMLError:
-        lines.clear()  # a layout that YAML cannot follow, such as a colon on a line of its own
-    return lines
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML's safe types by the rules of YAML 1.2: `No`, `12:30`, `2024-01-01` are texts, 1e5 is a number."""
-
-
-class _Dumper(yaml.SafeDumper):
-    """Puts in quotes whatever the rules of YAML 1.1 or 1.2 would take for another type than text."""
-
-
-_Loader.yaml_implicit_resolvers = {}
-_CORE_SCHEMA = (  # YAML 1.2.2, section 10.3.2
-    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    ("int", r"[-+]?(0|[1-9][0-9]*)", list("-+0123456789")),  # 010 would be read as octal
-    (
-        "float",
-        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+|[0-9]+\.[0-9]*|\.[0-9]+[eE][-+]?[0-9]+)"
-        r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-        list("-+.0123456789"),
-    ),
-)
-for _tag, _pattern, _first in _CORE_SCHEMA:
-    for _class in (_Loader, _Dumper):
-        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
-
-
-def _check_events(text: str, name: str) -> None:
-    """Aliases let a short file grow to any size, and depth exhausts the stack; events suffer from neither.
-
-    Frames are counted here already: PyYAML takes seconds for each megabyte.
-    """
-    depth, frames, key = 0, 0, ""
-    for event in yaml.parse(text, Loader=_Loader):
-        place = f"{name}:{event.start_mark.line + 1 if event.start_mark else 1}"
-        if isinstance(event, yaml.AliasEvent):
-            raise InputError(
-                f"{place}: wanted plain YAML, got the alias *{event.anchor}: write the value out."
-            )
-        if depth == 1 and isinstance(event, yaml.ScalarEvent):
-            key = event.value  # or the value of another key, which the next key replaces
-        if depth == 2 and key == "frames" and isinstance(event, yaml.NodeEvent):
-            frames += 1
-            if frames > MAX_FRAMES:
-                raise InputError(f"{place}: frames: {_TOO_MANY}.")
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > MAX_DEPTH:
-            raise InputError(
-                f"{place}: wanted at most {MAX_DEPTH} nested brackets, got more: flatten the file."
-            )
-
-
-def _record_lines(node: yaml.Node | None, location: Location, lines: dict[Location, int], name: str) -> None:
-    """Note the line of every key and list item under node. Refuses a key that is given twice."""
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            line = key.start_mark.line + 1
-            if not isinstance(key, yaml.ScalarNode):
-                raise InputError(
-                    f"{name}:{line}: wanted a text as key, got a list or mapping: write key: value."
-                )
-            below = (*location, key.value)
-            if below in lines:
-                raise InputError(
-                    f"{name}:{line}: the key {key.value!r} stands in line {lines[below]} already: remove one."
-                )
-            lines[below] = line
-            _record_lines(value, below, lines, name)
-    elif isinstance(node, yaml.SequenceNode):
-        for index, item in enumerate(node.value):
-            lines[*location, index] = item.start_mark.line + 1
-            _record_lines(item, (*location, index), lines, name)
-
-
-def _plain(node: yaml.Node | None, loader: _Loader, name: str) -> Any:
-    """A node as dict, list, str, int, float, bool or None. Keys are texts as written."""
-    if isinstance(node, yaml.MappingNode) and node.tag == "tag:yaml.org,2002:map":
-        return {key.value: _plain(value, loader, name) for key, value in node.value}
-    if isinstance(node, yaml.SequenceNode) and node.tag == "tag:yaml.org,2002:seq":
-        return [_plain(item, loader, name) for item in node.value]
-    if node is None:
-        return None
-    place = f"{name}:{node.start_mark.line + 1}"
-    kinds = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null")}
-    if node.tag not in kinds or not isinstance(node, yaml.ScalarNode):
-        raise InputError(f"{place}: wanted plain values, got the YAML tag {node.tag!r}: remove the tag.")
-    try:
-        return loader.construct_object(node)
-    except (ValueError, KeyError) as error:  # `!!int x`, and a number of thousands of digits
-        raise InputError(
-            f"{place}: wanted a value, got {_describe(node.value)} ({error}): correct it."
-        ) from error
-
-
-# What a story may say: the schema, and errors in its terms.
-
-
-def _clean(text: str) -> str:
-    """One line in NFC, as the tokenizers read it. Refuses what no file or page can hold."""
-    text = " ".join(unicodedata.normalize("NFC", text).split())
-    for character in text:
-        if unicodedata.category(character) in ("Cc", "Cs"):
-            raise ValueError(f"wanted text, got the control character U+{ord(character):04X}: remove it")
-    return text
-
-
-def _visible(text: str) -> str:
-    cleaned = _clean(text)
-    if all(unicodedata.category(character) in ("Cf", "Zs") for character in cleaned):
-        raise ValueError("wanted a text, got an empty one: write something or remove the entry")
-    return cleaned
-
-
-def _style(text: str) -> str:
-    text = _clean(text)
-    try:
-        style_template(text)
-    except InputError as error:
-        raise ValueError(str(error).removeprefix("style: ").removesuffix(".")) from error
-    return text if "{prompt}" in text else text.lower()
-
-
-def _ordered(box: list[float]) -> list[float]:
-    left, top, right, bottom = box
-    if not (left < right and top < bottom):
-        raise ValueError(f"wanted [left, top, right, bottom] with left < right and top < bottom, got {box}")
-    return box
-
-
-def _encodable(settings: dict[str, Any]) -> dict[str, Any]:
-    try:
-        json.dumps(settings, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise ValueError("wanted text, got half of a UTF-16 pair: remove the \\u escape") from error
-    return settings
-
-
-Text = Annotated[str, AfterValidator(_visible)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _empty_is_absent(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        return {key: value for key, value in data.items() if value is not None or key not in cls.model_fields}
-
-
-class _CharacterEntry(_Strict):
-    prompt: Text | None = None
-    references: list[str] = []
-    scale: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
-
-
-class _FrameEntry(_Strict):
-    caption: Text
-    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
-    characters: list[Text] = []
-    boxes: dict[
-        Text, Annotated[list[Fraction], Field(min_length=4, max_length=4), AfterValidator(_ordered)]
-    ] = {}
-
-
-class _StoryEntry(_Strict):
-    version: int = SCHEMA
-    title: Text | None = None
-    style: Annotated[str, AfterValidator(_style)] | None = None
-    negative_prompt: Annotated[str, AfterValidator(_clean)] | None = None
-    settings: Annotated[dict[str, Any], AfterValidator(_encodable)] = {}
-    first_frame: str | None = None
-    characters: dict[Text, Annotated[_CharacterEntry, BeforeValidator(lambda value: value or {})]] = {}
-    frames: Annotated[
-        list[
-            Annotated[
-                _FrameEntry,
-                BeforeValidator(lambda value: {"caption": value} if isinstance(value, str) else value),
-            ]
-        ],
-        Field(min_length=1),
-    ]
-
-
-_ENTRIES: dict[Location, type[_Strict]] = {
-    (): _StoryEntry,
-    ("characters", "*"): _CharacterEntry,
-    ("frames", "*"): _FrameEntry,
-}
-_WANTED: dict[Location, str] = {
-    (): "a mapping with `frames:` and perhaps title, style, characters, settings",
-    ("version",): f"the number {SCHEMA}",
-    ("title",): "a text (in quotes if it looks like a number)",
-    ("style",): f"{', '.join(STYLES)} or a text with {{prompt}}",
-    ("negative_prompt",): "a text",
-    ("settings",): "a mapping of settings, such as {steps: 50}",
-    ("first_frame",): "the path of a picture in the story's folder",
-    ("characters",): "a mapping of names, such as {Ann: {prompt: a girl in a red coat}}",
-    ("characters", "*"): "a mapping such as {prompt: a girl in a red coat, references: [ann.png]}",
-    ("characters", "*", "prompt"): "a text",
-    ("characters", "*", "references"): "a list of pictures, such as [ann.png]",
-    ("characters", "*", "references", "*"): "the path of a picture in the story's folder",
-    ("characters", "*", "scale"): "a finite number from 0 on, such as 0.5",
-    ("frames",): "a list of at least one caption",
-    (
-        "frames",
-        "*",
-    ): 'a caption (in quotes if it looks like a number or holds ": ") or {caption: ..., seed: 7}',
-    ("frames", "*", "caption"): "a text (in quotes if it looks like a number)",
-    ("frames", "*", "seed"): "a whole number from 0 to 2**63 - 1",
-    ("frames", "*", "characters"): "a list of names, such as [Ann]",
-    ("frames", "*", "characters", "*"): "the name of a character",
-    ("frames", "*", "boxes"): "a mapping of names to boxes, such as {Ann: [0, 0.2, 0.5, 1]}",
-    ("frames", "*", "boxes", "*"): "four fractions of the picture: [left, top, right, bottom]",
-    ("frames", "*", "boxes", "*", "*"): "a fraction from 0 to 1",
-}
-
-
-@dataclass(frozen=True)
-class _Origin:
-    """Where a story comes from, to say what is wrong in it."""
-
-    name: str
-    lines: Mapping[Location, int]
-
-    def error(self, location: Location, text: str) -> InputError:
-        """An InputError that names the nearest line known for the location, and the location."""
-        known = (location[:n] for n in range(len(location), -1, -1) if location[:n] in self.lines)
-        place = next((f"{self.name}:{self.lines[part]}" for part in known), self.name)
-        path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
-        text += "" if text.endswith((".", "?")) else "."
-        return InputError(": ".join(filter(None, [place, path, text])))
-
-    def invalid(self, error: Mapping[str, Any]) -> InputError:
-        """One of pydantic's error details in the story file's words."""
-        location = tuple(part for part in error["loc"] if part != "[key]")
-        pattern = _pattern_of(location)
-        if error["type"] == "extra_forbidden":
-            known = _ENTRIES[pattern[:-1]].model_fields
-            todo = f"{_nearest(str(location[-1]), known) or '.'} Known here: {', '.join(known)}."
-            if pattern[0] == "frames":
-                todo += ' A caption that holds ": " needs quotes.'
-            return self.error(location, f"unknown key{todo}")
-        if error["type"] == "value_error":
-            return self.error(location, str(error["ctx"]["error"]))
-        got = "nothing" if error["type"] == "missing" else _describe(error["input"])
-        return self.error(location, f"wanted {_WANTED[pattern]}, got {got}")
-
-
-def _pattern_of(location: Location) -> Location:
-    """("frames", 2, "seed") -> ("frames", "*", "seed"), a key of _WANTED; characters' names become * too."""
-    before = ("", *location)
-    return tuple(
-        "*"
-        if isinstance(part, int) or previous == "boxes" or (i == 1 and location[0] == "characters")
-        else part
-        for i, (part, previous) in enumerate(zip(location, before, strict=False))
-    )
-
-
-def _describe(value: object) -> str:
-    if value is None:
-        return "nothing"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        return f"the text {value[:60] + '…' if len(value) > 60 else value!r}"
-    if isinstance(value, int | float):
-        # Python refuses to print an int of thousands of digits
-        return "a huge number" if 10**30 < abs(value) < float("inf") else f"the number {value}"
-    if isinstance(value, list | tuple | dict):
-        kind = "mapping" if isinstance(value, dict) else "list"
-        return f"a {kind} of {len(value)}" if value else f"an empty {kind}"
-    return f"a {type(value).__name__}"
-
-
-def _nearest(word: str, known: Iterable[str]) -> str:
-    match = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {match[0]!r}?" if match else ""
 
 
 # From what is said to a Story.
 
 
-def _build(origin: _Origin, data: Any, source: Path | None) -> Story:
-    _check_version(origin, data)
-    _check_length(origin, data)
-    try:
-        entry = _StoryEntry.model_validate(data)
-    except ValidationError as error:
-        # one message at a time; a misspelt key explains the missing one
-        details = sorted(error.errors(), key=lambda detail: detail["type"] != "extra_forbidden")
-        raise origin.invalid(details[0]) from None
+def _build(origin: Origin, data: Any, source: Path | None) -> Story:
+    entry = check_entry(origin, data)
     pictures = _Pictures(origin, source.parent if source else None)
     characters = _characters(origin, entry, pictures)
     names = {character.name.casefold(): character.name for character in characters}
@@ -688,32 +251,15 @@ def _build(origin: _Origin, data: Any, source: Path | None) -> Story:
     )
 
 
-def _check_version(origin: _Origin, data: Any) -> None:
-    version = data.get("version") if isinstance(data, dict) else None
-    if not isinstance(version, int) or isinstance(version, bool) or version == SCHEMA:
-        return  # the schema says what is wrong with other types
-    if version > SCHEMA:
-        text = f"wanted schema version {SCHEMA}, got {_describe(version)}, which is newer: update fastory"
-    else:
-        text = f"wanted schema version {SCHEMA}, got {_describe(version)}: write version: {SCHEMA}"
-    raise origin.error(("version",), text)
-
-
-def _check_length(origin: _Origin, data: Any) -> None:
-    frames = data.get("frames") if isinstance(data, dict) else None
-    if isinstance(frames, list) and len(frames) > MAX_FRAMES:
-        raise origin.error(("frames", MAX_FRAMES), _TOO_MANY)
-
-
 def _title_of(source: Path | None) -> str:
     try:
         # a file name may hold bytes that are no text
-        return _visible(source.stem) if source else "story"
+        return visible(source.stem) if source else "story"
     except ValueError:
         return "story"
 
 
-def _characters(origin: _Origin, entry: _StoryEntry, pictures: _Pictures) -> tuple[Character, ...]:
+def _characters(origin: Origin, entry: StoryEntry, pictures: _Pictures) -> tuple[Character, ...]:
     characters: dict[str, Character] = {}
     for name, said in entry.characters.items():
         location: Location = ("characters", name)
@@ -732,12 +278,12 @@ def _characters(origin: _Origin, entry: _StoryEntry, pictures: _Pictures) -> tup
     return tuple(characters.values())
 
 
-def _frame(origin: _Origin, i: int, entry: _FrameEntry, names: Mapping[str, str]) -> Frame:
+def _frame(origin: Origin, i: int, entry: FrameEntry, names: Mapping[str, str]) -> Frame:
     def known(name: str, *location: str | int) -> str:
         if name.casefold() not in names:
-            todo = _nearest(name, names.values()) or ": add it to `characters:`"
+            todo = nearest(name, names.values()) or ": add it to `characters:`"
             wanted = f"wanted one of the story's characters ({', '.join(names.values()) or 'none'})"
-            raise origin.error(("frames", i, *location), f"{wanted}, got {_describe(name)}{todo}")
+            raise origin.error(("frames", i, *location), f"{wanted}, got {describe(name)}{todo}")
         return names[name.casefold()]
 
     characters = dict.fromkeys(known(name, "characters", k) for k, name in enumerate(entry.characters))
@@ -748,7 +294,7 @@ def _frame(origin: _Origin, i: int, entry: _FrameEntry, names: Mapping[str, str]
 class _Pictures:
     """The pictures that a story names, each looked for and decoded once however often it is named."""
 
-    def __init__(self, origin: _Origin, folder: Path | None) -> None:
+    def __init__(self, origin: Origin, folder: Path | None) -> None:
         self._origin, self._folder = origin, folder
         self._paths: dict[str, Path] = {}
         self._decoded: set[Path] = set()
