@@ -16,9 +16,9 @@ from typing import Any
 
 from fastory import files
 from fastory.errors import InputError
-from fastory.names import Names
 from fastory.pictures import check_picture
 from fastory.story.files import READERS, read_document, yaml_text
+from fastory.story.names import Names
 from fastory.story.schema import (
     MAX_FRAMES,
     MAX_NAME,
