@@ -14,9 +14,9 @@ from PIL import Image
 
 from fastory import pictures
 from fastory.errors import InputError
-from fastory.names import Names
 from fastory.settings import check
 from fastory.story import MAX_FRAMES, MAX_NAME, Character, Frame, Story
+from fastory.story.names import Names
 
 SECONDS = 10  # each took over 40; on a quiet machine each takes under 3
 
