@@ -55,6 +55,7 @@ extras_require = {
     ],
     "test": [
         "pytest>=8",
+        "pytest-xdist>=3.6",  # the suite in two processes
         "selenium>=4.20",  # the storybook in headless Chromium
         "pytest-benchmark>=5",  # bench/, which the suite collects and skips
         "tensorboard>=2.16",  # fastory tune

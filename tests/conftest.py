@@ -10,12 +10,23 @@ from fastory.threads import allowed_cores, wait_passively
 # Before anything loads PyTorch. Tests compare bytes, which depend on the number of threads, and that on what else runs.
 wait_passively()
 os.environ.setdefault("OMP_NUM_THREADS", str(len(allowed_cores())))
+if workers := os.environ.get(
+    "PYTEST_XDIST_WORKER_COUNT"
+):  # each inherits the number of the process that starts them
+    os.environ["OMP_NUM_THREADS"] = str(max(1, len(allowed_cores()) // int(workers)))
 
 import pytest
 from small_checkpoints import write_adapter, write_sd15, write_sdxl
 from small_history import write_causal_folder
 
 import fastory
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One worker runs a file, whose tests share fixtures; one runs all that take the export, which costs a minute."""
+    for item in items:
+        shares_export = "export_folder" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("export" if shares_export else item.path.stem))
 
 
 @pytest.fixture(scope="session")

@@ -152,6 +152,7 @@ def test_a_given_first_frame_is_the_true_picture_and_the_rest_goes_on_from_it(mo
     assert not np.array_equal(given[0][1], told[0][1])
 
 
+@pytest.mark.slow
 def test_windows_beyond_the_time_embeddings_are_said_and_the_rest_is_drawn_once(
     model: StoryModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -24,7 +24,7 @@ pipeline.set_progress_bar_config(disable=True)
 
 def draw(**references):
     generator = torch.Generator().manual_seed(0)
-    options = dict(num_inference_steps=4, guidance_scale=3.0, generator=generator, output_type="np")
+    options = dict(num_inference_steps=1, guidance_scale=3.0, generator=generator, output_type="np")
     return pipeline("a fox is jumping in the snow", **options, **references).images[0]
 
 plain = draw()

@@ -210,7 +210,9 @@ def limited(how: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no limit on a file's size")
-@pytest.mark.parametrize("there", [False, True], ids=["new", "overwrite"])
+@pytest.mark.parametrize(
+    "there", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["new", "overwrite"]
+)
 def test_a_disk_that_is_full(given: dict[str, Tensor], there: bool) -> None:
     write_checkpoint(Path("story.ckpt"), given)
     if there:
@@ -223,6 +225,7 @@ def test_a_disk_that_is_full(given: dict[str, Tensor], there: bool) -> None:
     assert contents() == before
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no limit on a file's size")
 def test_killed_while_it_writes(given: dict[str, Tensor]) -> None:
     write_checkpoint(Path("story.ckpt"), given)

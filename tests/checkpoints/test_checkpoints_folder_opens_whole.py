@@ -141,6 +141,7 @@ for spare in (1, 4):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit on memory is Linux's")
 def test_too_little_memory_is_said_and_not_taken_for_a_damaged_file() -> None:
     ended = subprocess.run([sys.executable, "-c", LITTLE_MEMORY], capture_output=True, text=True, check=False)

@@ -35,6 +35,7 @@ for file in sorted(Path(sys.argv[1]).iterdir()):
 """
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_same_bytes(tmp_path: Path) -> None:
     """Unsorted, the seeds 1 and 2 gave another order of the sizes that follow from others."""
     running = []

@@ -119,7 +119,7 @@ def wide(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {key: one.double() if one.is_floating_point() else one for key, one in inputs.items()}
 
 
-@pytest.mark.parametrize("kind", TYPES.keys() & {torch.float32, torch.float16}, ids=str)
+@pytest.mark.parametrize("kind", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("binding", BINDINGS)
 @pytest.mark.parametrize(("groups", "blocks", "text"), [(1, 1, 5), (1, 9, 7), (3, 7, 1), (4, 2, 5)])
 def test_a_body_of_grca_equals_the_definition(

@@ -71,8 +71,8 @@ def check_kills(tmp_path: Path, kills: int, seed: int) -> None:
         assert contents(cwd / "run") == expected
 
 
-def test_three_kills(tmp_path: Path) -> None:
-    check_kills(tmp_path, 3, seed=int(time.time()))
+def test_a_kill(tmp_path: Path) -> None:
+    check_kills(tmp_path, 1, seed=int(time.time()))
 
 
 @pytest.mark.slow

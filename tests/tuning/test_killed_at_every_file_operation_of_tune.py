@@ -13,7 +13,7 @@ from small_stories import write_stories
 from fastory.tuning.loop import tune
 from fastory.tuning.sizes import HistorySizes, Tuning
 
-QUICK = 5  # of about 70, each of which costs two tunings
+QUICK = 3  # of about 70, each of which costs two tunings
 SHORT = Tuning(steps=2, batch_size=1, frames=2, warmup=1, rank=2, save_every=1, validate_every=0)
 SMALL = HistorySizes(positions=3, local_heads=4, bottleneck=8, frame_tokens=12)
 TENSORBOARD = "tensorboard"  # its files are named after the time
@@ -30,8 +30,14 @@ def stories(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_stories(tmp_path_factory.mktemp("examples"))
 
 
-@pytest.mark.parametrize("most", [QUICK, pytest.param(None, marks=pytest.mark.slow)], ids=["some", "every"])
-@pytest.mark.parametrize("overwrite", [False, True], ids=["new", "overwrite"])
+@pytest.mark.parametrize(
+    ("overwrite", "most"),
+    [
+        pytest.param(False, QUICK, id="new-some"),
+        pytest.param(False, None, id="new-every", marks=pytest.mark.slow),
+        pytest.param(True, None, id="overwrite-every", marks=pytest.mark.slow),
+    ],
+)
 def test_tune(sd15_folder: Path, stories: Path, overwrite: bool, most: int | None, tmp_path: Path) -> None:
     def prepare(folder: Path) -> None:
         if overwrite:
