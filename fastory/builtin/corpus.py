@@ -72,16 +72,28 @@ def _sample_scene(
             return scene
 
 
-def sample_tale(rng: np.random.Generator, frames: int, cast_size: int, held: bool = False) -> Tale:
+def sample_cast(rng: np.random.Generator, cast_size: int, alike: bool = False) -> tuple[Character, ...]:
+    """Characters of different species; alike: of one, each in another colour."""
+    species = rng.permutation(SPECIES)[:cast_size]
+    while True:
+        cast = tuple(sample_character(rng, str(species[0] if alike else name)) for name in species)
+        if not alike or len({character.colour for character in cast}) == cast_size:
+            return cast
+
+
+def sample_tale(
+    rng: np.random.Generator, frames: int, cast_size: int, held: bool = False, alike: bool = False
+) -> Tale:
     """A story of 4-40 frames with recurring characters. held: only held-out scenes, else none of them.
+
+    alike: the characters are of one species and of different colours.
 
     With two characters, half the frames show both, in either order, and a quarter each one alone. A scene is not
     drawn twice while other scenes of that cast are left.
     """
     if not 4 <= frames <= 40:
         raise ValueError(f"a story has 4 to 40 frames, not {frames}")
-    species = rng.permutation(SPECIES)[:cast_size]
-    cast = tuple(sample_character(rng, str(name)) for name in species)
+    cast = sample_cast(rng, cast_size, alike)
     groups = [[0]] if cast_size == 1 else [[0], [1], [0, 1], [1, 0]]
     scenes: list[Scene] = []
     for _ in range(frames):

@@ -19,14 +19,15 @@ from fastory import Settings, Story, StoryModel, generate
 from fastory.builtin.captions import caption
 from fastory.builtin.classifier import FILE, Classifier, accuracies, drawn_and_labelled, load_classifier
 from fastory.builtin.corpus import sample_tale
+from fastory.builtin.distinct import FREE, distinct_scores, modal_share, pairwise_share, shares_of_one_look
 from fastory.builtin.training import stream
-from fastory.builtin.world import ACTIONS, COLOURS, HATS, PLACES, SCARVES, SPECIES, Scene, Tale, draw
+from fastory.builtin.world import ACTIONS, PLACES, SPECIES, Scene, Tale, draw
 from fastory.events import FrameDrawn
 from fastory.modes.iterative import iterative
 from fastory.settings import resolve
 
 FRAMES = 8
-FREE = {"colour": COLOURS, "hat": HATS, "scarf": SCARVES}
+CASTS = ("mixed", "two", "alike")
 Rounds = np.ndarray  # uint8 (rounds, frames, height, width, 3)
 
 
@@ -39,15 +40,23 @@ class HeldOutStory:
     seed: int
 
 
-def held_out_stories(count: int, seed: int, frames: int = FRAMES) -> list[HeldOutStory]:
-    """Stories of held-out scenes, one and two characters in turn."""
-    stories = []
-    for index in range(count):
+def held_out_stories(count: int, seed: int, frames: int = FRAMES, cast: str = "mixed") -> list[HeldOutStory]:
+    """Stories of held-out scenes.
+
+    cast: `mixed`, one and two characters in turn; `two`, of two species; `alike`, two of one species.
+    """
+    stories: list[HeldOutStory] = []
+    index = 0
+    while len(stories) < count:
         rng = stream("held-out story", seed, 0, index)
-        tale = sample_tale(rng, frames, 1 + index % 2, held=True)
-        stories.append(
-            HeldOutStory(tale, tuple(caption(rng, tale.cast, s) for s in tale.scenes), 1000 * seed + index)
-        )
+        size = 1 + index % 2 if cast == "mixed" else 2
+        tale = sample_tale(rng, frames, size, held=True, alike=cast == "alike")
+        index += 1
+        present = {role.member for scene in tale.scenes for role in scene.roles}
+        if len(present) < size:
+            continue  # `across` is of two characters that are seen
+        texts = tuple(caption(rng, tale.cast, scene) for scene in tale.scenes)
+        stories.append(HeldOutStory(tale, texts, 1000 * seed + index - 1))
     return stories
 
 
@@ -120,17 +129,6 @@ def judge(classifier: Classifier, story: HeldOutStory, pictures: np.ndarray) -> 
     return Judged(story, seen.two, seen.place, seen.slots["species"], seen.slots["action"], free)
 
 
-def modal_share(values: np.ndarray) -> float:
-    """The share of the most frequent value."""
-    return float(np.bincount(values).max() / len(values))
-
-
-def pairwise_share(values: np.ndarray) -> float:
-    """The share of pairs that are equal; chance is one over the number of values when they are equally likely."""
-    pairs = [(a, b) for i, a in enumerate(values) for b in values[:i]]
-    return float(np.mean([a == b for a, b in pairs])) if pairs else 1.0
-
-
 def chance_of_modal_share(counts: Sequence[int], options: int) -> float:
     """The expected modal share of frames drawn independently and uniformly, mean over characters with these counts."""
     rng = np.random.default_rng(0)
@@ -173,7 +171,7 @@ def _roles_right(judged: Judged, frame: int, scene: Scene) -> list[tuple[bool, b
 
 
 def scores(judged: Judged) -> dict[str, float]:
-    """One story's and round's scores; a key is missing where the story has no such frame.
+    """One story's and round's scores, those of `distinct` among them; a key is missing where there is no such frame.
 
     species and action: frames with one character; place: all; both right: frames with two, each with its species and
     action on its side; own colours: neither of the two shows the colour that is the other one's most frequent.
@@ -184,7 +182,7 @@ def scores(judged: Judged) -> dict[str, float]:
         if shown:
             found[name] = float(np.mean([modal_share(values) for values in shown]))
             found[f"{name}, pairs"] = float(np.mean([pairwise_share(values) for values in shown]))
-    return found
+    return {**found, **distinct_scores(judged)}
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
@@ -226,8 +224,10 @@ def measure(
         print(f"{title}: story {number + 1} of {len(stories)}", flush=True)
     rounds = range(len(drawn[0]))
     pairs = list(zip(stories, drawn, strict=True))
-    by_round = [summary([scores(judge(classifier, s, pictures[k])) for s, pictures in pairs]) for k in rounds]
+    rows = [[scores(judge(classifier, s, pictures[k])) for s, pictures in pairs] for k in rounds]
+    by_round = [summary(row) for row in rows]
     print_rounds(f"{title}, {len(stories)} stories, rounds 0..{len(drawn[0]) - 1}", by_round)
+    print(f"first and last round:\n  {shares_of_one_look(rows[0])}\n  {shares_of_one_look(rows[-1])}")
     return drawn, by_round
 
 
@@ -328,6 +328,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m fastory.builtin.evaluate", description=__doc__)
     parser.add_argument("--stories", type=int, default=100)
     parser.add_argument("--control-stories", type=int, default=10)
+    parser.add_argument(
+        "--cast", choices=CASTS, default="mixed", help="one and two characters, two, two of a species"
+    )
     parser.add_argument("--model", default="builtin")
     parser.add_argument("--classifier", type=Path, default=FILE)
     parser.add_argument(
@@ -351,7 +354,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(shipped)
     report: dict[str, object] = {"judge": judge_accuracies(classifier, model), "stories": options.stories}
     print(json.dumps(report["judge"], indent=1))
-    stories = held_out_stories(options.stories, options.seed)
+    stories = held_out_stories(options.stories, options.seed, cast=options.cast)
     counts = [
         len([1 for s in t.tale.scenes for r in s.roles if r.member == m])
         for t in stories

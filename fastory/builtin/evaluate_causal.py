@@ -29,8 +29,9 @@ from PIL import Image, ImageDraw
 from fastory import Settings, Story, StoryModel, generate
 from fastory.builtin.autoencoder import to_pictures, to_tensor
 from fastory.builtin.classifier import FILE, load_classifier
+from fastory.builtin.distinct import FREE
 from fastory.builtin.evaluate import (
-    FREE,
+    CASTS,
     HeldOutStory,
     Judged,
     draw_rounds,
@@ -212,6 +213,8 @@ def folder_of(
 ) -> Path:
     """Where a way's pictures are kept: another model, seed or setting has another folder."""
     said = [sorted(model.hashes.items()), sorted(asdict(settings).items()), options.frames, options.seed]
+    if options.cast != "mixed":
+        said.append([options.cast])
     digest = hashlib.sha256(json.dumps([*said, str(model.dtype)]).encode()).hexdigest()[:8]
     return output / "pictures" / f"{name.replace(' ', '-')}-{digest}"
 
@@ -261,6 +264,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--guidance-scale", type=float, help="as shipped unless given")
     parser.add_argument("--drafts", type=int, help="of frame 0; as shipped unless given")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--cast", choices=CASTS, default="mixed", help="as in evaluate")
     parser.add_argument("--output", type=Path, help="a folder for evaluation.json, a sheet, and the pictures")
     options = parser.parse_args(arguments)
     if options.stories < 1 or not 4 <= options.frames <= 40:
@@ -316,10 +320,10 @@ def main(arguments: list[str] | None = None) -> None:
     given = {**{name: getattr(options, name) for name in named}, "mode": "causal"}
     settings = resolve(given, {}, None, model.defaults)[0]
     print(settings)
-    stories = held_out_stories(options.stories, options.seed, options.frames)
+    stories = held_out_stories(options.stories, options.seed, options.frames, options.cast)
     report, drawn = measure(model, settings, stories, options)
     if options.output:
-        asked = ("stories", "frames", "windows", "steps", "guidance_scale", "drafts", "seed")
+        asked = ("stories", "frames", "cast", "windows", "steps", "guidance_scale", "drafts", "seed")
         whole = {
             "command": {name: getattr(options, name) for name in asked},
             "settings": settings.identity(),

@@ -21,6 +21,8 @@ SCARVES = ("none", "orange", "turquoise", "white")
 
 Colour = tuple[int, int, int]
 Point = tuple[float, float]
+Box = tuple[float, float, float, float]
+"""Left, top, right, bottom in shares of the picture, 0..1."""
 
 INK: Colour = (34, 28, 36)
 WHITE: Colour = (255, 255, 255)
@@ -77,12 +79,18 @@ class Pen:
         self.pixels = SIZE * SUPERSAMPLING
         # Outlines keep about 1.7 final pixels whatever the character's size: thinner ones blur in the latents.
         self.outline = round(1.7 * SUPERSAMPLING)
+        self._drawn: list[Point] = []
 
     def _place(self, point: Point) -> Point:
-        return (
-            (self.x + point[0] * self.unit) * self.pixels,
-            (self.y + point[1] * self.unit) * self.pixels,
-        )
+        placed = self.x + point[0] * self.unit, self.y + point[1] * self.unit
+        self._drawn.append(placed)
+        return placed[0] * self.pixels, placed[1] * self.pixels
+
+    def box(self) -> Box:
+        """What encloses all that was drawn, cut at the picture's edges; a stroke counts without its width."""
+        across, down = zip(*self._drawn, strict=True)
+        left, top = max(0.0, min(across)), max(0.0, min(down))
+        return left, top, min(1.0, max(across)), min(1.0, max(down))
 
     def ellipse(self, x: float, y: float, rx: float, ry: float, fill: Colour, outlined: bool = True) -> None:
         box = (*self._place((x - rx, y - ry)), *self._place((x + rx, y + ry)))
@@ -327,14 +335,24 @@ def draw(cast: tuple[Character, ...], scene: Scene, rng: np.random.Generator) ->
     One character stands in the middle, the first of two on the left and the second on the right; rng moves
     characters and background by a few pixels.
     """
+    return draw_with_boxes(cast, scene, rng)[0]
+
+
+def draw_with_boxes(
+    cast: tuple[Character, ...], scene: Scene, rng: np.random.Generator
+) -> tuple[Image.Image, tuple[Box, ...]]:
+    """The picture that `draw` gives, and around each role's character, with what it wears and holds, its box."""
     pixels = SIZE * SUPERSAMPLING
     image = Image.new("RGB", (pixels, pixels))
     canvas = ImageDraw.Draw(image)
     _BACKGROUNDS[scene.place](Pen(canvas, 0, 0, 1), rng.uniform(-0.04, 0.04))
+    boxes: list[Box] = []
     centres, unit = ((0.48,), 0.68) if len(scene.roles) == 1 else ((0.25, 0.69), 0.52)
     for role, centre in zip(scene.roles, centres, strict=True):
         x, ground = centre + rng.uniform(-0.025, 0.025), 0.92 + rng.uniform(-0.015, 0.015)
         Pen(canvas, x, ground, unit).ellipse(0, 0, 0.3, 0.035, (84, 84, 96), outlined=False)
         lift = 0.2 * unit if role.action == "jumping" else 0
-        _character(Pen(canvas, x, ground - lift, unit), cast[role.member], role.action)
-    return image.reduce(SUPERSAMPLING)
+        pen = Pen(canvas, x, ground - lift, unit)
+        _character(pen, cast[role.member], role.action)
+        boxes.append(pen.box())
+    return image.reduce(SUPERSAMPLING), tuple(boxes)
