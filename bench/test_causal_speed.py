@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from fastory import Story, StoryModel, generate
-from fastory.conditioning.history import HistoryConfig, HistoryEncoder
+from fastory.checkpoints.history_encoder import HistoryConfig, HistoryEncoder
 from fastory.events import FrameDrawn
 
 WINDOW, FRAMES, AROUND = 4, 106, 5

@@ -12,8 +12,6 @@ unet_causal, text_projector_causal, history_encoder, history_keys_values, histor
 
 from __future__ import annotations
 
-import contextlib
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,11 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastory.conditioning.history import LocalCausalAttention
+from fastory.checkpoints.history_encoder import LocalCausalAttention
+from fastory.conditioning.history import HistoryContext
+from fastory.conditioning.references import ReferenceContext
 from fastory.errors import InputError
 from fastory.kernels.banded import banded_causal_attention
-from fastory.models.torch_model import RowByRow, StoryModel
-from fastory.processors.projected import CrossAttentionLayers, HistoryContext, Layer, ReferenceContext
+from fastory.models.export_folder import factored
+from fastory.models.torch_model import StoryModel
+from fastory.processors.projected import CrossAttentionLayers, Layer
 
 Axis = int | str
 """A number, or a name of Component.ranges with an optional factor: `batch`, `4*references`."""
@@ -86,14 +87,6 @@ def size_of(axis: Axis, sizes: Mapping[str, int]) -> int:
         return axis
     factor, name = factored(axis)
     return factor * sizes[name]
-
-
-def factored(axis: str) -> tuple[int, str]:
-    """`4*references` -> 4, references."""
-    match = re.fullmatch(r"(?:(\d+)\*)?([a-z_]+)", axis)
-    if match is None:
-        raise ValueError(f"axis: wanted a name or factor*name, got {axis!r}")
-    return int(match[1] or 1), match[2]
 
 
 def components(model: StoryModel, groups: int) -> Iterator[Component]:
@@ -566,19 +559,6 @@ def _seen(model: StoryModel) -> dict[str, Input]:
         "mask": Input(("batch", size), torch.int64, words),
         "pixels": Input(("batch", 3, side, side), model.dtype),
     }
-
-
-@contextlib.contextmanager
-def plain_linear(module: nn.Module) -> Iterator[None]:
-    """Linear layers whose rows go together: RowByRow splits a batch, whose size a graph does not know."""
-    changed: list[nn.Module] = [one for one in module.modules() if type(one) is RowByRow]
-    for one in changed:
-        one.__class__ = nn.Linear
-    try:
-        yield
-    finally:
-        for one in changed:
-            one.__class__ = RowByRow
 
 
 def constants(model: StoryModel) -> dict[str, Tensor]:

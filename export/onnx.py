@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from fastory import __version__, files, packages
 from fastory.errors import InputError
-from fastory.export.graphs import Component, components, constants, factored, is_large, plain_linear
+from fastory.export.graphs import Component, components, constants, is_large
 from fastory.export.parity import Parity, measure_apart, measure_folder, refuse_apart
 from fastory.models.export_folder import (
     DOING,
@@ -29,6 +29,7 @@ from fastory.models.export_folder import (
     MANIFEST,
     SCHEMA,
     ExportFolder,
+    factored,
     hashes_of,
     refuse_other_files,
     write_manifest,
@@ -213,7 +214,7 @@ def _traced(component: Component) -> torch.onnx.ONNXProgram:
     from fastory.export.operators import OPSET, translations
 
     inputs = component.sample(component.traced, 0)
-    with plain_linear(component.module), torch.no_grad(), _quiet():
+    with torch.no_grad(), _quiet():
         program = torch.onnx.export(
             component.module,
             tuple(inputs.values()),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastory import files
 from fastory.errors import FastoryError
-from fastory.export.graphs import Component, components, plain_linear
+from fastory.export.graphs import Component, components
 from fastory.models.onnx_session import OrtSession
 from fastory.models.torch_model import StoryModel
 
@@ -53,7 +53,7 @@ class Parity:
 
 def measure(component: Component, session: OrtSession) -> list[Parity]:
     """All sizes of Component.checks."""
-    with plain_linear(component.module), torch.no_grad():
+    with torch.no_grad():
         exact = copy.deepcopy(component.module).double()
         cases = []
         for sizes in component.checks:

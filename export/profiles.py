@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fastory.errors import InputError
-from fastory.export.graphs import factored, size_of
+from fastory.export.graphs import size_of
+from fastory.models.export_folder import factored
 
 Bounds = tuple[int, int]
 Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # least, of most calls, most

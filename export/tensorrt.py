@@ -19,7 +19,7 @@ from fastory import files
 from fastory.errors import FastoryError, InputError
 from fastory.export import build_engines
 from fastory.export.profiles import Bounds, Shapes, profiles
-from fastory.models.export_folder import ExportFolder
+from fastory.models.export_folder import ExportFolder, engine_name
 
 # TensorRT for RTX 1.7 builds for GeForce and RTX cards: Turing, Ampere, Ada and Blackwell.
 RTX_TARGETS = {
@@ -113,11 +113,6 @@ def check_target(target: str) -> None:
 def graph_name(component: str) -> str:
     """The file that TensorRT reads: the exported graph with other bodies, beside it, over the same weights."""
     return f"{component}.trt.onnx"
-
-
-def engine_name(component: str, target: str | None = None) -> str:
-    """The file of an engine; target: sm89 and so on for TensorRT for RTX."""
-    return f"{component}.engine" if target is None else f"{component}.rtx-{target}.engine"
 
 
 def write_graph(export: ExportFolder, component: str) -> Path:

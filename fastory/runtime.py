@@ -7,11 +7,10 @@ import gc
 import sys
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import psutil
 import torch
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from fastory import settings, threads
 from fastory.errors import InputError
@@ -99,36 +98,25 @@ def _set_threads(count: int) -> None:
         torch.set_num_threads(count)
 
 
-def choose_batch(
-    unet: UNet2DConditionModel,
-    placement: Placement,
-    width: int,
-    height: int,
-    guided: bool,
-    frames: int,
-    what: str = "frame",
-) -> tuple[int, str]:
-    """Frames per micro-batch and the line that says why. width, height: of the latents. what: frame, or story."""
-    needed = frame_bytes(unet, placement.dtype, width, height, guided)
-    free = free_bytes(placement.device)
-    most = min(frames, MOST_FRAMES[placement.device.type])
-    size = max(1, min(most, int(0.7 * free / needed)))
+def choose_batch(placement: Placement, needed: int, count: int, unit: str = "frame") -> tuple[int, str]:
+    """How many of `count` fit in one micro-batch, and the line that says why. needed: bytes of one. unit: frame, or story."""
+    free, most = free_bytes(placement.device), MOST_FRAMES[placement.device.type]
+    size = max(1, min(count, most, int(0.7 * free / needed)))
     reason = (
-        f"{size} of {counted(frames, what)} at once: about {_size(needed)} each, {_size(free)} free on {placement.device}, "
-        f"at most {MOST_FRAMES[placement.device.type]} there"
+        f"{size} of {counted(count, unit)} at once: about {_size(needed)} each, {_size(free)} free on {placement.device}, "
+        f"at most {most} there"
     )
     return size, reason
 
 
-def frame_bytes(unet: UNet2DConditionModel, dtype: torch.dtype, width: int, height: int, guided: bool) -> int:
-    """A cautious estimate of what one more frame takes while it is denoised.
+def frame_bytes(first_channels: int, dtype: torch.dtype, width: int, height: int, guided: bool) -> int:
+    """A cautious estimate of what one more frame takes while it is denoised. width, height: of the latents.
 
     The widest moment is the last up block: the skips still held (about 6 tensors of the first level's size in SD1.5),
     the concatenated input, the convolution's result and its workspace, and GEGLU's 8-fold width: 32 in all.
+    first_channels: of the UNet's first level.
     """
-    rows = 2 if guided else 1
-    config: Any = unet.config
-    return 32 * config.block_out_channels[0] * width * height * rows * dtype.itemsize
+    return 32 * first_channels * width * height * (2 if guided else 1) * dtype.itemsize
 
 
 def free_bytes(device: torch.device) -> int:

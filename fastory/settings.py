@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, get_args, get_type_hints
 
@@ -37,12 +37,29 @@ SCHEDULERS: Mapping[str, Scheduler] = {
 REFERENCES = ("all", "others", "cast")
 REFERENCE_FITS = ("pad", "squash", "crop")
 NOISES = ("shared", "per-frame")
-MODES = ("iterative", "causal")
 DTYPES = ("float32", "float16", "bfloat16")
 SEED_LIMIT = 2**63
 MOST_SCALE = 10  # of references; an IP-Adapter is trained at 1
-ITERATIVE_ALONE = ("iterations", "reference_scale", "references", "reference_fit", "reference_start")
-CAUSAL_ALONE = ("window", "drafts")
+
+
+@dataclass(frozen=True)
+class ModeTraits:
+    """What settings must know of a mode. own: the settings that it reads and not every mode does.
+
+    rounds: how often every frame is drawn.
+    """
+
+    own: tuple[str, ...]
+    rounds: Callable[[Settings], int]
+
+
+MODES: dict[str, ModeTraits] = {
+    "iterative": ModeTraits(
+        ("iterations", "reference_scale", "references", "reference_fit", "reference_start"),
+        lambda settings: settings.iterations + 1,
+    ),
+    "causal": ModeTraits(("window", "drafts"), lambda settings: 1),
+}
 
 
 @dataclass(frozen=True)
@@ -75,13 +92,13 @@ class Settings:
 
     @property
     def rounds(self) -> int:
-        """How often every frame is drawn: round 0 and the iterations, or once in causal mode."""
-        return 1 if self.mode == "causal" else self.iterations + 1
+        """How often every frame is drawn: in iterative mode in round 0 and the iterations, in causal mode once."""
+        return MODES[self.mode].rounds(self)
 
     def identity(self) -> dict[str, Any]:
         """The values that this mode reads, as a manifest holds them."""
-        other = CAUSAL_ALONE if self.mode == "iterative" else ITERATIVE_ALONE
-        return {name: value for name, value in asdict(self).items() if name not in other}
+        others = foreign(self.mode)
+        return {name: value for name, value in asdict(self).items() if name not in others}
 
     def reference_scale_of(self, round: int) -> float:
         """l_k of round k >= 1: linear from l_1 to l_K; K = 1 uses l_1 (Story-Adapter, section 3.3)."""
@@ -183,47 +200,25 @@ def resolve(
     return settings, sources
 
 
-@dataclass(frozen=True)
-class Needs:
-    """What a story and its model make of the settings.
+def foreign(mode: str) -> dict[str, str]:
+    """The settings that `mode` does not read, each with the mode that does."""
+    own = MODES[mode].own
+    return {name: other for other, traits in MODES.items() for name in traits.own if name not in own}
 
-    pictures: its characters have pictures. guided: frames have an unconditional row. seeded: every frame has a seed of
-    its own. begun: frame 0 is given.
+
+def unused(settings: Settings, sources: Mapping[str, str], reasons: Mapping[str, str]) -> list[str]:
+    """A line for each value that the user gave, in the call or in the story file, and that decides nothing.
+
+    reasons: why, for settings of this story's mode.
     """
-
-    pictures: bool
-    guided: bool
-    seeded: bool
-    begun: bool
-
-
-def unused(settings: Settings, sources: Mapping[str, str], needs: Needs) -> list[str]:
-    """A line for each value that the user gave, in the call or in the story file, and that decides nothing."""
-    other = "causal" if settings.mode == "iterative" else "iterative"
-    reasons = dict.fromkeys(
-        CAUSAL_ALONE if settings.mode == "iterative" else ITERATIVE_ALONE,
-        f"it belongs to {other} mode, and this story is drawn in {settings.mode} mode",
-    )
-    if settings.mode == "iterative" and not settings.iterations:
-        reasons["references"] = "without iterations no frame sees another one"
-        if not needs.pictures or settings.reference_start > 0:
-            reasons |= dict.fromkeys(
-                ("reference_scale", "reference_fit"), "without iterations nothing is a reference"
-            )
-    if settings.mode == "iterative" and not needs.pictures:
-        reasons["reference_start"] = "the story gives no pictures of its characters"
-    if settings.mode == "causal" and needs.begun and settings.drafts:
-        reasons["drafts"] = "frame 0 is given and not drawn"
-    if not needs.guided and settings.negative_prompt:
-        reasons["negative_prompt"] = (
-            "without guidance there is no unconditional row (guidance_scale 1 or less, or an LCM UNet)"
-        )
-    if needs.seeded:
-        reasons |= dict.fromkeys(("seed", "noise"), "every frame has a seed of its own")
+    why = {
+        name: f"it belongs to {other} mode, and this story is drawn in {settings.mode} mode"
+        for name, other in foreign(settings.mode).items()
+    }
     where = {"flag": "", "story": " of the story file"}
     return [
         f"`{name}`{where[sources[name]]} is not used: {reason}"
-        for name, reason in reasons.items()
+        for name, reason in {**why, **reasons}.items()
         if sources[name] in where
     ]
 

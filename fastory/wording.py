@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 MOST_LETTERS = 60
 
 
@@ -10,6 +12,11 @@ def counted(count: int, noun: str) -> str:
     if count == 1:
         return f"1 {noun}"
     return f"{count} {noun[:-1]}ies" if noun.endswith("y") else f"{count} {noun}s"
+
+
+def numbers_listed(numbers: Iterable[int]) -> str:
+    """'3,7,8', as --frames takes them."""
+    return ",".join(str(number) for number in numbers)
 
 
 def shown(value: object, most: int = MOST_LETTERS) -> str:

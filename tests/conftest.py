@@ -16,6 +16,9 @@ if workers := os.environ.get(
     os.environ["OMP_NUM_THREADS"] = str(max(1, len(allowed_cores()) // int(workers)))
 
 import pytest
+
+pytest.register_assert_rewrite("kernel_cases", "refused_commands", "killed", "run_folders", "hostile_files")
+
 from small_checkpoints import write_adapter, write_sd15, write_sdxl
 from small_history import write_causal_folder
 

@@ -36,7 +36,7 @@ def pairwise_share(values: np.ndarray) -> float:
 def same_mode(first: np.ndarray, second: np.ndarray) -> float:
     """The probability that two characters have one most frequent value, where each draws its own among equals."""
     modes = [np.flatnonzero(np.bincount(values) == np.bincount(values).max()) for values in (first, second)]
-    return len(np.intersect1d(*modes)) / (len(modes[0]) * len(modes[1]))
+    return len(np.intersect1d(modes[0], modes[1])) / (len(modes[0]) * len(modes[1]))
 
 
 def distinct_scores(judged: Judged) -> dict[str, float]:

@@ -24,6 +24,7 @@ from fastory.builtin.training import stream
 from fastory.builtin.world import ACTIONS, PLACES, SPECIES, Scene, Tale, draw
 from fastory.events import FrameDrawn
 from fastory.modes.iterative import iterative
+from fastory.modes.mode import StoryPlan
 from fastory.settings import resolve
 
 FRAMES = 8
@@ -89,9 +90,8 @@ def draw_with_foreign_references(model: StoryModel, story: HeldOutStory, picture
     )
     last = settings.reference_scale[1]
     settings = replace(settings, reference_scale=(last, last))
-    events = iterative(
-        model, Story.from_captions(story.captions), settings, batch_sizes=[4], finished=_Given(pictures)
-    )
+    plan = StoryPlan(Story.from_captions(story.captions), settings, finished=_Given(pictures))
+    events = iterative(model, plan, batch_sizes=[4])
     drawn = {event.frame: np.asarray(event.image) for event in events if isinstance(event, FrameDrawn)}
     return np.stack([drawn[i] for i in sorted(drawn)])
 

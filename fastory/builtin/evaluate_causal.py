@@ -47,7 +47,7 @@ from fastory.errors import InputError
 from fastory.events import Event, FrameDrawn
 from fastory.modes.causal import window_of
 from fastory.runtime import MOST_FRAMES
-from fastory.sampling.sampler import noise_seed
+from fastory.sampling.noise import noise_seed
 from fastory.settings import check, resolve
 from fastory.story import Frame
 

@@ -26,7 +26,7 @@ from fastory.builtin.encoders import ABSENT, FREE, ClipObjective
 from fastory.builtin.networks import PATCH_SIZE, REFERENCE_SIZE, WIDTH, Network
 from fastory.builtin.training import Batch, Objective
 from fastory.builtin.world import COLOURS, SIZE, SPECIES, Character, Scene, draw
-from fastory.conditioning.history import HistoryConfig, HistoryEncoder
+from fastory.checkpoints.history_encoder import HistoryConfig, HistoryEncoder
 from fastory.tuning.siblings import SMALLER_PART, patch_shares
 
 POSITIONS = 39  # a story of 40 frames with the whole of its past

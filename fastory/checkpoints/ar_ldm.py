@@ -31,6 +31,7 @@ from fastory import files
 from fastory.checkpoints.ar_ldm_configs import MULTIMODAL, VISION, Configs, Shapes, read_configs
 from fastory.checkpoints.ar_ldm_tokenizers import caption_tokenizer, history_tokenizer
 from fastory.checkpoints.checkpoint import DEFAULTS_FILE, DEFAULTS_SCHEMA
+from fastory.checkpoints.history_encoder import HistoryEncoder
 from fastory.checkpoints.loading import loading
 from fastory.checkpoints.writing import (
     DOING,
@@ -43,7 +44,6 @@ from fastory.checkpoints.writing import (
     refuse_other_files,
     write_record,
 )
-from fastory.conditioning.history import HistoryEncoder
 from fastory.errors import InputError
 from fastory.settings import PRESETS
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from fastory.checkpoints.history_encoder import HistoryConfig
 from fastory.checkpoints.weights import read_json
-from fastory.conditioning.history import HistoryConfig
 from fastory.errors import InputError
 
 VISION, MULTIMODAL = "mm_encoder.visual_encoder.", "mm_encoder.text_encoder."

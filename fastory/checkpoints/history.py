@@ -23,9 +23,9 @@ from transformers import BlipImageProcessorPil
 
 from fastory import documents
 from fastory.checkpoints.configs import check_files, check_sizes, open_tokenizer
+from fastory.checkpoints.history_encoder import HistoryConfig, HistoryEncoder
 from fastory.checkpoints.loading import loading
 from fastory.checkpoints.weights import load_finite, read_json, tensor_shapes
-from fastory.conditioning.history import HistoryConfig, HistoryEncoder
 from fastory.errors import InputError
 
 ENC = "[ENC]"  # what BLIP puts in place of the first token of a caption that goes with a picture

@@ -1,200 +1,108 @@
 """The multimodal history of causal mode: what a frame sees of the frames before it (algorithms.md, section 2).
 
-m_n = BLIP(caption_n, picture_n)              S tokens of width C_x (AR-LDM, WACV 2024, section 3.2)
-h_n = adapter(CA(m_{n-L+1} .. m_n))           local causal attention (Causal-Story, ICASSP 2024, eq. 3) and its adapter
 context of frame t = [CLIP(c_t) + type_0 ; h_{t-L} + type_1 + time_0 ; ... ; h_{t-1} + type_1 + time_{L-1}]
 
-h_n never changes when later frames arrive, and to_k and to_v are linear without bias: their K and V are kept, and the
-positions, which slide, are added from a table. So a frame costs the same however many came before it.
+h_n, the history tokens of frame n, never change when later frames arrive, and to_k and to_v are linear without bias: their K
+and V are kept, and the positions, which slide, are added from a table. So a frame costs the same however many came before it.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
-from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
+from torch import Tensor
 
-from fastory.errors import InputError
-from fastory.kernels.banded import banded_causal_attention
-from fastory.wording import shown
-
-SCHEMA = 1
+from fastory.checkpoints.history_encoder import HistoryConfig
+from fastory.conditioning.context import Context
+from fastory.processors.projected import Layer, attend_window
 
 
 @dataclass(frozen=True)
-class HistoryConfig:
-    """Sizes of a history encoder, as history/config.json has them.
+class HistoryRow:
+    """What one row of a UNet call attends to. kv (1, Lt + L_M * S, W); padding (1, Lt + L_M * S) bool."""
 
-    vision, text: the configurations of the Blip classes; text.hidden_size is C_x. frame_tokens: S. positions: most
-    frames in a window, one time embedding each. local_heads: heads of the local causal attention, 0 without one.
-    bottleneck: width of the adapter behind it, 0 without one.
+    kv: Tensor
+    padding: Tensor
+
+
+@dataclass(frozen=True)
+class HistoryContext:
+    """A caption and the last L_M frames of a story (Causal-Story; algorithms.md, section 2).
+
+    kv: (B, Lt + L_M * S, W), the caption's tokens, then S tokens a frame, oldest frame first, empty positions last.
+    padding: (B, Lt + L_M * S) bool, True for a key that nobody sees.
     """
 
-    vision: Mapping[str, Any]
-    text: Mapping[str, Any]
+    kv: Tensor
+    padding: Tensor
+    caption_tokens: int
     frame_tokens: int
-    positions: int
-    local_heads: int = 0
-    bottleneck: int = 0
 
-    @classmethod
-    def read(cls, values: Mapping[str, Any], where: str) -> HistoryConfig:
-        """The sizes of a config.json. Raises InputError for a newer schema, and for names or values that do not fit."""
-        schema = values.get("schema")
-        if type(schema) is not int or not 1 <= schema <= SCHEMA:
-            raise InputError(
-                f"{where}: wanted schema {SCHEMA}, got {shown(schema)}; a newer fastory may read it"
-            )
-        names = ("vision", "text", "frame_tokens", "positions", "local_heads", "bottleneck")
-        if missing := [name for name in names if name not in values]:
-            raise InputError(f"{where}: {missing[0]!r} is missing; wanted {', '.join(names)}")
-        given = {name: values[name] for name in names}
-        least = {"frame_tokens": 1, "positions": 1, "local_heads": 0, "bottleneck": 0}
-        for name, smallest in least.items():
-            if type(given[name]) is not int or given[name] < smallest:
-                raise InputError(f"{where}: {name}: wanted {smallest} or more, got {shown(given[name])}")
-        for name, size in (("vision", "image_size"), ("text", "hidden_size")):
-            if not isinstance(given[name], dict) or type(given[name].get(size)) is not int:
-                raise InputError(
-                    f"{where}: {name}: wanted the configuration of a Blip class, got {shown(given[name])}"
-                )
-        config = cls(**given)
-        heads = config.local_heads
-        if heads and config.width % (8 * heads):
-            raise InputError(
-                f"{where}: local_heads: wanted heads whose width is a multiple of 8, got {heads} for {config.width}"
-            )
-        return config
+    def put(self, index: int, row: HistoryRow) -> None:
+        """Write a row's caption and history where row `index` of the buffers is: every row has a story of its own."""
+        self.kv[index : index + 1] = row.kv
+        self.padding[index : index + 1] = row.padding
 
-    def as_dict(self) -> dict[str, Any]:
-        """The contents of config.json."""
-        return {
-            "schema": SCHEMA,
-            "vision": dict(self.vision),
-            "text": dict(self.text),
-            "frame_tokens": self.frame_tokens,
-            "positions": self.positions,
-            "local_heads": self.local_heads,
-            "bottleneck": self.bottleneck,
-        }
-
-    @property
-    def width(self) -> int:
-        """C_x: width of the tokens."""
-        return int(self.text["hidden_size"])
-
-
-class LocalCausalAttention(nn.Module):
-    """Self-attention of history tokens within a band of frames, with a residual (Causal-Story, eq. 3)."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        """width: C_x. The last layer begins at zero, so that an untrained module changes nothing."""
-        super().__init__()
-        self.heads = heads
-        self.norm = nn.LayerNorm(width)
-        self.to_q, self.to_k, self.to_v = (nn.Linear(width, width, bias=False) for _ in range(3))
-        self.to_out = nn.Linear(width, width)
-        nn.init.zeros_(self.to_out.weight)
-        nn.init.zeros_(self.to_out.bias)
-
-    def keys_values(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """tokens (B, n, C_x) -> K and V (B, n, H, d)."""
-        normed = self.norm(tokens)
-        return self._split(self.to_k(normed)), self._split(self.to_v(normed))
-
-    def _split(self, projected: Tensor) -> Tensor:
-        return projected.unflatten(-1, (self.heads, -1))
-
-    def forward(
-        self,
-        tokens: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        padding: Tensor,
-        *,
-        frame_tokens: int,
-        window: int,
-        first_frame: int = 0,
-    ) -> Tensor:
-        """tokens (B, n * S, C_x) of frames first_frame .., among the keys (B, Lk * S, H, d); padding (B, Lk * S).
-
-        window: frames a token sees, its own among them; 0 is all up to its own.
-        """
-        seen = banded_causal_attention(
-            self._split(self.to_q(self.norm(tokens))),
-            keys,
-            values,
-            group_size=frame_tokens,
-            window=window,
-            query_group=first_frame,
-            key_padding=padding,
+    def attend(self, layer: Layer, query: Tensor) -> Tensor:
+        """query (B, L, H, d) -> (B, L, H, d)."""
+        return attend_window(
+            layer,
+            query,
+            kv=self.kv,
+            padding=self.padding,
+            caption_tokens=self.caption_tokens,
+            frame_tokens=self.frame_tokens,
         )
-        return tokens + self.to_out(seen.flatten(2))
 
-
-class BottleneckAdapter(nn.Module):
-    """Down-projection, non-linearity, up-projection, residual (Causal-Story, section 2.3)."""
-
-    def __init__(self, width: int, bottleneck: int) -> None:
-        """The up-projection begins at zero: an untrained adapter changes nothing."""
-        super().__init__()
-        self.down, self.up = nn.Linear(width, bottleneck), nn.Linear(bottleneck, width)
-        nn.init.zeros_(self.up.weight)
-        nn.init.zeros_(self.up.bias)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(..., C_x) -> (..., C_x)."""
-        return tokens + self.up(nn.functional.gelu(self.down(tokens)))
-
-
-class HistoryEncoder(nn.Module):
-    """(caption, picture) of a frame -> its history tokens; type and time embeddings beside them."""
-
-    def __init__(self, config: HistoryConfig) -> None:
-        super().__init__()
-        self.config = config
-        width = config.width
-        self.vision = BlipVisionModel(BlipVisionConfig(**config.vision))
-        # Only as a decoder has it cross-attention to the picture; multimodal() calls it without the causal mask.
-        text = BlipTextConfig(**{**config.text, "is_decoder": True})
-        self.text = BlipTextModel(text, add_pooling_layer=False)
-        self.type_embeddings = nn.Embedding(2, width)
-        self.time_embeddings = nn.Embedding(config.positions, width)
-        self.local_attention = LocalCausalAttention(width, config.local_heads) if config.local_heads else None
-        self.adapter = BottleneckAdapter(width, config.bottleneck) if config.bottleneck else None
-
-    def multimodal(self, ids: Tensor, mask: Tensor, pixels: Tensor) -> Tensor:
-        """m_n: captions' ids and mask (B, S), 1 for a word, and their pictures (B, 3, h, w) -> (B, S, C_x)."""
-        picture = self.vision(pixel_values=pixels).last_hidden_state
-        tokens: Tensor = self.text(
-            input_ids=ids, attention_mask=mask, encoder_hidden_states=picture, is_decoder=False
-        ).last_hidden_state
-        return tokens
-
-    def forward(self, tokens: Tensor, padding: Tensor, window: int) -> Tensor:
-        """All of a story at once: m (B, N * S, C_x), padding (B, N * S) -> h (B, N * S, C_x). window 0 is all."""
-        if self.local_attention is not None:
-            tokens = self.local_attention(
-                tokens,
-                *self.local_attention.keys_values(tokens),
-                padding,
-                frame_tokens=self.config.frame_tokens,
-                window=window,
-            )
-        return tokens if self.adapter is None else self.adapter(tokens)
-
-    def positions(self) -> Tensor:
-        """type_1 + time_p for every position p of a window: (P, C_x)."""
-        return self.type_embeddings.weight[1] + self.time_embeddings.weight
+    def inputs(self) -> dict[str, Tensor]:
+        """The tensors by the names that the inputs of an exported UNet have."""
+        return {"kv": self.kv, "padding": self.padding}
 
 
 @dataclass(frozen=True)
-class Seen:
+class Window:
+    """The sizes of a history window: Lt tokens of the caption, `frames` (L_M) of S tokens each; `like` gives W."""
+
+    caption_tokens: int
+    frame_tokens: int
+    frames: int
+    like: Tensor
+
+    def context(self, rows: int) -> HistoryContext:
+        """An empty window for `rows` rows."""
+        keys = self.caption_tokens + self.frames * self.frame_tokens
+        kv = self.like.new_zeros(rows, keys, self.like.shape[-1])
+        padding = torch.ones(rows, keys, dtype=torch.bool, device=kv.device)
+        return HistoryContext(kv, padding, self.caption_tokens, self.frame_tokens)
+
+    def refill(self, context: Context) -> bool:
+        """Nothing is shared: a context of these sizes is good as it is."""
+        keys = self.caption_tokens + self.frames * self.frame_tokens
+        return (
+            isinstance(context, HistoryContext)
+            and context.kv.shape[1] == keys
+            and context.caption_tokens == self.caption_tokens
+        )
+
+
+class FrameEncoder(Protocol):
+    """A history encoder as the ring calls it: HistoryEncoder, or an export's components.
+
+    local_attention: has keys_values(tokens) and is called as LocalCausalAttention; None without one. adapter: tokens
+    (B, S, C_x) -> the same; None without one.
+    """
+
+    config: HistoryConfig
+    local_attention: Any
+    adapter: Any
+
+
+@dataclass(frozen=True)
+class EncodedFrame:
     """A frame as the history takes it. tokens: m_n (1, S, C_x); padding (1, S) bool, True where the caption has ended."""
 
     tokens: Tensor
@@ -209,7 +117,7 @@ class Ring:
     """
 
     def __init__(
-        self, encoder: HistoryEncoder, project: Callable[[Tensor], Tensor], table: Tensor, window: int
+        self, encoder: FrameEncoder, project: Callable[[Tensor], Tensor], table: Tensor, window: int
     ) -> None:
         """window: L_M, in frames, at least 1."""
         self.encoder, self.project, self.table, self.window = encoder, project, table, window
@@ -217,10 +125,10 @@ class Ring:
         self.padding = deque[Tensor](maxlen=window)
         self.local = deque[tuple[Tensor, Tensor]](maxlen=window)
 
-    def append(self, seen: Seen) -> None:
+    def append(self, frame: EncodedFrame) -> None:
         """Take in the newest frame; the oldest one leaves a full ring."""
-        encoder, tokens = self.encoder, seen.tokens
-        self.padding.append(seen.padding)
+        encoder, tokens = self.encoder, frame.tokens
+        self.padding.append(frame.padding)
         if encoder.local_attention is not None:
             self.local.append(encoder.local_attention.keys_values(tokens))
             keys, values = (torch.cat(parts, dim=1) for parts in zip(*self.local, strict=True))
@@ -240,7 +148,7 @@ class Ring:
         return arrange(self.kv, self.padding, self.table, self.window, self.encoder.config.frame_tokens)
 
     def null_keys_values(self, kv: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
-        """The same for the unconditional row: the null frame, kv (1, S, W), in every place that is taken."""
+        """The same for the unconditional row: the null frame, kv (1, S, W), in every position that is taken."""
         taken, size = len(self.kv), self.encoder.config.frame_tokens
         return arrange([kv] * taken, [padding] * taken, self.table, self.window, size)
 
@@ -254,13 +162,13 @@ class Ring:
 def arrange(
     kv: Sequence[Tensor], padding: Sequence[Tensor], table: Tensor, window: int, size: int
 ) -> tuple[Tensor, Tensor]:
-    """Frames' K and V (1, S, W), oldest first, with the table's positions (P, W) added; empty, padded places behind.
+    """Frames' K and V (1, S, W), oldest first, with the table's positions (P, W) added; empty, padded positions behind.
 
     size: S. Returns (1, window * S, W) and padding (1, window * S).
     """
     out = table.new_zeros(1, window * size, table.shape[-1])
     hidden = torch.ones(1, window * size, dtype=torch.bool, device=table.device)
-    for place, (frame, mask) in enumerate(zip(kv, padding, strict=True)):
-        out[:, place * size : (place + 1) * size] = frame + table[place]
-        hidden[:, place * size : (place + 1) * size] = mask
+    for position, (frame, mask) in enumerate(zip(kv, padding, strict=True)):
+        out[:, position * size : (position + 1) * size] = frame + table[position]
+        hidden[:, position * size : (position + 1) * size] = mask
     return out, hidden

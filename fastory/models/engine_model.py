@@ -1,4 +1,4 @@
-"""EngineModel: a StoryModel whose parts are exported components on ONNX Runtime or TensorRT.
+"""EngineModel: a story model whose parts are exported components on ONNX Runtime or TensorRT.
 
 Modes, sampler and run folder do not know the difference: the inputs of a UNet call are the same tensors.
 """
@@ -9,12 +9,11 @@ import copy
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
-import diffusers
 import torch
 from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
 from torch import Tensor
 from transformers import CLIPImageProcessorPil
 
@@ -25,23 +24,25 @@ from fastory.checkpoints.configs import (
     open_scheduler,
     open_tokenizer,
 )
-from fastory.checkpoints.history import History, image_processor
+from fastory.checkpoints.history import image_processor
+from fastory.checkpoints.history_encoder import HistoryConfig
 from fastory.checkpoints.weights import is_there, load_finite
-from fastory.conditioning.history import HistoryConfig
+from fastory.conditioning.history import EncodedFrame
+from fastory.conditioning.references import ReferenceContext
 from fastory.errors import InputError
-from fastory.export.graphs import factored
-from fastory.export.tensorrt import engine_name
 from fastory.model_names import local_path
+from fastory.models.engine_history import EngineHistory, ExportedHistory
+from fastory.models.engine_sessions import check_ports, check_sizes, sessions_for
 from fastory.models.export_folder import MANIFEST, DrawableManifest, ExportFolder
-from fastory.models.onnx_session import OrtSession, Session
-from fastory.models.tensorrt_session import TensorRtSession
-from fastory.models.torch_model import Caption, StoryModel
-from fastory.processors.projected import HistoryContext, ReferenceContext
+from fastory.models.images import decoded, fit_square
+from fastory.models.onnx_session import Session
+from fastory.models.protocol import Caption, Decoded, UnetInputs, UnetSizes, check_machine, check_size
+from fastory.models.text import filled, guidance_embedding, history_ids, lost_words, padding_of
 from fastory.runtime import Placement, place
 from fastory.wording import counted
 
 
-class EngineModel(StoryModel):
+class EngineModel:
     """Encodes, projects, predicts and decodes by the components of an export folder."""
 
     def __init__(
@@ -51,26 +52,26 @@ class EngineModel(StoryModel):
         manifest = folder.manifest
         self.folder, self.manifest = folder, manifest
         self.name, self.family = manifest["name"], manifest["family"]
-        self.asked, self.options = {}, None
         self.placement = placement
         self.device, self.dtype = placement.device, placement.dtype
         self.session_of = session_of
         self.sessions: dict[str, Session] = {}
-        self.constants = {
+        self.constants: Mapping[str, Tensor] = {
             name: tensor.to(self.device, self.dtype)
             for name, tensor in load_finite(folder.path / "constants.safetensors").items()
         }
         self._check_constants()
-        self.pipeline = self._pipeline()
-        history = None if manifest["history"] is None else self._history()
-        self.checkpoint = cast(
-            Any, SimpleNamespace(image_processor=self._feature_extractor(), history=history)
+        self.tokenizer = self._tokenizer("tokenizer", "text_encoder")
+        self.tokenizer_2 = (
+            None if manifest["pooled_width"] is None else self._tokenizer("tokenizer_2", "text_encoder_2")
         )
-        config = SimpleNamespace(**manifest["unet"])
-        self.unet = EngineUnet(self, "unet", config)
-        self.vae = EngineVae(self)
-        self.layers = cast(Any, EngineLayers(self, "text_projector"))
-        self.adapter = cast(Any, SimpleNamespace(tokens=manifest["tokens_per_ref"]))
+        scheduler = open_scheduler(folder.path / "scheduler", manifest["scheduler"])
+        self.scheduler_config: Mapping[str, Any] = scheduler.config
+        self.vae_image_processor = VaeImageProcessor(vae_scale_factor=self.vae_factor)
+        self.history = None if manifest["history"] is None else self._history()
+        self.image_processor = self._feature_extractor()
+        self.unet = "unet"
+        self.layers = EngineLayers(self, "text_projector")
 
     @classmethod
     def open_engine(
@@ -141,6 +142,27 @@ class EngineModel(StoryModel):
         return {name: files[name] for name in sorted(files) if ".onnx" in name or ".safetensors" in name}
 
     @property
+    def requested_dtype(self) -> str | None:
+        """None: the type of an export is its own."""
+        return None
+
+    def on(self, machine: Mapping[str, Any]) -> EngineModel:
+        """This model, where a run began as it computes. Raises InputError otherwise."""
+        check_machine(self.placement, machine)
+        return self
+
+    @property
+    def sizes(self) -> UnetSizes:
+        """Sizes of the UNet."""
+        unet = self.manifest["unet"]
+        return UnetSizes(
+            latent_channels=int(unet["in_channels"]),
+            first_channels=int(unet["block_out_channels"][0]),
+            guidance_embedding=unet["time_cond_proj_dim"],
+            pooled_width=self.manifest["pooled_width"],
+        )
+
+    @property
     def tokens_per_ref(self) -> int:
         """T: tokens of one reference picture."""
         return int(self.manifest["tokens_per_ref"])
@@ -167,8 +189,8 @@ class EngineModel(StoryModel):
         return int(self.manifest["size_factor"])
 
     def check_drawable(self, width: int, height: int, references: int, groups: int, rows: int) -> None:
-        """As StoryModel.check_drawable; and InputError for what the graphs were not exported for."""
-        super().check_drawable(width, height, references, groups, rows)
+        """InputError for sides that do not fit the UNet, and for what the graphs were not exported for."""
+        check_size(width, height, self.size_factor)
         name = "unet" if self.has("unet") else "unet_causal"
         ranges = self.folder.components[name]["ranges"]
         sizes = {
@@ -190,35 +212,73 @@ class EngineModel(StoryModel):
                 f"and this story has {groups} (the frames, and every character with pictures); export it with --groups {groups}"
             )
 
+    def lost_words(self, prompt: str) -> str:
+        """What the tokenizer's limit cuts off `prompt`; empty where it fits."""
+        return lost_words(self.tokenizer, prompt)
+
+    @torch.inference_mode()
     def encode_caption(self, prompt: str) -> Caption:
         """A caption as the text encoders see it, cut at the tokenizer's limit."""
-        tokens = self.run("text_encoder", {"ids": self._ids(self.pipeline.tokenizer, prompt)})["tokens"]
-        if self.family != "sdxl":
+        tokens = self.run("text_encoder", {"ids": self._ids(self.tokenizer, prompt)})["tokens"]
+        if self.tokenizer_2 is None:
             return Caption(tokens, None)
-        second = self.run("text_encoder_2", {"ids": self._ids(self.pipeline.tokenizer_2, prompt)})
+        second = self.run("text_encoder_2", {"ids": self._ids(self.tokenizer_2, prompt)})
         return Caption(torch.cat([tokens, second["tokens"]], -1), second["pooled"])
 
     def _ids(self, tokenizer: Any, prompt: str) -> Tensor:
-        text = tokenizer(
-            prompt,
-            padding="max_length",
-            max_length=tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        )
-        return text.input_ids.to(self.device)
+        ids: Tensor = filled(tokenizer, prompt, tokenizer.model_max_length).input_ids
+        return ids.to(self.device)
+
+    @torch.inference_mode()
+    def encode_negative(self, negative_prompt: str) -> Caption:
+        """The unconditional caption. SDXL without a negative prompt has zeros where its config says so."""
+        encoded = self.encode_caption(negative_prompt)
+        if encoded.pooled is None or negative_prompt or not self.manifest["force_zeros_for_empty_prompt"]:
+            return encoded
+        return Caption(torch.zeros_like(encoded.tokens), torch.zeros_like(encoded.pooled))
+
+    def caption_padding(self, prompt: str) -> Tensor:
+        """(1, Lt) bool: True where the tokens of `prompt` are padding, which causal mode never looks at."""
+        return padding_of(self.tokenizer, prompt).to(self.device)
+
+    @torch.inference_mode()
+    def encode_reference(self, image: Image.Image, fit: str = "pad") -> Tensor:
+        """An 8-bit RGB picture -> its reference tokens (1, T, C_x). fit: as StoryModel.encode_reference."""
+        self.require_references()
+        assert self.image_processor is not None
+        pixels = self.image_processor(fit_square(image, fit), return_tensors="pt").pixel_values
+        tokens = self.run("image_encoder", {"pixels": pixels.to(self.device, self.dtype)})["tokens"]
+        return tokens.reshape(1, -1, self.cross_attention_dim)
 
     def null_reference(self) -> Tensor:
         """Tokens (1, T, C_x) of the unconditional reference."""
         self.require_references()
         return self.constants["null_reference"]
 
-    def _encode_image(self, pixels: Tensor) -> Tensor:
-        self.require_references()
-        return self.run("image_encoder", {"pixels": pixels})["tokens"]
+    @torch.inference_mode()
+    def encode_frame(self, prompt: str, image: Image.Image) -> EncodedFrame:
+        """A caption and its 8-bit RGB picture as the history takes them: m_n (1, S, C_x) and its padding."""
+        history = self.require_history()
+        ids, mask = history_ids(history.tokenizer, prompt, history.encoder.config.frame_tokens)
+        pixels = history.image_processor(image.convert("RGB"), return_tensors="pt").pixel_values
+        mask = mask.to(self.device)
+        tokens = history.encoder.multimodal(ids.to(self.device), mask, pixels.to(self.device, self.dtype))
+        return EncodedFrame(tokens, mask == 0)
 
-    def _project_image(self, embeds: Tensor) -> Tensor:
-        return embeds  # the component's projection has made tokens of them
+    def null_frame(self) -> EncodedFrame:
+        """What the unconditional row has in place of every frame: an empty caption and a black picture (AR-LDM)."""
+        side = self.require_history().encoder.config.vision["image_size"]
+        return self.encode_frame("", Image.new("RGB", (side, side)))
+
+    def require_history(self) -> ExportedHistory:
+        """The history encoder. InputError where this export cannot draw frame after frame."""
+        if self.history is None:
+            raise InputError(
+                f"{self.name} has no history encoder, and causal mode needs one; wanted: an export of a model with one "
+                "(--adapter FILE.safetensors made by `fastory tune`, or a folder that `fastory convert` made of an AR-LDM "
+                "checkpoint)"
+            )
+        return self.history
 
     def require_references(self) -> None:
         """InputError where the exported model cannot take references."""
@@ -229,34 +289,48 @@ class EngineModel(StoryModel):
             )
 
     @cached_property
-    def causal(self) -> StoryModel:
+    def causal(self) -> EngineModel:
         """This model as causal mode draws with it: the UNet and the projections of that mode."""
-        twin = copy.copy(self)
-        twin.unet = EngineUnet(self, "unet_causal", self.unet.config)
-        twin.layers = cast(Any, EngineLayers(self, "text_projector_causal"))
-        return twin
+        made = copy.copy(self)
+        made.unet = "unet_causal"
+        made.layers = EngineLayers(self, "text_projector_causal")
+        return made
+
+    def predict(self, inputs: UnetInputs) -> Tensor:
+        """One UNet call -> (R, c, h, w)."""
+        if not self.has(self.unet):
+            mode = "iterative" if self.unet == "unet" else "causal"
+            raise InputError(f"{self.folder.path} was exported without what --mode {mode} needs")
+        context = inputs.context
+        if isinstance(context, ReferenceContext):
+            context = context.of_groups(self.folder.groups)
+        tensors = {"sample": inputs.latents, "timestep": inputs.timestep.float(), **(inputs.added or {})}
+        if inputs.timestep_cond is not None:
+            tensors["timestep_cond"] = inputs.timestep_cond
+        return self.run(self.unet, {**tensors, **context.inputs()})["prediction"]
+
+    def guidance_embedding(self, scale: float, rows: int) -> Tensor:
+        """The guidance scale as an input (rows, D) of a UNet distilled with it (LCM)."""
+        width = int(self.manifest["unet"]["time_cond_proj_dim"])
+        return guidance_embedding(scale, rows, width).to(self.device, self.dtype)
 
     def added_conditions(self, pooled: Tensor, width: int, height: int) -> dict[str, Tensor]:
         """SDXL's text_embeds and time_ids of one row."""
         ids = torch.tensor([[height, width, 0, 0, height, width]], dtype=self.dtype, device=self.device)
         return {"text_embeds": pooled, "time_ids": ids}
 
-    def _pipeline(self) -> Any:
-        """What is read of a pipeline: tokenizers, the scheduler's configuration, the making of pictures."""
-        path, pooled = self.folder.path, self.manifest["pooled_width"]
-        read = SimpleNamespace(
-            tokenizer=self._tokenizer("tokenizer", "text_encoder"),
-            scheduler=open_scheduler(path / "scheduler", self.manifest["scheduler"]),
-            image_processor=VaeImageProcessor(vae_scale_factor=self.vae_factor),
-            config=SimpleNamespace(
-                force_zeros_for_empty_prompt=self.manifest["force_zeros_for_empty_prompt"]
-            ),
-            get_guidance_scale_embedding=_guidance_embedding,
+    @torch.inference_mode()
+    def decode(self, latents: Tensor) -> Decoded:
+        """latents (1, c, h, w) -> an 8-bit RGB picture; black and marked where values are not finite."""
+        vae = self.manifest["vae"]
+        return decoded(
+            latents.to(getattr(torch, vae["dtype"])),
+            lambda scaled: self.run("vae_decoder", {"latents": scaled})["pixels"],
+            vae,
+            self.vae_factor,
+            self.vae_image_processor,
+            lambda pixels: False,
         )
-        if pooled is not None:
-            read.tokenizer_2 = self._tokenizer("tokenizer_2", "text_encoder_2")
-            read.text_encoder_2 = SimpleNamespace(config=SimpleNamespace(projection_dim=pooled))
-        return read
 
     def _tokenizer(self, name: str, encoder: str) -> Any:
         """A tokenizer that makes as many tokens as its text encoder was exported for."""
@@ -273,145 +347,12 @@ class EngineModel(StoryModel):
         folder = self.folder.path / "feature_extractor"
         return open_processor(folder, CLIPImageProcessorPil) if is_there(folder) else None
 
-    def _history(self) -> History:
+    def _history(self) -> ExportedHistory:
         config = HistoryConfig.read(self.manifest["history"], str(self.folder.path))
         sizes = {"frame_tokens": config.frame_tokens, "image_size": config.vision["image_size"]}
         check_values(sizes, self.folder.path / MANIFEST)
         tokenizer = open_tokenizer(self.folder.path / "history_tokenizer")
-        return History(cast(Any, EngineHistory(self, config)), tokenizer, image_processor(config), {}, ())
-
-
-def _guidance_embedding(weights: Tensor, embedding_dim: int) -> Tensor:
-    """diffusers' embedding of the guidance scale, which reads nothing of its pipeline."""
-    make: Any = diffusers.StableDiffusionPipeline.get_guidance_scale_embedding
-    return make(None, weights, embedding_dim=embedding_dim)
-
-
-def check_ports(session: Any, described: Mapping[str, Any], where: str) -> None:
-    """InputError for a graph that takes or gives other tensors than fastory.json says."""
-    other = {*session.types} - {*described["inputs"]} or {*described["outputs"]} - {*session.outputs}
-    if other:
-        raise InputError(
-            f"{where}: its graph and fastory.json differ in {min(other)[:60]}; export the model anew"
-        )
-
-
-def sessions_for(
-    folder: ExportFolder, device: torch.device, trust_cache: bool = False
-) -> Callable[[str], Session]:
-    """What runs the components of `folder` on `device`: on CUDA the engines that were built for it, else ONNX Runtime.
-
-    Raises InputError where only TensorRT could, and there is no engine.
-    """
-    engines = engines_for(folder, device)
-    if len(engines) < len(folder.components):
-        refuse_onnxruntime(folder)
-
-    def session(name: str) -> Session:
-        if name in engines:
-            return TensorRtSession(folder.path, engines[name], device, trust_cache=trust_cache)
-        return OrtSession(folder.path / folder.components[name]["file"], device)
-
-    return session
-
-
-def engines_for(folder: ExportFolder, device: torch.device) -> dict[str, str]:
-    """The engine file of every component that has one: TensorRT's, else that of TensorRT for RTX for this GPU."""
-    if device.type != "cuda":
-        return {}
-    major, minor = torch.cuda.get_device_capability(device)
-    return {
-        component: file
-        for component in folder.components
-        for file in (engine_name(component, f"sm{major}{minor}"), engine_name(component))
-        if (folder.path / file).is_file()
-    }
-
-
-def refuse_onnxruntime(folder: ExportFolder) -> None:
-    """InputError for a type or a binding that ONNX Runtime cannot run."""
-    if folder.dtype == torch.bfloat16:
-        raise InputError(
-            f"{folder.path} was exported in bfloat16, which ONNX Runtime does not compute; export it in float32 or "
-            "float16, or build engines on a machine with an NVIDIA GPU: fastory export --trt"
-        )
-    if folder.manifest["binding"] == "trt":
-        raise InputError(
-            f"{folder.path} is bound for TensorRT, and ONNX Runtime cannot run that; "
-            "run the same `fastory export --onnx` with --bind ort, which changes the small graph files alone"
-        )
-
-
-def check_sizes(name: str, component: Mapping[str, Any], inputs: Mapping[str, Tensor]) -> None:
-    """InputError for the first size outside the ranges of a component, or that contradicts another."""
-    sizes: dict[str, int] = {}
-    for key, one in component["inputs"].items():
-        got, wanted = tuple(inputs[key].shape), one["shape"]
-        fits = len(got) == len(wanted)
-        for length, axis in zip(got, wanted, strict=False):
-            if isinstance(axis, int):
-                fits = fits and length == axis
-                continue
-            factor, size = factored(axis)
-            low, high = component["ranges"][size]
-            fits = fits and length % factor == 0 and low <= length // factor <= high
-            fits = fits and sizes.setdefault(size, length // factor) == length // factor
-        if not fits:
-            ranges = ", ".join(f"{k} {low} to {high}" for k, (low, high) in component["ranges"].items())
-            raise InputError(
-                f"{name}: {key}: wanted {tuple(wanted)} with {ranges}, got {got}; export the model for these sizes"
-            )
-
-
-class EngineUnet:
-    """Called as diffusers' UNet is called by the sampler; the context's tensors are its inputs."""
-
-    def __init__(self, model: EngineModel, component: str, config: Any) -> None:
-        self.model, self.component, self.config = model, component, config
-
-    def __call__(
-        self,
-        sample: Tensor,
-        timestep: Tensor,
-        *,
-        cross_attention_kwargs: Mapping[str, Any],
-        timestep_cond: Tensor | None = None,
-        added_cond_kwargs: Mapping[str, Tensor] | None = None,
-        encoder_hidden_states: None = None,
-        return_dict: bool = False,
-    ) -> tuple[Tensor]:
-        """sample (B, c, h, w) -> (prediction,)."""
-        if not self.model.has(self.component):
-            mode = "iterative" if self.component == "unet" else "causal"
-            raise InputError(f"{self.model.folder.path} was exported without what --mode {mode} needs")
-        inputs = {"sample": sample, "timestep": timestep.float(), **(added_cond_kwargs or {})}
-        if timestep_cond is not None:
-            inputs["timestep_cond"] = timestep_cond
-        context = cross_attention_kwargs["context"]
-        if isinstance(context, ReferenceContext):
-            inputs |= self._references(context)
-        else:
-            assert isinstance(context, HistoryContext)
-            inputs |= {"kv": context.kv, "padding": context.padding}
-        return (self.model.run(self.component, inputs)["prediction"],)
-
-    def _references(self, context: ReferenceContext) -> dict[str, Tensor]:
-        """The exported number of groups, the further ones empty; without references one that nobody sees."""
-        size, groups = context.tokens_per_ref, self.model.folder.groups
-        ref_kv, visible = context.ref_kv, context.ref_visible
-        if ref_kv.shape[1] == 0:
-            ref_kv = ref_kv.new_zeros(1, size, ref_kv.shape[2])
-            visible = visible.new_zeros(visible.shape[0], 1)
-        missing = groups + 1 - len(context.ref_offsets)
-        offsets = torch.cat([context.ref_offsets, context.ref_offsets[-1:].expand(missing)])
-        scale = torch.cat([context.scale, context.scale.new_zeros(groups - len(context.scale))])
-        return {
-            "text_kv": context.text_kv,
-            "ref_kv": ref_kv,
-            "ref_visible": visible,
-            "ref_offsets": offsets,
-            "scale": scale,
-        }
+        return ExportedHistory(EngineHistory(self, config), tokenizer, image_processor(config))
 
 
 class EngineLayers:
@@ -428,65 +369,3 @@ class EngineLayers:
     def project_references(self, tokens: Tensor) -> Tensor:
         """tokens (1, Lr, C_x) -> (1, Lr, W)."""
         return self.model.run("reference_projector", {"tokens": tokens})["kv"]
-
-
-class EngineVae:
-    """The decoding half of the autoencoder."""
-
-    def __init__(self, model: EngineModel) -> None:
-        self.model = model
-        self.config = SimpleNamespace(**model.manifest["vae"])
-        self.dtype = getattr(torch, model.manifest["vae"]["dtype"])
-
-    def decode(self, latents: Tensor, return_dict: bool = False) -> tuple[Tensor]:
-        """latents (B, c, h, w) -> (pixels (B, 3, H, W),)."""
-        return (self.model.run("vae_decoder", {"latents": latents})["pixels"],)
-
-
-class EngineHistory:
-    """The history encoder: what Ring and StoryModel.encode_frame call of HistoryEncoder."""
-
-    def __init__(self, model: EngineModel, config: HistoryConfig) -> None:
-        self.model, self.config = model, config
-        self.type_embeddings = SimpleNamespace(weight=model.constants["history_types"])
-        self.times = model.constants["history_times"]
-        self.local_attention = EngineLocalAttention(model) if config.local_heads else None
-        self.adapter = self._adapt if config.bottleneck else None
-
-    def multimodal(self, ids: Tensor, mask: Tensor, pixels: Tensor) -> Tensor:
-        """m_n (B, S, C_x) of captions and pictures."""
-        return self.model.run("history_encoder", {"ids": ids, "mask": mask, "pixels": pixels})["tokens"]
-
-    def _adapt(self, tokens: Tensor) -> Tensor:
-        return self.model.run("history_adapter", {"tokens": tokens})["history"]
-
-    def positions(self) -> Tensor:
-        """type_1 + time_p for every position p of a window: (P, C_x)."""
-        return self.type_embeddings.weight[1] + self.times
-
-
-class EngineLocalAttention:
-    """The local causal attention of the newest frame among those of its ring."""
-
-    def __init__(self, model: EngineModel) -> None:
-        self.model = model
-
-    def keys_values(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """tokens (B, S, C_x) -> K and V (B, S, H, d)."""
-        out = self.model.run("history_keys_values", {"tokens": tokens})
-        return out["keys"], out["values"]
-
-    def __call__(
-        self,
-        tokens: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        padding: Tensor,
-        *,
-        frame_tokens: int,
-        window: int,
-        first_frame: int = 0,
-    ) -> Tensor:
-        """(B, S, C_x) of the newest frame; the ring has dropped what stands before the window."""
-        inputs = {"tokens": tokens, "keys": keys, "values": values, "padding": padding}
-        return self.model.run("history_attention", inputs)["history"]

@@ -260,3 +260,16 @@ def _built(components: Iterable[str]) -> re.Pattern[str]:
     return re.compile(
         rf"\.?({engines}|engines\.json|build_engines\.(json|py)|timing-[^/]+\.cache|fastory\.json)(\.partial)?"
     )
+
+
+def factored(axis: str) -> tuple[int, str]:
+    """`4*references` -> 4, references."""
+    match = re.fullmatch(r"(?:(\d+)\*)?([a-z_]+)", axis)
+    if match is None:
+        raise ValueError(f"axis: wanted a name or factor*name, got {axis!r}")
+    return int(match[1] or 1), match[2]
+
+
+def engine_name(component: str, target: str | None = None) -> str:
+    """The file of an engine; target: sm89 and so on for TensorRT for RTX."""
+    return f"{component}.engine" if target is None else f"{component}.rtx-{target}.engine"

@@ -4,59 +4,34 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastory.checkpoints import Checkpoint, IPAdapter, checkpoint_of, model_hashes, open_checkpoint
-from fastory.checkpoints.history import ENC, History
-from fastory.conditioning.history import Seen
+from fastory.checkpoints.history import History
+from fastory.conditioning.history import EncodedFrame
 from fastory.errors import InputError
 from fastory.kernels import backends
+from fastory.models.images import decoded, fit_square
+from fastory.models.protocol import (
+    Caption,
+    Decoded,
+    UnetInputs,
+    UnetSizes,
+    check_machine,
+    check_size,
+    runs_as,
+)
+from fastory.models.row_by_row import embed_row_by_row
+from fastory.models.text import guidance_embedding, history_ids, lost_words, padding_of
 from fastory.processors.projected import CrossAttentionLayers
 from fastory.runtime import Placement, place
-
-# The squash of the reference implementation: every reference becomes 256 x 256 before CLIP's own resizing.
-SQUASH = 256
-
-# Why a picture is left out whose decoder gave NaN or infinity.
-NOT_FINITE = "holds non-finite values"
-
-
-class RowByRow(nn.Linear):
-    """A linear layer whose result for a row of (rows, features) does not depend on the row's place.
-
-    The CPU's matrix products round the last rows of a batch otherwise than the first where the number of rows is not
-    a multiple of 4 (MKL, seen with 6 and 10 rows on 2 threads). Only the embeddings of time and size have so few rows.
-    """
-
-    def forward(self, rows: Tensor) -> Tensor:
-        """(rows, features) one by one; anything with more dimensions as it is."""
-        if rows.ndim != 2:
-            return super().forward(rows)
-        return torch.cat([nn.functional.linear(row, self.weight, self.bias) for row in rows.split(1)])
-
-
-@dataclass(frozen=True)
-class Caption:
-    """An encoded caption. tokens: (1, Lt, C_x); pooled: (1, P) for SDXL, else None."""
-
-    tokens: Tensor
-    pooled: Tensor | None
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """A decoded frame: 8-bit RGB, and why it must not become a reference (None where it may)."""
-
-    image: Image.Image
-    left_out: str | None
 
 
 class Released:
@@ -73,11 +48,15 @@ class StoryModel:
     """A checkpoint on its device: encodes captions and references, projects them, decodes latents."""
 
     def __init__(
-        self, checkpoint: Checkpoint, placement: Placement, name: str, asked: Mapping[str, str] | None = None
+        self,
+        checkpoint: Checkpoint,
+        placement: Placement,
+        name: str,
+        requested: Mapping[str, str] | None = None,
     ) -> None:
-        """name: as shown to the user. asked: device and dtype where the user named them."""
+        """name: as shown to the user. requested: device, dtype and graphs where the user named them."""
         self.name = name
-        self.asked = dict(asked or {})
+        self.requested = dict(requested or {})
         self.options: dict[str, Any] | None = None
         self.checkpoint = checkpoint
         self.family = checkpoint.family
@@ -93,9 +72,7 @@ class StoryModel:
             # SDXL's VAE overflows in fp16 (its config says force_upcast); decoding is a small share of a frame's time.
             self.vae.to(torch.float32)
         if self.device.type == "cpu":
-            for module in self.unet.modules():
-                if type(module) is nn.Linear:
-                    module.__class__ = RowByRow
+            embed_row_by_row(self.unet)
         self._place_references(checkpoint.adapter)
         if checkpoint.history is not None:
             checkpoint.history.encoder.to(self.device)
@@ -134,8 +111,8 @@ class StoryModel:
         }
         checkpoint = open_checkpoint(model, dtype=placement.dtype, **options)
         named = (("device", device), ("dtype", dtype), ("graphs", graphs))
-        asked = {name: value for name, value in named if value != "auto"}
-        opened = cls(checkpoint, placement, str(model), asked)
+        requested = {name: value for name, value in named if value != "auto"}
+        opened = cls(checkpoint, placement, str(model), requested)
         opened.options = {"model": model, **options}
         return opened
 
@@ -199,25 +176,21 @@ class StoryModel:
         return {**model_hashes(self.checkpoint.sources), **self.checkpoint.hashes, **weights}
 
     @property
-    def asked_dtype(self) -> str | None:
+    def requested_dtype(self) -> str | None:
         """The dtype the user named, or None where it was left to us."""
-        return self.asked.get("dtype")
+        return self.requested.get("dtype")
 
     def on(self, machine: Mapping[str, Any]) -> StoryModel:
         """This model where `machine` (a manifest's) says a run began: itself, or the checkpoint opened there.
 
         Raises InputError where the user named another device or type: the run's bytes could not go on.
         """
-        here = self.placement.as_dict()
-        if all(machine[name] == here[name] for name in ("device", "dtype", "graphs")):
+        if runs_as(self.placement, machine):
             return self
+        if self.requested or self.options is None:
+            check_machine(self.placement, machine)
+        assert self.options is not None
         graphs = "auto" if machine["graphs"] else "off"
-        if self.asked or self.options is None:
-            raise InputError(
-                f"this run began on {machine['device']} in {machine['dtype']}, graphs {graphs}, and the model is on "
-                f"{here['device']} in {here['dtype']}; give --device {machine['device']} --dtype {machine['dtype']} "
-                f"--graphs {graphs}, or --overwrite to begin anew"
-            )
         return StoryModel.open(
             **self.options, device=machine["device"], dtype=machine["dtype"], graphs=graphs
         )
@@ -231,6 +204,28 @@ class StoryModel:
     def cross_attention_dim(self) -> int:
         """C_x: width of the tokens that cross-attention reads."""
         return int(self.unet.config.cross_attention_dim)
+
+    @property
+    def sizes(self) -> UnetSizes:
+        """Sizes of the UNet."""
+        config = self.unet.config
+        pooled = self.pipeline.text_encoder_2.config.projection_dim if self.family == "sdxl" else None
+        return UnetSizes(
+            latent_channels=int(config.in_channels),
+            first_channels=int(config.block_out_channels[0]),
+            guidance_embedding=config.time_cond_proj_dim,
+            pooled_width=pooled,
+        )
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of the first text encoder."""
+        return self.pipeline.tokenizer
+
+    @property
+    def scheduler_config(self) -> Mapping[str, Any]:
+        """The configuration of the checkpoint's own scheduler."""
+        return self.pipeline.scheduler.config
 
     @property
     def native_size(self) -> tuple[int, int]:
@@ -252,24 +247,12 @@ class StoryModel:
         return self.vae_factor * int(2 ** (len(self.unet.config.block_out_channels) - 1))
 
     def check_drawable(self, width: int, height: int, references: int, groups: int, rows: int) -> None:
-        """InputError for a run that this model cannot draw.
-
-        width, height: in pixels. references: most that a frame sees, in `groups` groups. rows: of a UNet call.
-        """
-        for name, value in (("width", width), ("height", height)):
-            if value % self.size_factor:
-                lower = value // self.size_factor * self.size_factor
-                raise InputError(
-                    f"{name}: wanted a multiple of {self.size_factor} pixels for this UNet, got {value}; "
-                    f"the nearest are {lower or self.size_factor} and {lower + self.size_factor}"
-                )
+        """InputError for a side, in pixels, that does not fit the UNet; any number of references and rows is drawn."""
+        check_size(width, height, self.size_factor)
 
     def lost_words(self, prompt: str) -> str:
         """What the tokenizer's limit cuts off `prompt`; empty where it fits."""
-        tokenizer = self.pipeline.tokenizer
-        ids = tokenizer(prompt, truncation=False, verbose=False).input_ids
-        limit = tokenizer.model_max_length
-        return "" if len(ids) <= limit else tokenizer.decode(ids[limit - 1 : -1]).strip()
+        return lost_words(self.tokenizer, prompt)
 
     @torch.inference_mode()
     def encode_caption(self, prompt: str) -> Caption:
@@ -340,15 +323,15 @@ class StoryModel:
         updates = self.require_history().updates
         if not updates:
             return self
-        twin = copy.copy(self)
-        twin.unet = self.unet_twin({f"{name}.weight" for name in updates})
+        made = copy.copy(self)
+        made.unet = self.shared_weights_copy({f"{name}.weight" for name in updates})
         for name, update in updates.items():
-            weight = twin.unet.get_submodule(name).weight
+            weight = made.unet.get_submodule(name).weight
             weight.data.add_(update.to(weight.device))
-        twin.layers = CrossAttentionLayers(twin.unet)
-        return twin
+        made.layers = CrossAttentionLayers(made.unet)
+        return made
 
-    def unet_twin(self, own: Container[str] = ()) -> Any:
+    def shared_weights_copy(self, own: Container[str] = ()) -> Any:
         """A second UNet of the same weights; only the parameters named in `own` are copies, the others are shared."""
         shared: dict[int, Any] = {id(p): p for name, p in self.unet.named_parameters() if name not in own}
         return copy.deepcopy(self.unet, memo=shared)
@@ -369,33 +352,19 @@ class StoryModel:
 
     def caption_padding(self, prompt: str) -> Tensor:
         """(1, Lt) bool: True where the tokens of `prompt` are padding, which causal mode never looks at."""
-        tokenizer = self.pipeline.tokenizer
-        mask = tokenizer(
-            prompt,
-            padding="max_length",
-            truncation=True,
-            max_length=tokenizer.model_max_length,
-            return_tensors="pt",
-        ).attention_mask
-        return (mask == 0).to(self.device)
+        return padding_of(self.tokenizer, prompt).to(self.device)
 
     @torch.inference_mode()
-    def encode_frame(self, prompt: str, image: Image.Image) -> Seen:
+    def encode_frame(self, prompt: str, image: Image.Image) -> EncodedFrame:
         """A caption and its 8-bit RGB picture as the history takes them: m_n (1, S, C_x) and its padding."""
         history = self.require_history()
-        size = history.encoder.config.frame_tokens
-        text = history.tokenizer(
-            prompt, padding="max_length", truncation=True, max_length=size, return_tensors="pt"
-        )
-        ids = text.input_ids
-        if ENC in history.tokenizer.get_vocab():
-            ids[:, 0] = history.tokenizer.convert_tokens_to_ids(ENC)
+        ids, mask = history_ids(history.tokenizer, prompt, history.encoder.config.frame_tokens)
         pixels = history.image_processor(image.convert("RGB"), return_tensors="pt").pixel_values
-        mask = text.attention_mask.to(self.device)
+        mask = mask.to(self.device)
         tokens = history.encoder.multimodal(ids.to(self.device), mask, pixels.to(self.device, self.dtype))
-        return Seen(tokens, mask == 0)
+        return EncodedFrame(tokens, mask == 0)
 
-    def null_frame(self) -> Seen:
+    def null_frame(self) -> EncodedFrame:
         """What the unconditional row has in place of every frame: an empty caption and a black picture (AR-LDM)."""
         side = self.require_history().encoder.config.vision["image_size"]
         return self.encode_frame("", Image.new("RGB", (side, side)))
@@ -409,32 +378,42 @@ class StoryModel:
         )
         return {"text_embeds": pooled, "time_ids": ids.to(self.device)}
 
+    def guidance_embedding(self, scale: float, rows: int) -> Tensor:
+        """The guidance scale as an input (rows, D) of a UNet distilled with it (LCM)."""
+        width = int(self.unet.config.time_cond_proj_dim)
+        return guidance_embedding(scale, rows, width).to(self.device, self.dtype)
+
+    def predict(self, inputs: UnetInputs) -> Tensor:
+        """One UNet call -> (R, c, h, w)."""
+        prediction: Tensor = self.unet(
+            inputs.latents,
+            inputs.timestep,
+            encoder_hidden_states=None,
+            timestep_cond=inputs.timestep_cond,
+            added_cond_kwargs=inputs.added,
+            cross_attention_kwargs={"context": inputs.context},
+            return_dict=False,
+        )[0]
+        return prediction
+
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Decoded:
         """latents (1, c, h, w) -> an 8-bit RGB picture; black and marked where values are not finite or unsafe."""
-        height, width = (side * self.vae_factor for side in latents.shape[-2:])
-        black = Image.new("RGB", (width, height))
-        scaled = self._unscale(latents.to(self.vae.dtype))
-        pixels = self.vae.decode(scaled, return_dict=False)[0]
-        if not bool(torch.isfinite(pixels).all()):
-            return Decoded(black, NOT_FINITE)
-        if getattr(self.pipeline, "safety_checker", None) is not None:
-            _, unsafe = self.pipeline.run_safety_checker(pixels, self.device, self.dtype)
-            if unsafe and unsafe[0]:
-                return Decoded(black, "blacked out by the safety checker")
-        image = self.pipeline.image_processor.postprocess(pixels, output_type="pil", do_denormalize=[True])[0]
-        return Decoded(image.convert("RGB"), None)
+        return decoded(
+            latents.to(self.vae.dtype),
+            lambda scaled: self.vae.decode(scaled, return_dict=False)[0],
+            self.vae.config,
+            self.vae_factor,
+            self.pipeline.image_processor,
+            self._is_unsafe,
+        )
 
-    def _unscale(self, latents: Tensor) -> Tensor:
-        """From the UNet's latents to the VAE's, as diffusers' pipelines do it."""
-        config = self.vae.config
-        mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
-        if mean is None or std is None:
-            return latents / config.scaling_factor
-        shape = (1, -1, 1, 1)
-        mean_tensor = torch.tensor(mean, device=latents.device, dtype=latents.dtype).view(shape)
-        std_tensor = torch.tensor(std, device=latents.device, dtype=latents.dtype).view(shape)
-        return latents * std_tensor / config.scaling_factor + mean_tensor
+    def _is_unsafe(self, pixels: Tensor) -> bool:
+        """What the pipeline's safety checker says, where it has one."""
+        if getattr(self.pipeline, "safety_checker", None) is None:
+            return False
+        _, unsafe = self.pipeline.run_safety_checker(pixels, self.device, self.dtype)
+        return bool(unsafe and unsafe[0])
 
 
 def check_kernels(device: torch.device) -> None:
@@ -445,16 +424,3 @@ def check_kernels(device: torch.device) -> None:
         raise InputError(
             f"{error}; unset {backends.VARIABLE}, or run `fastory doctor` to see what can run"
         ) from error
-
-
-def fit_square(image: Image.Image, fit: str) -> Image.Image:
-    """`image` made ready for CLIP's square: pad with CLIP's mean colour, squash to 256 x 256, or leave it to CLIP's crop."""
-    if fit == "squash":
-        return image.convert("RGB").resize((SQUASH, SQUASH), Image.Resampling.BICUBIC)
-    if fit == "crop" or image.width == image.height:
-        return image.convert("RGB")
-    side = max(image.size)
-    mean = tuple(int(v) for v in np.round(np.array([0.48145466, 0.4578275, 0.40821073]) * 255))
-    square = Image.new("RGB", (side, side), mean)
-    square.paste(image.convert("RGB"), ((side - image.width) // 2, (side - image.height) // 2))
-    return square

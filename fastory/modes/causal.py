@@ -12,46 +12,41 @@ Frames of one story wait for each other, so several stories are drawn side by si
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Generator, Hashable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from fastory.conditioning.history import HistoryConfig, Ring, Seen
+from fastory.checkpoints.history_encoder import HistoryConfig
+from fastory.conditioning.history import EncodedFrame, HistoryRow, Ring, Window
 from fastory.errors import InputError
-from fastory.events import Event, FrameDrawn, Notice, StepDone
-from fastory.models.torch_model import Caption, StoryModel
-from fastory.modes.finished import Finished, Nothing
+from fastory.events import Event, FrameDrawn, StepDone
+from fastory.models.protocol import Caption, Model
 from fastory.modes.memory import until_it_fits
+from fastory.modes.mode import StoryPlan, long_captions, register
 from fastory.pictures import open_picture
-from fastory.processors.projected import Window
-from fastory.sampling.sampler import Row, Sampler, frame_seed
-from fastory.settings import Settings
+from fastory.sampling.noise import frame_seed
+from fastory.sampling.sampler import Row, Sampler
+from fastory.settings import MODES, Settings
 from fastory.story import Story
 from fastory.wording import counted
 
 
 @dataclass
-class Telling:
-    """One of the stories that are drawn side by side. place: in the call. seeds: as in iterative mode.
+class StoryState:
+    """One of the stories that are drawn side by side. ring holds the history of its first `frames_done` frames."""
 
-    ring holds the history up to frame `told` - 1.
-    """
-
-    place: int
-    story: Story
-    settings: Settings
-    finished: Finished = field(default_factory=Nothing)
-    seeds: Mapping[int, int] = field(default_factory=dict)
+    plan: StoryPlan
     ring: Ring | None = None
-    told: int = 0
+    frames_done: int = 0
 
     def needs(self, frame: int) -> bool:
         """Whether `frame` is to be drawn."""
-        return frame < len(self.story.frames) and not self.finished.has(0, frame)
+        return frame < len(self.plan.prompts) and not self.plan.finished.has(0, frame)
 
 
 def window_of(config: HistoryConfig, settings: Settings, frames: int) -> int:
@@ -73,23 +68,24 @@ def window_of(config: HistoryConfig, settings: Settings, frames: int) -> int:
     return wanted
 
 
-class Company:
+class CausalBatch:
     """Stories drawn side by side with one model, window and sampler."""
 
     def __init__(
         self,
-        model: StoryModel,
-        tellings: Sequence[Telling],
+        model: Model,
+        plans: Sequence[StoryPlan],
         batch_sizes: Sequence[int],
         size: tuple[int, int],
     ) -> None:
         """batch_sizes: stories at once at frame 0, 1, ..; size: of the pictures, (width, height) in pixels."""
         self.history = model.require_history()
-        self.model, self.tellings, self.size = model.causal, tellings, size
+        self.model, self.size = model.causal, size
+        self.states = [StoryState(plan) for plan in plans]
         self.batch_sizes = batch_sizes
         self.halved: int | None = None
-        self.settings = tellings[0].settings
-        frames = max(len(telling.story.frames) for telling in tellings)
+        self.settings = plans[0].settings
+        frames = max(len(plan.prompts) for plan in plans)
         self.window = window_of(self.history.encoder.config, self.settings, frames)
         self.sampler: Sampler | None = None
         self.negatives: dict[str, tuple[Caption, Tensor, Tensor]] = {}
@@ -100,7 +96,7 @@ class Company:
             self.sampler = None  # its buffers go before the new ones come
             self.sampler = Sampler(self.model, self.settings, size, *self.size)
             tokens = self.history.encoder.config.frame_tokens
-            limit = int(self.model.pipeline.tokenizer.model_max_length)
+            limit = int(self.model.tokenizer.model_max_length)
             self.sampler.set_round(Window(limit, tokens, self.window, self.table))
         return self.sampler
 
@@ -126,7 +122,7 @@ class Company:
     def caption(self, prompt: str) -> tuple[Caption, Tensor, Tensor]:
         """A caption, its K and V (1, Lt, W) with type_0, and its padding (1, Lt)."""
         caption = self.model.encode_caption(prompt)
-        kind = self.history.encoder.type_embeddings.weight[0]
+        kind = self.history.encoder.caption_type()
         return (
             caption,
             self.model.layers.project_text(caption.tokens + kind),
@@ -140,56 +136,54 @@ class Company:
         return self.negatives[prompt]
 
     @torch.inference_mode()
-    def tell(self, telling: Telling, frame: int, picture: Image.Image | None) -> None:
+    def append(self, state: StoryState, frame: int, picture: Image.Image | None) -> None:
         """Append a finished frame to the history, which frame 0 begins anew. None: left out, nobody sees its frame."""
         if frame == 0:
-            telling.ring = self.new_ring()
-        prompt = telling.story.prompt(frame, telling.settings.style)
-        seen = self.model.encode_frame(prompt, picture or Image.new("RGB", self.size))
+            state.ring = self.new_ring()
+        encoded = self.model.encode_frame(state.plan.prompts[frame], picture or Image.new("RGB", self.size))
         if picture is None:
-            seen = Seen(seen.tokens, torch.ones_like(seen.padding))
-        assert telling.ring is not None
-        telling.ring.append(seen)
-        telling.told = frame + 1
+            encoded = EncodedFrame(encoded.tokens, torch.ones_like(encoded.padding))
+        assert state.ring is not None
+        state.ring.append(encoded)
+        state.frames_done = frame + 1
 
-    def catch_up(self, telling: Telling, frame: int) -> None:
+    def catch_up(self, state: StoryState, frame: int) -> None:
         """The history before `frame`, from the finished pictures.
 
         Frame by frame, as it was made the first time, so that the bytes are the same. The newest L_M frames hold what
         the L_M - 1 before each of them said: 2 L_M - 1 frames are enough.
         """
-        first = max(telling.told, frame - (2 * self.window - 1), 0)
-        if telling.ring is None or first > telling.told:
-            telling.ring = self.new_ring()
+        first = max(state.frames_done, frame - (2 * self.window - 1), 0)
+        if state.ring is None or first > state.frames_done:
+            state.ring = self.new_ring()
         for i in range(first, frame):
-            picture, left_out = telling.finished.load(0, i)
-            self.tell(telling, i, None if left_out else picture)
+            picture, left_out = state.plan.finished.load(0, i)
+            self.append(state, i, None if left_out else picture)
 
     @torch.inference_mode()
-    def row(self, telling: Telling, frame: int) -> Row:
+    def row(self, state: StoryState, frame: int) -> Row:
         """One frame's inputs: the seed of its noise, its caption, its history."""
-        self.catch_up(telling, frame)
-        settings = telling.settings
-        caption, caption_kv, caption_padding = self.caption(telling.story.prompt(frame, settings.style))
+        self.catch_up(state, frame)
+        plan, settings = state.plan, state.plan.settings
+        caption, caption_kv, caption_padding = self.caption(plan.prompts[frame])
         negative, negative_kv, negative_padding = self.negative(settings.negative_prompt)
-        assert telling.ring is not None
-        kv, padding = telling.ring.keys_values()
-        null_kv, null_padding = telling.ring.null_keys_values(*self.null)
+        assert state.ring is not None
+        kv, padding = state.ring.keys_values()
+        null_kv, null_padding = state.ring.null_keys_values(*self.null)
         return Row(
             frame=frame,
-            seed=frame_seed(telling.story.frames[frame].seed, telling.seeds.get(frame), settings, frame),
+            seed=frame_seed(plan.story.frames[frame].seed, plan.seeds.get(frame), settings, frame),
             caption=caption,
             negative=negative,
-            inputs=(torch.cat([caption_kv, kv], 1), torch.cat([caption_padding, padding], 1)),
-            null_inputs=(
-                torch.cat([negative_kv, null_kv], 1),
-                torch.cat([negative_padding, null_padding], 1),
+            conditional=HistoryRow(torch.cat([caption_kv, kv], 1), torch.cat([caption_padding, padding], 1)),
+            unconditional=HistoryRow(
+                torch.cat([negative_kv, null_kv], 1), torch.cat([negative_padding, null_padding], 1)
             ),
         )
 
 
 def causal(
-    model: StoryModel, tellings: Sequence[Telling], *, batch_sizes: Sequence[int], size: tuple[int, int]
+    model: Model, plans: Sequence[StoryPlan], *, batch_sizes: Sequence[int], size: tuple[int, int]
 ) -> Iterator[Event]:
     """Draw stories side by side, frame after frame; yields events, among them every picture.
 
@@ -197,56 +191,49 @@ def causal(
     once at frame 0, 1, ..; the last entry stands for all later frames. size: (width, height) in pixels. A story's
     first_frame is its frame 0 as it is (continuation); otherwise frame 0 is drawn from its caption (visualization).
     """
-    company = Company(model, tellings, batch_sizes, size)
-    for telling in tellings:
-        yield from long_captions(company, telling)
-    for frame in range(max(len(telling.story.frames) for telling in tellings)):
-        if any(telling.needs(frame) for telling in tellings):
-            yield from until_it_fits(company, partial(draw_frame, company, frame), 0, frame)
+    batch = CausalBatch(model, plans, batch_sizes, size)
+    for plan in plans:
+        yield from long_captions(batch.model, plan)
+    for frame in range(max(len(plan.prompts) for plan in plans)):
+        if any(state.needs(frame) for state in batch.states):
+            yield from until_it_fits(batch, partial(draw_frame, batch, frame), 0, frame)
 
 
-def long_captions(company: Company, telling: Telling) -> Iterator[Event]:
-    """A notice for every caption over the text encoder's limit."""
-    for i in range(len(telling.story.frames)):
-        if lost := company.model.lost_words(telling.story.prompt(i, telling.settings.style)):
-            yield Notice(f"frame {i}: the caption is longer than the text encoder reads; left off: {lost!r}")
-
-
-def draw_frame(company: Company, frame: int, size: int) -> Generator[Event, None, None]:
+def draw_frame(batch: CausalBatch, frame: int, size: int) -> Generator[Event, None, None]:
     """Frame `frame` of every story that lacks it, `size` stories at a time."""
-    tellings = company.tellings
+    states = batch.states
     # A story always has the same place among the others, those that are finished included, as in iterative mode.
-    for members in (tellings[first : first + size] for first in range(0, len(tellings), size)):
-        todo = [telling for telling in members if telling.needs(frame)]
-        for telling in [one for one in todo if frame == 0 and one.story.first_frame is not None]:
-            yield given_frame(company, telling)
-            todo.remove(telling)
+    for members in (states[first : first + size] for first in range(0, len(states), size)):
+        todo = [state for state in members if state.needs(frame)]
+        for state in [one for one in todo if frame == 0 and one.plan.story.first_frame is not None]:
+            yield given_frame(batch, state)
+            todo.remove(state)
         if not todo:
             continue
-        sampler = company.sampler_of(size)
-        drafts = company.settings.drafts if frame == 0 else 0
-        for telling in todo if drafts else ():  # memory may have run out behind a draft
-            telling.ring, telling.told = None, 0
+        sampler = batch.sampler_of(size)
+        drafts = batch.settings.drafts if frame == 0 else 0
+        for state in todo if drafts else ():  # memory may have run out behind a draft
+            state.ring, state.frames_done = None, 0
         for draft in range(1, drafts + 1):
-            yield from denoise(company, sampler, members, todo, frame, draft)
-            for n in places(members, todo):
-                decoded = company.model.decode(sampler.latents[n : n + 1])
-                company.tell(members[n], frame, None if decoded.left_out else decoded.image)
-        rows = yield from denoise(company, sampler, members, todo, frame)
-        for n in places(members, todo):
-            yield finish_frame(company, members[n], frame, rows[n], sampler.latents[n : n + 1])
+            yield from denoise(batch, sampler, members, todo, frame, draft)
+            for n in positions(members, todo):
+                decoded = batch.model.decode(sampler.latents[n : n + 1])
+                batch.append(members[n], frame, None if decoded.left_out else decoded.image)
+        rows = yield from denoise(batch, sampler, members, todo, frame)
+        for n in positions(members, todo):
+            yield finish_frame(batch, members[n], frame, rows[n], sampler.latents[n : n + 1])
 
 
-def places(members: Sequence[Telling], todo: Sequence[Telling]) -> list[int]:
-    """Where in the batch those are that are drawn."""
-    return [n for n, telling in enumerate(members) if telling in todo]
+def positions(members: Sequence[StoryState], todo: Sequence[StoryState]) -> list[int]:
+    """Where in the micro-batch those are that are drawn."""
+    return [n for n, state in enumerate(members) if state in todo]
 
 
 def denoise(
-    company: Company,
+    batch: CausalBatch,
     sampler: Sampler,
-    members: Sequence[Telling],
-    todo: Sequence[Telling],
+    members: Sequence[StoryState],
+    todo: Sequence[StoryState],
     frame: int,
     draft: int = 0,
 ) -> Generator[Event, None, list[Row]]:
@@ -254,26 +241,85 @@ def denoise(
 
     A member that is not drawn keeps its place by standing in for one that is.
     """
-    drawn = {telling.place: company.row(telling, frame) for telling in todo}
+    drawn = {state.plan.index: batch.row(state, frame) for state in todo}
     stand_in = next(iter(drawn.values()))
-    rows = [drawn.get(telling.place, stand_in) for telling in members]
+    rows = [drawn.get(state.plan.index, stand_in) for state in members]
     for step, seconds in sampler.denoise(rows):
-        for telling in todo:
-            yield StepDone(0, (frame,), step, sampler.settings.steps, seconds, telling.place, draft)
+        for state in todo:
+            yield StepDone(0, (frame,), step, sampler.settings.steps, seconds, state.plan.index, draft)
     return rows
 
 
-def finish_frame(company: Company, telling: Telling, frame: int, row: Row, latents: Tensor) -> FrameDrawn:
+def finish_frame(batch: CausalBatch, state: StoryState, frame: int, row: Row, latents: Tensor) -> FrameDrawn:
     """Decode a frame and take it into the history, where a later frame will see it."""
-    decoded = company.model.decode(latents)
-    if frame + 1 < len(telling.story.frames):
-        company.tell(telling, frame, None if decoded.left_out else decoded.image)
-    return FrameDrawn(0, frame, decoded.image, row.seed, decoded.left_out, place=telling.place)
+    decoded = batch.model.decode(latents)
+    if frame + 1 < len(state.plan.prompts):
+        batch.append(state, frame, None if decoded.left_out else decoded.image)
+    return FrameDrawn(0, frame, decoded.image, row.seed, decoded.left_out, place=state.plan.index)
 
 
-def given_frame(company: Company, telling: Telling) -> FrameDrawn:
+def given_frame(batch: CausalBatch, state: StoryState) -> FrameDrawn:
     """Frame 0 of a continuation: the given picture, cropped to the story's shape."""
-    assert telling.story.first_frame is not None
-    picture = ImageOps.fit(open_picture(telling.story.first_frame), company.size, Image.Resampling.LANCZOS)
-    company.tell(telling, 0, picture)
-    return FrameDrawn(0, 0, picture, telling.settings.seed, None, place=telling.place)
+    plan = state.plan
+    assert plan.story.first_frame is not None
+    picture = ImageOps.fit(open_picture(plan.story.first_frame), batch.size, Image.Resampling.LANCZOS)
+    batch.append(state, 0, picture)
+    return FrameDrawn(0, 0, picture, plan.settings.seed, None, place=plan.index)
+
+
+class Causal:
+    """AR-LDM with the window of Causal-Story as a mode."""
+
+    name = "causal"
+    unit = "story"
+
+    def check(self, model: Model, story: Story, settings: Settings) -> None:
+        """InputError where the model has no history encoder, or none for so wide a window."""
+        window_of(model.require_history().encoder.config, settings, len(story.frames))
+
+    def check_redraw(self, frames: Sequence[int], count: int) -> None:
+        """InputError for frames that do not run to the end: every later frame depends on an earlier one."""
+        if tuple(frames) != tuple(range(frames[0], max(count, frames[-1] + 1))):
+            raise InputError(
+                f"--frames: in causal mode every later frame depends on an earlier one; wanted a first frame to redraw "
+                f"from, such as {frames[0]}-"
+            )
+
+    def reference_groups(self, story: Story, settings: Settings) -> list[int]:
+        """None: the history takes their place."""
+        return []
+
+    def unused(self, story: Story, settings: Settings) -> dict[str, str]:
+        """Drafts of a frame that is given."""
+        if story.first_frame is not None and settings.drafts:
+            return {"drafts": "frame 0 is given and not drawn"}
+        return {}
+
+    def notices(self, story: Story, settings: Settings) -> Iterator[str]:
+        """That pictures of characters are not read."""
+        if any(character.references for character in story.characters):
+            yield "pictures of characters are read by iterative mode alone; causal mode goes by earlier frames"
+
+    def group(self, settings: Settings, frames: int) -> Hashable:
+        """Stories with the same sampling settings and window are drawn side by side."""
+        shared = replace(settings, seed=0, noise="", style=None, negative_prompt="")
+        return shared, settings.window if settings.window != "all" else ("all", frames)
+
+    def draw(
+        self, model: Model, plans: Sequence[StoryPlan], *, batch_sizes: Sequence[int], size: tuple[int, int]
+    ) -> Iterator[Event]:
+        """The stories of one group, side by side."""
+        return causal(model, plans, batch_sizes=batch_sizes, size=size)
+
+    def method(self, settings: Settings) -> dict[str, str]:
+        """Window and drafts."""
+        window = settings.window
+        said = {"Window": counted(window, "frame") if isinstance(window, int) else "all earlier frames"}
+        return said | ({"Drafts": f"{settings.drafts} of frame 0"} if settings.drafts else {})
+
+    def picture_values(self, settings: Settings, round: int) -> dict[str, Any]:
+        """Window and drafts."""
+        return {"window": settings.window, "drafts": settings.drafts}
+
+
+register(Causal(), MODES["causal"])

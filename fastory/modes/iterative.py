@@ -8,67 +8,76 @@ x_i^k = D(c_i, z, R, l_k)                             rounds k = 1 .. K, every f
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Container, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from fastory.events import Event, FrameDrawn, Notice, RoundFinished, RoundStarted, StepDone
-from fastory.models.torch_model import Caption, StoryModel
-from fastory.modes.finished import Finished, Nothing
+from fastory.conditioning.references import Group, References
+from fastory.events import Event, FrameDrawn, RoundFinished, RoundStarted, StepDone
+from fastory.models.protocol import Caption, Model
 from fastory.modes.memory import until_it_fits
+from fastory.modes.mode import StoryPlan, long_captions, register
 from fastory.pictures import open_picture
-from fastory.processors.projected import References
-from fastory.sampling.sampler import Row, Sampler, frame_seed
-from fastory.settings import Settings
+from fastory.sampling.noise import frame_seed
+from fastory.sampling.sampler import Row, Sampler
+from fastory.settings import MODES, Settings
 from fastory.story import Story
 
 
-@dataclass(frozen=True)
-class Group:
-    """Reference pictures with one weight l_g. tokens[n] is (1, T, C_x), or None for a picture that was left out.
-
-    sees(frame, n): whether `frame` has picture n among its references.
-    """
-
-    tokens: Sequence[Tensor | None]
-    scale: float
-    sees: Callable[[int, int], bool]
-
-    def visible(self, frame: int) -> list[bool]:
-        """Which blocks the conditional row of `frame` sees: its references, never the null block at the end."""
-        return [tokens is not None and self.sees(frame, n) for n, tokens in enumerate(self.tokens)] + [False]
-
-    def null_visible(self, frame: int) -> list[bool]:
-        """Which blocks its unconditional row sees: the null block, where the conditional row sees a reference."""
-        return [False] * len(self.tokens) + [any(self.visible(frame))]
-
-
 @dataclass
-class Run:
-    """One story being drawn: what stays the same over the rounds of one story, and the micro-batch, which may shrink."""
+class IterativeRun:
+    """One story being drawn: what stays the same over its rounds, and the micro-batch, which may shrink."""
 
-    model: StoryModel
-    story: Story
-    settings: Settings
-    finished: Finished
+    model: Model
+    plan: StoryPlan
     batch_sizes: Sequence[int]
-    seeds: Mapping[int, int]
+    size: tuple[int, int]
     negative: Caption
     negative_kv: Tensor
-    captions: list[Caption] = field(default_factory=list)
-    characters: dict[str, list[Tensor]] = field(default_factory=dict)
+    captions: list[Caption]
+    characters: dict[str, list[Tensor]]
     halved: int | None = None
     sampler: Sampler | None = None
+
+    @classmethod
+    def of(
+        cls,
+        model: Model,
+        plan: StoryPlan,
+        batch_sizes: Sequence[int],
+        size: tuple[int, int] | None = None,
+    ) -> IterativeRun:
+        """Encode what stays the same: captions and characters' pictures. size: as for iterative()."""
+        settings = plan.settings
+        if size is None:
+            width, height = model.native_size
+            size = settings.width or width, settings.height or height
+        negative = model.encode_negative(settings.negative_prompt)
+        negative_kv = project(model, negative)
+        captions = [model.encode_caption(prompt) for prompt in plan.prompts]
+        characters = encode_characters(model, plan)
+        return cls(model, plan, batch_sizes, size, negative, negative_kv, captions, characters)
+
+    @property
+    def settings(self) -> Settings:
+        """The story's."""
+        return self.plan.settings
+
+    @property
+    def story(self) -> Story:
+        """What is drawn."""
+        return self.plan.story
 
     def sampler_of(self, size: int) -> Sampler:
         """The sampler for micro-batches of `size`; its buffers and captured graphs serve all rounds."""
         if self.sampler is None or self.sampler.batch_size != size:
             self.sampler = None  # its buffers go before the new ones come
-            self.sampler = Sampler(self.model, self.settings, size, *picture_size(self))
+            self.sampler = Sampler(self.model, self.settings, size, *self.size)
         return self.sampler
 
     @cached_property
@@ -78,63 +87,52 @@ class Run:
 
 
 def iterative(
-    model: StoryModel,
-    story: Story,
-    settings: Settings,
-    *,
-    batch_sizes: Sequence[int],
-    finished: Finished | None = None,
-    seeds: Mapping[int, int] | None = None,
+    model: Model, plan: StoryPlan, *, batch_sizes: Sequence[int], size: tuple[int, int] | None = None
 ) -> Iterator[Event]:
     """Draw a story round by round (Story-Adapter, section 3); yields events, among them every picture.
 
-    batch_sizes: frames at once in round 0, 1, ..; the last entry stands for all later rounds. `finished` is asked
-    again after a BatchHalved, whose round starts anew. seeds: of frames that have one in place of their own and the run's.
+    batch_sizes: frames at once in round 0, 1, ..; the last entry stands for all later rounds. size: of the pictures,
+    (width, height) in pixels; None is the settings', and where they have none the model's. `plan.finished` is asked again
+    after a BatchHalved, whose round starts anew.
     """
-    negative = model.encode_negative(settings.negative_prompt)
-    negative_kv = project(model, negative)
-    run = Run(model, story, settings, finished or Nothing(), batch_sizes, seeds or {}, negative, negative_kv)
-    yield from encode_texts(run)
+    yield from long_captions(model, plan)
+    run = IterativeRun.of(model, plan, batch_sizes, size)
     last: dict[int, Tensor | None] = {}
-    for k in range(settings.iterations + 1):
+    for k in range(plan.settings.iterations + 1):
         last = yield from until_it_fits(run, partial(draw_round, run, k, last), k)
 
 
-def encode_texts(run: Run) -> Iterator[Event]:
-    """Caption tokens and the tokens of characters' pictures, once a story; a caption over the limit is reported."""
-    model, settings = run.model, run.settings
-    for i in range(len(run.story.frames)):
-        prompt = run.story.prompt(i, settings.style)
-        if lost := model.lost_words(prompt):
-            yield Notice(f"frame {i}: the caption is longer than the text encoder reads; left off: {lost!r}")
-        run.captions.append(model.encode_caption(prompt))
-    shown = settings.reference_start <= settings.iterations
-    for character in run.story.characters:
-        run.characters[character.name] = [
-            model.encode_reference(open_picture(path), settings.reference_fit)
-            for path in (character.references if shown else ())
+def encode_characters(model: Model, plan: StoryPlan) -> dict[str, list[Tensor]]:
+    """The tokens of every character's pictures, once a story; none where no round sees them."""
+    shown = plan.settings.reference_start <= plan.settings.iterations
+    return {
+        character.name: [
+            model.encode_reference(open_picture(picture), plan.settings.reference_fit)
+            for picture in (character.references if shown else ())
         ]
+        for character in plan.story.characters
+    }
 
 
 def draw_round(
-    run: Run, k: int, last: dict[int, Tensor | None], size: int
+    run: IterativeRun, k: int, last: dict[int, Tensor | None], size: int
 ) -> Generator[Event, None, dict[int, Tensor | None]]:
     """All frames of round k that are not finished, `size` at a time; returns the reference tokens of those drawn."""
     settings, current, started = run.settings, dict[int, Tensor | None](), time.monotonic()
     count = len(run.story.frames)
-    todo = {i for i in range(count) if not run.finished.has(k, i)}
+    todo = {i for i in range(count) if not run.plan.finished.has(k, i)}
     if not todo:
         return current
     yield RoundStarted(k, settings.iterations, settings.reference_scale_of(k) if k else 0.0, len(todo))
-    groups = reference_groups(run, k, last)
+    references = references_of(run, k, last)
     sampler = run.sampler_of(size)
-    sampler.set_round(share(run, groups))
+    sampler.set_round(references)
     # A frame always has the same place among the same others, finished ones included: where a library's rounding
     # depends on the place, a resumed run still gives the same bytes.
     for members in (range(first, min(first + size, count)) for first in range(0, count, size)):
         if todo.isdisjoint(members):
             continue
-        rows = [make_row(run, groups, i) for i in members]
+        rows = [row_of(run, references, i) for i in members]
         yield from report_steps(sampler, rows, k, todo)
         for n, row in enumerate(rows):
             if row.frame not in todo:
@@ -154,7 +152,7 @@ def report_steps(sampler: Sampler, rows: Sequence[Row], k: int, todo: Container[
         yield StepDone(k, frames, step, sampler.settings.steps, seconds)
 
 
-def reference_groups(run: Run, k: int, last: dict[int, Tensor | None]) -> list[Group]:
+def groups_of(run: IterativeRun, k: int, last: dict[int, Tensor | None]) -> list[Group]:
     """The references of round k: the last round's frames as one group, then a group for each character's pictures.
 
     A frame of the last round that was not drawn just now is loaded and encoded here: every frame once a round.
@@ -163,7 +161,7 @@ def reference_groups(run: Run, k: int, last: dict[int, Tensor | None]) -> list[G
     if k > 0:
         for j in range(len(story.frames)):
             if j not in last:
-                last[j] = encode_unless_left_out(run, *run.finished.load(k - 1, j))
+                last[j] = encode_unless_left_out(run, *run.plan.finished.load(k - 1, j))
         tokens = [last[j] for j in range(len(story.frames))]
         groups.append(Group(tokens, settings.reference_scale_of(k), frames_seen(story, settings.references)))
     for character in story.characters:
@@ -191,54 +189,117 @@ def in_cast(story: Story, name: str) -> Callable[[int, int], bool]:
     return lambda i, n: name in story.cast(i)
 
 
-def encode_unless_left_out(run: Run, image: Image.Image, left_out: str | None) -> Tensor | None:
+def encode_unless_left_out(run: IterativeRun, image: Image.Image, left_out: str | None) -> Tensor | None:
     """Reference tokens of a picture, or None for one that must not become a reference."""
     return None if left_out else run.model.encode_reference(image, run.settings.reference_fit)
 
 
 @torch.inference_mode()
-def share(run: Run, groups: Sequence[Group]) -> References:
+def references_of(run: IterativeRun, k: int, last: dict[int, Tensor | None]) -> References:
     """What every row of round k reads: reference K/V once a round, each group ending with its null block."""
-    model = run.model
-    blocks: list[Tensor] = []
-    if groups:
-        null = run.null_reference
-        for group in groups:
-            blocks += [torch.zeros_like(null) if tokens is None else tokens for tokens in group.tokens] + [
-                null
-            ]
-        ref_kv = model.layers.project_references(torch.cat(blocks, dim=1))
-    else:
-        ref_kv = torch.zeros(1, 0, model.layers.width, device=model.device, dtype=model.dtype)
-    bounds = [0]
-    for group in groups:
-        bounds.append(bounds[-1] + (len(group.tokens) + 1) * model.tokens_per_ref)
-    scale = torch.tensor([group.scale for group in groups] or [0.0], dtype=torch.float32, device=model.device)
-    offsets = torch.tensor(bounds if groups else [0, 0], dtype=torch.int32, device=model.device)
-    return References(ref_kv, scale, offsets, model.tokens_per_ref, run.negative_kv.shape[1])
+    return References.of(
+        groups_of(run, k, last),
+        lambda: run.null_reference,
+        run.model.layers.project_references,
+        tokens_per_ref=run.model.tokens_per_ref,
+        like=run.negative_kv,
+    )
 
 
-def make_row(run: Run, groups: Sequence[Group], frame: int) -> Row:
+def row_of(run: IterativeRun, references: References, frame: int) -> Row:
     """One frame's inputs: the seed of its noise, its text K/V (once a frame and round), and which references it sees."""
-    visible = [seen for group in groups for seen in group.visible(frame)]
-    null_visible = [seen for group in groups for seen in group.null_visible(frame)]
+    plan, caption = run.plan, run.captions[frame]
     return Row(
         frame=frame,
-        seed=frame_seed(run.story.frames[frame].seed, run.seeds.get(frame), run.settings, frame),
-        caption=run.captions[frame],
+        seed=frame_seed(plan.story.frames[frame].seed, plan.seeds.get(frame), plan.settings, frame),
+        caption=caption,
         negative=run.negative,
-        inputs=(project(run.model, run.captions[frame]), torch.tensor([visible], dtype=torch.bool)),
-        null_inputs=(run.negative_kv, torch.tensor([null_visible], dtype=torch.bool)),
+        conditional=references.row(frame, project(run.model, caption)),
+        unconditional=references.null_row(frame, run.negative_kv),
     )
 
 
 @torch.inference_mode()
-def project(model: StoryModel, caption: Caption) -> Tensor:
+def project(model: Model, caption: Caption) -> Tensor:
     """Text K/V (1, Lt, W) of a caption."""
     return model.layers.project_text(caption.tokens)
 
 
-def picture_size(run: Run) -> tuple[int, int]:
-    """Width and height in pixels: as set, else the model's own."""
-    width, height = run.model.native_size
-    return run.settings.width or width, run.settings.height or height
+class Iterative:
+    """Story-Adapter as a mode."""
+
+    name = "iterative"
+    unit = "frame"
+
+    def check(self, model: Model, story: Story, settings: Settings) -> None:
+        """InputError where references are needed and the model has no IP-Adapter."""
+        shown = has_pictures(story) and settings.reference_start <= settings.iterations
+        if settings.iterations > 0 or shown:
+            model.require_references()
+
+    def check_redraw(self, frames: Sequence[int], count: int) -> None:
+        """Any frames can be redrawn: the last round alone is, from the same references."""
+
+    def reference_groups(self, story: Story, settings: Settings) -> list[int]:
+        """All frames of the last round, and every character's pictures."""
+        return [len(story.frames), *(len(c.references) for c in story.characters if c.references)]
+
+    def unused(self, story: Story, settings: Settings) -> dict[str, str]:
+        """Settings of references where there are none."""
+        reasons: dict[str, str] = {}
+        pictures = has_pictures(story)
+        if not settings.iterations:
+            reasons["references"] = "without iterations no frame sees another one"
+            if not pictures or settings.reference_start > 0:
+                why = "without iterations nothing is a reference"
+                reasons |= dict.fromkeys(("reference_scale", "reference_fit"), why)
+        if not pictures:
+            reasons["reference_start"] = "the story gives no pictures of its characters"
+        return reasons
+
+    def notices(self, story: Story, settings: Settings) -> Iterator[str]:
+        """What of the story is not read, and that there are no iterations."""
+        for character in story.characters:
+            if character.scale is not None and not character.references:
+                yield f"`scale` of {character.name} is not used: it is the weight of pictures, and none are given"
+            if character.references and settings.reference_start > settings.iterations:
+                yield (
+                    f"the pictures of {character.name} are not used: they count from round {settings.reference_start} on "
+                    f"(reference_start), and the last round is {settings.iterations}"
+                )
+        if not settings.iterations:
+            yield "0 iterations: every frame is drawn from its caption alone"
+        if story.first_frame is not None:
+            yield "`first_frame` is read by causal mode alone; this story is drawn without it"
+
+    def group(self, settings: Settings, frames: int) -> None:
+        """Every story is drawn alone: its frames fill the micro-batches."""
+
+    def draw(
+        self, model: Model, plans: Sequence[StoryPlan], *, batch_sizes: Sequence[int], size: tuple[int, int]
+    ) -> Iterator[Event]:
+        """The one story; events say its index."""
+        (plan,) = plans
+        for event in iterative(model, plan, batch_sizes=batch_sizes, size=size):
+            if isinstance(event, StepDone) or isinstance(event, FrameDrawn):  # noqa: SIM101  # mypy narrows these apart
+                event = replace(event, place=plan.index)
+            yield event
+
+    def method(self, settings: Settings) -> dict[str, str]:
+        """Rounds and references."""
+        first, last = settings.reference_scale
+        scale = f"reference scale {first:g} to {last:g}"
+        return {"Rounds": f"{settings.iterations}, {scale}, references {settings.references}"}
+
+    def picture_values(self, settings: Settings, round: int) -> dict[str, Any]:
+        """The weight of the references in this round, and which frames they were."""
+        scale = settings.reference_scale_of(round) if round else 0.0
+        return {"reference_scale": scale, "references": settings.references}
+
+
+def has_pictures(story: Story) -> bool:
+    """Whether pictures of a character are given."""
+    return any(character.references for character in story.characters)
+
+
+register(Iterative(), MODES["iterative"])

@@ -7,7 +7,7 @@ from typing import Protocol, TypeVar
 
 from fastory.errors import FastoryError
 from fastory.events import BatchHalved, Event
-from fastory.models.torch_model import StoryModel
+from fastory.models.protocol import Model
 from fastory.runtime import is_out_of_memory, release_memory
 from fastory.sampling.sampler import Sampler
 
@@ -21,7 +21,7 @@ class Drawing(Protocol):
     halved: what was left when memory ran out.
     """
 
-    model: StoryModel
+    model: Model
     batch_sizes: Sequence[int]
     halved: int | None
     sampler: Sampler | None
@@ -54,7 +54,7 @@ def until_it_fits(
             if size == 1:
                 raise FastoryError(one_is_too_much(round, frame, needed)) from None
         drawing.sampler = None
-        release_memory(drawing.model.device)
+        release_memory(drawing.model.placement.device)
         drawing.halved = size // 2
         yield BatchHalved(round, drawing.halved, needed, frame)
 

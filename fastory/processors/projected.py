@@ -41,164 +41,66 @@ class Layer:
 
 
 class Context(Protocol):
-    """What the cross-attention layers of one UNet call attend to.
-
-    per_row: tensors of one row a UNet row, which the sampler fills frame by frame and never replaces.
-    """
-
-    @property
-    def per_row(self) -> tuple[Tensor, ...]: ...
+    """What the cross-attention layers of one UNet call attend to."""
 
     def attend(self, layer: Layer, query: Tensor) -> Tensor:
         """query (B, L, H, d) -> (B, L, H, d)."""
 
 
-class Shared(Protocol):
-    """What all frames of a round share of a context: makes contexts of any number of rows, and refills one."""
+def attend_references(
+    layer: Layer,
+    query: Tensor,
+    *,
+    text_kv: Tensor,
+    ref_kv: Tensor,
+    scale: Tensor,
+    tokens_per_ref: int,
+    ref_offsets: Tensor,
+    ref_visible: Tensor,
+    mask: Tensor | None,
+) -> Tensor:
+    """Global reference cross-attention of one layer (Story-Adapter, arXiv 2410.06244, eq. of GRCA).
 
-    def context(self, rows: int) -> Context:
-        """A context with zeros in its per_row tensors."""
-
-    def refill(self, context: Context) -> bool:
-        """Write the shared part where `context` holds it. False, and nothing written, where the shapes differ."""
-
-
-@dataclass(frozen=True)
-class ReferenceContext:
-    """Text, and references with their own weights (algorithms.md, section 1, grouped form).
-
-    text_kv: (B, Lt, W). ref_kv: (1, Lr, W), every row reads it without a copy; Lr = 0 in a call without references.
-    scale: (G,) weight l_g of each group. ref_visible: (B, Lr / tokens_per_ref) bool. ref_offsets: (G + 1,) int32.
-    masks: for a layer of L query tokens, masks[L] is (B or 1, G, L) in [0, 1].
+    query (B, L, H, d) -> (B, L, H, d). text_kv (B, Lt, W) and ref_kv (1, Lr, W) hold all layers side by side; the rest
+    is the operator's, see fastory.kernels.grca.
     """
-
-    text_kv: Tensor
-    ref_kv: Tensor
-    scale: Tensor
-    ref_visible: Tensor
-    ref_offsets: Tensor
-    tokens_per_ref: int
-    masks: dict[int, Tensor] | None = None
-
-    @property
-    def per_row(self) -> tuple[Tensor, ...]:
-        """Text K/V, and which references a row sees."""
-        return self.text_kv, self.ref_visible
-
-    def attend(self, layer: Layer, query: Tensor) -> Tensor:
-        """Global reference cross-attention (Story-Adapter, arXiv 2410.06244, eq. of GRCA)."""
-        k_text, v_text = layer.keys_values(self.text_kv)
-        k_ref, v_ref = layer.keys_values(self.ref_kv)
-        return grca(
-            query,
-            k_text,
-            v_text,
-            k_ref,
-            v_ref,
-            self.scale,
-            tokens_per_ref=self.tokens_per_ref,
-            ref_offsets=self.ref_offsets,
-            ref_visible=self.ref_visible,
-            mask=None if self.masks is None else self.masks[query.shape[1]],
-        )
+    k_text, v_text = layer.keys_values(text_kv)
+    k_ref, v_ref = layer.keys_values(ref_kv)
+    return grca(
+        query,
+        k_text,
+        v_text,
+        k_ref,
+        v_ref,
+        scale,
+        tokens_per_ref=tokens_per_ref,
+        ref_offsets=ref_offsets,
+        ref_visible=ref_visible,
+        mask=mask,
+    )
 
 
-@dataclass(frozen=True)
-class References:
-    """References that all frames of a round share. ref_kv (1, Lr, W), scale (G,), offsets (G + 1,) int32."""
+def attend_window(
+    layer: Layer, query: Tensor, *, kv: Tensor, padding: Tensor, caption_tokens: int, frame_tokens: int
+) -> Tensor:
+    """Attention of one layer to a caption and a window of earlier frames (Causal-Story, ICASSP 2024, section 2.3).
 
-    ref_kv: Tensor
-    scale: Tensor
-    offsets: Tensor
-    tokens_per_ref: int
-    text_tokens: int
-
-    def context(self, rows: int) -> ReferenceContext:
-        """Room for the captions of `rows` rows beside these references."""
-        width, blocks = self.ref_kv.shape[2], self.ref_kv.shape[1] // self.tokens_per_ref
-        return ReferenceContext(
-            text_kv=self.ref_kv.new_zeros(rows, self.text_tokens, width),
-            ref_kv=self.ref_kv,
-            scale=self.scale,
-            ref_visible=torch.zeros(rows, blocks, dtype=torch.bool, device=self.ref_kv.device),
-            ref_offsets=self.offsets,
-            tokens_per_ref=self.tokens_per_ref,
-        )
-
-    def refill(self, context: Context) -> bool:
-        """Other references of the same number, in the same buffers."""
-        if (
-            not isinstance(context, ReferenceContext)
-            or context.ref_kv.shape != self.ref_kv.shape
-            or context.scale.shape != self.scale.shape
-            or context.text_kv.shape[1] != self.text_tokens
-        ):
-            return False
-        context.ref_kv.copy_(self.ref_kv)
-        context.scale.copy_(self.scale)
-        context.ref_offsets.copy_(self.offsets)
-        return True
-
-
-@dataclass(frozen=True)
-class HistoryContext:
-    """A caption and the last L_M frames of a story (Causal-Story; algorithms.md, section 2).
-
-    kv: (B, Lt + L_M * S, W), the caption's tokens, then S tokens a frame, oldest frame first, empty places last.
-    padding: (B, Lt + L_M * S) bool, True for a key that nobody sees.
+    query (B, L, H, d) -> (B, L, H, d). kv (B, Lt + L_M * S, W) and padding (B, Lt + L_M * S). Every pixel stands after
+    the newest frame of the window and sees the caption and the whole window.
     """
-
-    kv: Tensor
-    padding: Tensor
-    caption_tokens: int
-    frame_tokens: int
-
-    @property
-    def per_row(self) -> tuple[Tensor, ...]:
-        """K/V and their padding: every row has a story of its own."""
-        return self.kv, self.padding
-
-    def attend(self, layer: Layer, query: Tensor) -> Tensor:
-        """Every pixel stands after the newest frame of the window and sees the caption and the whole window."""
-        keys, values = layer.keys_values(self.kv)
-        frames = (self.kv.shape[1] - self.caption_tokens) // self.frame_tokens
-        return banded_causal_attention(
-            query,
-            keys,
-            values,
-            group_size=self.frame_tokens,
-            window=frames,
-            query_group=max(0, frames - 1),
-            query_group_size=0,
-            key_padding=self.padding,
-            prefix=self.caption_tokens,
-        )
-
-
-@dataclass(frozen=True)
-class Window:
-    """The sizes of a history window: Lt tokens of the caption, `frames` (L_M) of S tokens each; `like` gives W."""
-
-    caption_tokens: int
-    frame_tokens: int
-    frames: int
-    like: Tensor
-
-    def context(self, rows: int) -> HistoryContext:
-        """An empty window for `rows` rows."""
-        keys = self.caption_tokens + self.frames * self.frame_tokens
-        kv = self.like.new_zeros(rows, keys, self.like.shape[-1])
-        padding = torch.ones(rows, keys, dtype=torch.bool, device=kv.device)
-        return HistoryContext(kv, padding, self.caption_tokens, self.frame_tokens)
-
-    def refill(self, context: Context) -> bool:
-        """Nothing is shared: a context of these sizes is good as it is."""
-        keys = self.caption_tokens + self.frames * self.frame_tokens
-        return (
-            isinstance(context, HistoryContext)
-            and context.kv.shape[1] == keys
-            and context.caption_tokens == self.caption_tokens
-        )
+    keys, values = layer.keys_values(kv)
+    frames = (kv.shape[1] - caption_tokens) // frame_tokens
+    return banded_causal_attention(
+        query,
+        keys,
+        values,
+        group_size=frame_tokens,
+        window=frames,
+        query_group=max(0, frames - 1),
+        query_group_size=0,
+        key_padding=padding,
+        prefix=caption_tokens,
+    )
 
 
 class SelfAttention(AttnProcessor2_0):

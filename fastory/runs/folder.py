@@ -15,13 +15,10 @@ is written through a symbolic link.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import hashlib
 import io
-import json
 import stat
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,90 +30,11 @@ from fastory.errors import FastoryError, InputError
 from fastory.events import FrameDrawn
 from fastory.pictures import open_picture
 from fastory.runs import manifest
+from fastory.runs.identity import Identity
 from fastory.runs.manifest import listed_files, manifest_bytes, picture_name, read_manifest
 from fastory.runs.storybook import Page, write_sheet, write_storybook
-from fastory.settings import Settings
 from fastory.story import Story
-
-
-@dataclass(frozen=True)
-class Identity:
-    """What a run folder belongs to. Two runs with one identity draw the same bytes on the same machine.
-
-    story: Story.digest; rest: everything but the frames, and parts: its parts, by name; frames: a digest a frame; seeds:
-    the frames' own. settings: resolved. models: sha256 by file name, LoRA weights included. dtype: only where it was
-    asked for.
-    """
-
-    title: str
-    story: str
-    rest: str
-    parts: Mapping[str, str]
-    frames: tuple[str, ...]
-    seeds: tuple[int | None, ...]
-    settings: Mapping[str, Any]
-    models: Mapping[str, str]
-    dtype: str | None
-
-    @classmethod
-    def of(cls, story: Story, settings: Settings, models: Mapping[str, str], dtype: str | None) -> Identity:
-        """The identity of a story under resolved settings."""
-        frames = tuple(story.frame_digest(i) for i in range(len(story.frames)))
-        seeds = tuple(frame.seed for frame in story.frames)
-        plain = json.loads(json.dumps(settings.identity()))
-        rest, parts = story.digest_without_frames(), _parts(story)
-        return cls(story.title, story.digest(), rest, parts, frames, seeds, plain, dict(models), dtype)
-
-    def digest(self) -> str:
-        """sha256 of story and settings; its first 8 hex digits name the default folder."""
-        named = [self.story, self.settings, sorted(self.models.items()), self.dtype]
-        return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
-
-    def record(self) -> dict[str, Any]:
-        """The story as a manifest holds it."""
-        return {
-            "title": self.title,
-            "digest": self.story,
-            "rest": self.rest,
-            "parts": dict(self.parts),
-            "frames": list(self.frames),
-            "seeds": list(self.seeds),
-        }
-
-    def differences(self, manifest: Mapping[str, Any]) -> list[str]:
-        """What differs from the run that `manifest` describes, one line each; the frames' own text is left to `changed`."""
-        lines = self._story_differences(manifest["story"])
-        there = manifest["settings"]
-        lines += [
-            f"{name}: {there.get(name)!r} there, {self.settings.get(name)!r} here"
-            for name in sorted({*there, *self.settings})
-            if there.get(name) != self.settings.get(name)
-        ]
-        if manifest["models"] != self.models:
-            lines.append("the model, its adapter or its LoRAs: other weights")
-        if self.dtype and manifest["machine"]["dtype"] != self.dtype:
-            lines.append(f"dtype: {manifest['machine']['dtype']} there, {self.dtype} here")
-        return lines
-
-    def _story_differences(self, there: Mapping[str, Any]) -> list[str]:
-        """The story's title, number of frames, characters, ..: each by name where the manifest tells them apart."""
-        if there["rest"] == self.rest:
-            return []
-        lines = []
-        if there["title"] != self.title:
-            lines.append(f"the story: {there['title']!r} there, {self.title!r} here")
-        if len(there["frames"]) != len(self.frames):
-            lines.append(_frames_added_or_removed(there["frames"], self.frames))
-        parts = there.get("parts") or {}
-        lines += [
-            f"the story's {name}" for name in self.parts if name in parts and parts[name] != self.parts[name]
-        ]
-        return lines or ["the story's characters, style, negative prompt or pictures"]
-
-    def changed(self, manifest: Mapping[str, Any]) -> list[int]:
-        """Frames whose caption, seed or cast differs from the manifest's."""
-        there = manifest["story"]["frames"]
-        return [i for i, digest in enumerate(self.frames) if i >= len(there) or there[i] != digest]
+from fastory.wording import numbers_listed
 
 
 def run_paths(stories: Sequence[Story], output: str | Path | None) -> list[Path | None]:
@@ -132,37 +50,6 @@ def run_paths(stories: Sequence[Story], output: str | Path | None) -> list[Path 
             slug, n = f"{story.slug}-{n}", n + 1
         slugs.append(slug)
     return [Path(output) / slug for slug in slugs]
-
-
-def _parts(story: Story) -> dict[str, str]:
-    """Hashes of what digest_without_frames hashes as one, so that a difference can be named."""
-    pictures = story.picture_digests()
-    cast = [[c.name, c.prompt, c.scale, [pictures[path] for path in c.references]] for c in story.characters]
-    first = pictures[story.first_frame] if story.first_frame else None
-    parts = {
-        "style": story.style,
-        "negative prompt": story.negative_prompt,
-        "characters": cast,
-        "first frame": first,
-    }
-    return {name: hashlib.sha256(json.dumps(value).encode()).hexdigest() for name, value in parts.items()}
-
-
-def _frames_added_or_removed(there: Sequence[str], here: Sequence[str]) -> str:
-    """One line that says which frames came or went, counted from 0."""
-    blocks = difflib.SequenceMatcher(a=list(there), b=list(here), autojunk=False).get_opcodes()
-    removed = [
-        i for kind, first, last, _, _ in blocks if kind in ("delete", "replace") for i in range(first, last)
-    ]
-    added = [
-        j for kind, _, _, first, last in blocks if kind in ("insert", "replace") for j in range(first, last)
-    ]
-    said = [f"frame {_listed(removed)} there is not here"] if removed else []
-    said += [f"frame {_listed(added)} here is not there"] if added else []
-    return (
-        f"the number of frames: {len(there)} there, {len(here)} here ({', '.join(said)}); a story of another length is "
-        "another run"
-    )
 
 
 class RunFolder:
@@ -214,7 +101,7 @@ class RunFolder:
     # -- opening -------------------------------------------------------------------------------------------------
 
     def read(self) -> bool:
-        """Read the manifest if there is one. False for a new folder. Finishes a redraw's move that a kill cut short.
+        """Read the manifest if there is one. False for a new folder.
 
         Raises InputError for a manifest that is damaged or not ours, and where a folder, a link or a pipe has the place of
         a file of the run.
@@ -224,14 +111,12 @@ class RunFolder:
             return False
         self.manifest = read_manifest(self.path / manifest.NAME)
         names = listed_files(self.manifest)
-        self._check_places([manifest.NAME, *names])
+        self.check_places([manifest.NAME, *names])
         for name in (manifest.NAME, *names):
             files.remove(files.partial_of(self.path / name))
-        if (self.manifest.get("redraw") or {}).get("moving"):
-            self._move_in()
         return True
 
-    def _check_places(self, names: Iterable[str]) -> None:
+    def check_places(self, names: Iterable[str]) -> None:
         """InputError where what stands at a file's place, or at the place of its folder, is something else."""
         folders: set[Path] = set()
         for name in names:
@@ -269,14 +154,14 @@ class RunFolder:
         pending = self.manifest.get("redraw")
         if not lines and changed and pending and identity.frames == tuple(pending["story"]["frames"]):
             raise InputError(
-                f"{self.path} has an unfinished redraw of frames {_listed(pending['frames'])}; "
-                f"finish it with --frames {_listed(pending['frames'])}, or give --overwrite"
+                f"{self.path} has an unfinished redraw of frames {numbers_listed(pending['frames'])}; "
+                f"finish it with --frames {numbers_listed(pending['frames'])}, or give --overwrite"
             )
         if not lines and changed:
-            lines.append(f"the text, seed or cast of frames {_listed(changed)}")
+            lines.append(f"the text, seed or cast of frames {numbers_listed(changed)}")
         if lines:
             hint = (
-                f" To redraw single frames: --frames {_listed(changed)}."
+                f" To redraw single frames: --frames {numbers_listed(changed)}."
                 if changed
                 and len(lines) == 1
                 and len(identity.frames) == len(self.manifest["story"]["frames"])
@@ -305,9 +190,9 @@ class RunFolder:
                 f"{self.path / strange[0]} is in the way: the new run would write it, and no manifest of ours lists it; "
                 "move it away, or choose another --output"
             )
-        self._check_places(names)
+        self.check_places(names)
         self._old, self.manifest = self.manifest, {}
-        self._trusted.clear()
+        self.trust_nothing()
         return True
 
     def begin(
@@ -319,7 +204,7 @@ class RunFolder:
         batch_size: int,
     ) -> None:
         """Clear what an overwritten run listed, then write the manifest of a new run, then its story.yaml."""
-        self._remove(listed_files(self._old) if self._old else [])
+        self.remove(listed_files(self._old) if self._old else [])
         self.manifest = {
             "schema": manifest.SCHEMA,
             "story": identity.record(),
@@ -355,10 +240,10 @@ class RunFolder:
         """The manifest first, as a folder is ours by it alone; a kill in between leaves a story.yaml to be restored."""
         data = story.to_yaml(self.path).encode()
         self.manifest["story_file"] = hashlib.sha256(data).hexdigest()
-        self._save()
-        self._write("story.yaml", data)
+        self.save_manifest()
+        self.write("story.yaml", data)
 
-    def _remove(self, names: Iterable[str]) -> None:
+    def remove(self, names: Iterable[str]) -> None:
         """Remove these files, and the folders they were in where nothing else is left there."""
         folders: set[Path] = set()
         for name in names:
@@ -399,14 +284,14 @@ class RunFolder:
         drawn.image.save(buffer, "PNG", pnginfo=info)
         relative = self._relative(drawn.round, drawn.frame)
         record = {
-            "sha256": self._write(relative, buffer.getvalue()),
+            "sha256": self.write(relative, buffer.getvalue()),
             "seed": drawn.seed,
             "left_out": drawn.left_out,
             "seconds": round(seconds, 3),
         }
         self._pictures().setdefault(str(drawn.round), {})[str(drawn.frame)] = record
         self._trusted[drawn.round, drawn.frame] = True
-        self._save()
+        self.save_manifest()
         return self.path / relative
 
     def halve(self, round: int, size: int) -> None:
@@ -421,7 +306,7 @@ class RunFolder:
         for frame in [int(name) for name in drawn]:
             del drawn[str(frame)]
             self._trusted.pop((round, frame), None)
-        self._save()
+        self.save_manifest()
 
     def halve_from(self, frame: int, size: int) -> None:
         """Causal mode: the smaller micro-batch of stories from `frame` on; that frame is drawn again."""
@@ -430,7 +315,7 @@ class RunFolder:
         sizes[frame:] = [size]
         self._pictures().get("0", {}).pop(str(frame), None)
         self._trusted.pop((0, frame), None)
-        self._save()
+        self.save_manifest()
 
     def batch_sizes(self) -> list[int]:
         """Frames at once in round 0, 1, .., or stories at once at frame 0, 1, ..; the last entry stands for all later ones."""
@@ -439,120 +324,6 @@ class RunFolder:
     def count(self, rounds: int, frames: int) -> int:
         """How many pictures of all rounds are finished."""
         return sum(self.has(k, i) for k in range(rounds) for i in range(frames))
-
-    def _pictures(self) -> dict[str, dict[str, Any]]:
-        redraw = self.manifest.get("redraw")
-        return redraw["pictures"] if redraw else self.manifest["pictures"]
-
-    def _redrawn(self, frame: int) -> bool:
-        return frame in (self.manifest.get("redraw") or {}).get("frames", ())
-
-    def _record(self, round: int, frame: int) -> dict[str, Any] | None:
-        pictures = self._pictures() if self._redrawn(frame) else self.manifest["pictures"]
-        return pictures.get(str(round), {}).get(str(frame))
-
-    def _relative(self, round: int, frame: int) -> str:
-        name = picture_name(round, frame)
-        return f"redraw/{name}" if self._redrawn(frame) else name
-
-    def _file(self, round: int, frame: int) -> Path:
-        return self.path / self._relative(round, frame)
-
-    # -- redrawing -----------------------------------------------------------------------------------------------
-
-    def begin_redraw(
-        self,
-        identity: Identity,
-        frames: Sequence[int],
-        seed: int | None,
-        drawn_from: Callable[[Mapping[int, int]], Mapping[int, int]],
-    ) -> bool:
-        """Start, or take up again, the redrawing of `frames`. False where the same bytes would come of it.
-
-        seed: --redraw-seed. drawn_from: for the redraw seeds by frame, the seed that each frame's noise then has. Raises
-        InputError for frames that do not exist and for a run that is not finished, before anything is recorded.
-        """
-        count = len(self.manifest["story"]["frames"])
-        if outside := [i for i in frames if not 0 <= i < count]:
-            raise InputError(f"--frames: wanted 0 to {count - 1}, got {_listed(outside)}")
-        seeds = {str(i): seed for i in frames} if seed is not None else {}
-        dropped = [] if seeds else self._superseded(identity, frames)
-        wanted = {
-            "frames": list(frames),
-            "story": identity.record(),
-            "seeds": seeds,
-            "dropped_seeds": dropped,
-        }
-        pending = self.manifest.get("redraw")
-        if pending and {name: pending.get(name, []) for name in wanted} == wanted:
-            self._refuse_damaged(frames, count)
-            return True
-        self._refuse_unfinished(count)
-        kept = {i: s for i, s in self._recorded_seeds().items() if str(i) not in dropped}
-        noise = drawn_from({**kept, **{int(i): s for i, s in seeds.items()}})
-        if pending is None and not identity.changed(self.manifest) and not self._other_noise(noise, frames):
-            return False
-        self._remove([name for name in listed_files(self.manifest) if name.startswith("redraw/")])
-        self.manifest["redraw"] = {**wanted, "pictures": {}}
-        self._trusted.clear()
-        self._save()
-        return True
-
-    def give_up_redraw(self) -> str:
-        """Forget a redraw that is not finished: the run as it was is asked for. Returns what to tell the user."""
-        frames = _listed(self.manifest["redraw"]["frames"])
-        self._remove([name for name in listed_files(self.manifest) if name.startswith("redraw/")])
-        del self.manifest["redraw"]
-        self._trusted.clear()
-        self._save()
-        return f"the unfinished redraw of frames {frames} is given up, as this command asks for the run as it was"
-
-    def _refuse_damaged(self, redrawn: Sequence[int], count: int) -> None:
-        """InputError where a picture is damaged that the redraw keeps: it was drawn beside frames that change now."""
-        rounds = manifest.rounds_of(self.manifest["settings"])
-        kept = [(k, i) for k in range(rounds) for i in range(count) if i not in redrawn]
-        damaged = [picture_name(k, i) for k, i in kept if not self.has(k, i)]
-        if damaged:
-            raise InputError(
-                f"{self.path / damaged[0]} is damaged or missing, and this redraw keeps it; give the redraw up with the "
-                f"command that drew the run, for the story {self.path / 'story.yaml'}, which draws it again, then redraw"
-            )
-
-    def _refuse_unfinished(self, count: int) -> None:
-        pending = self.manifest.pop(
-            "redraw", None
-        )  # `has` then speaks of the pictures that are in their places
-        self._trusted.clear()
-        try:
-            rounds = manifest.rounds_of(self.manifest["settings"])
-            finished = all(self.has(k, i) for k in range(rounds) for i in range(count))
-        finally:
-            if pending:
-                self.manifest["redraw"] = pending
-            self._trusted.clear()
-        if not finished:
-            raise InputError(
-                f"{self.path} is not finished; finish it with the same command without --frames first"
-            )
-
-    def _superseded(self, identity: Identity, frames: Sequence[int]) -> list[str]:
-        """Recorded redraw seeds of frames whose own `seed:` was given or changed since: what was said last counts."""
-        own = self.manifest["story"].get("seeds") or list(identity.seeds)
-        return [
-            str(i)
-            for i in frames
-            if str(i) in self.manifest["seeds"]
-            and identity.seeds[i] is not None
-            and identity.seeds[i] != own[i]
-        ]
-
-    def _other_noise(self, noise: Mapping[int, int], frames: Sequence[int]) -> bool:
-        """Whether any of these frames was drawn from another seed than it would be now."""
-        last = self.manifest["pictures"].get(str(manifest.rounds_of(self.manifest["settings"]) - 1), {})
-        return any(last.get(str(i), {}).get("seed") != noise[i] for i in frames)
-
-    def _recorded_seeds(self) -> dict[int, int]:
-        return {int(frame): seed for frame, seed in self.manifest["seeds"].items()}
 
     def seeds(self) -> dict[int, int]:
         """Frames drawn from another seed (--redraw-seed), which counts before the frame's own and the run's."""
@@ -564,50 +335,27 @@ class RunFolder:
             if frame not in redraw.get("dropped_seeds", ())
         }
 
-    def end_redraw(self, story: Story) -> None:
-        """Move the new pictures in by one manifest update; the old ones go to history/."""
-        redraw = self.manifest["redraw"]
-        names = [p.name for p in self.path.glob("history/*")]
-        number = 1 + max((int(name) for name in names if name.isdecimal() and len(name) <= 6), default=0)
-        redraw["moving"] = {"history": f"history/{number:03d}", "story": story.to_yaml(self.path)}
-        self._save()
-        self._move_in()
+    def _pictures(self) -> dict[str, dict[str, Any]]:
+        redraw = self.manifest.get("redraw")
+        return redraw["pictures"] if redraw else self.manifest["pictures"]
 
-    def _move_in(self) -> None:
-        """Finish a decided move; every step may have happened already."""
-        redraw = self.manifest["redraw"]
-        moved = [
-            picture_name(int(round), int(frame))
-            for round, pictures in redraw["pictures"].items()
-            for frame in pictures
-        ]
-        self._check_places(listed_files(self.manifest))
-        kept_in = redraw["moving"]["history"]
-        with files.disk_errors(self.path):
-            for name in moved:
-                staged, old, kept = self.path / "redraw" / name, self.path / name, self.path / kept_in / name
-                if staged.exists():
-                    files.make_folder(kept.parent)
-                    if old.exists() and not kept.exists():
-                        files.replace(old, kept)
-                    files.replace(staged, old)
-        staged_names = [name for name in listed_files(self.manifest) if name.startswith("redraw/")]
-        for round, pictures in redraw["pictures"].items():
-            self.manifest["pictures"].setdefault(round, {}).update(pictures)
-        self.manifest["story"] = redraw["story"]
-        for frame in redraw.get("dropped_seeds", ()):
-            self.manifest["seeds"].pop(frame, None)
-        self.manifest["seeds"].update(redraw["seeds"])
-        history = self.manifest.setdefault("history", {})
-        history[kept_in.removeprefix("history/")] = [
-            name for name in moved if (self.path / kept_in / name).exists()
-        ]
-        self.manifest["products"] = {}
-        self.manifest["story_file"] = self._write("story.yaml", redraw["moving"]["story"].encode())
-        self._remove(staged_names)  # only empty folders are left of them
-        del self.manifest["redraw"]
-        self._save()
+    def _redrawn(self, frame: int) -> bool:
+        return frame in (self.manifest.get("redraw") or {}).get("frames", ())
+
+    def trust_nothing(self) -> None:
+        """Check the hash of every picture again before it is trusted: which pictures are meant has changed."""
         self._trusted.clear()
+
+    def _record(self, round: int, frame: int) -> dict[str, Any] | None:
+        pictures = self._pictures() if self._redrawn(frame) else self.manifest["pictures"]
+        return pictures.get(str(round), {}).get(str(frame))
+
+    def _relative(self, round: int, frame: int) -> str:
+        name = picture_name(round, frame)
+        return f"redraw/{name}" if self._redrawn(frame) else name
+
+    def _file(self, round: int, frame: int) -> Path:
+        return self.path / self._relative(round, frame)
 
     # -- finishing -----------------------------------------------------------------------------------------------
 
@@ -624,17 +372,17 @@ class RunFolder:
         for i in range(len(story.frames)):
             last = self.path / picture_name(rounds - 1, i)
             name = f"frames/frame-{i:03d}.png"
-            products[name] = self._write(name, last.read_bytes())
+            products[name] = self.write(name, last.read_bytes())
             pages.append(self._page(story, i, rounds, self.path / name))
-        products["sheet.png"] = self._write(
+        products["sheet.png"] = self.write(
             "sheet.png", lambda path: write_sheet(pages, path, title=story.title)
         )
-        products["storybook.html"] = self._write(
+        products["storybook.html"] = self.write(
             "storybook.html", lambda path: write_storybook(pages, path, title=story.title, settings=footer)
         )
         self.manifest["products"] = products
         self.manifest.pop("anew", None)
-        self._save()
+        self.save_manifest()
 
     def _page(self, story: Story, frame: int, rounds: int, final: Path) -> Page:
         pictures: list[Path | None] = []
@@ -649,10 +397,11 @@ class RunFolder:
 
     # -- files ---------------------------------------------------------------------------------------------------
 
-    def _save(self) -> None:
-        self._write(manifest.NAME, manifest_bytes(self.manifest))
+    def save_manifest(self) -> None:
+        """Write manifest.json."""
+        self.write(manifest.NAME, manifest_bytes(self.manifest))
 
-    def _write(self, name: str, data: bytes | files.Write) -> str:
+    def write(self, name: str, data: bytes | files.Write) -> str:
         """Write beside its place, sync, rename. Returns the sha256."""
         target = self.path / name
         if files.is_link_below(self.path, target):
@@ -669,7 +418,3 @@ class RunFolder:
             raise InputError(
                 f"{file} cannot be read ({error.strerror}); make it readable, or choose another --output"
             ) from error
-
-
-def _listed(frames: Sequence[int]) -> str:
-    return ",".join(str(i) for i in frames)

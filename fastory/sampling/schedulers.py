@@ -15,21 +15,21 @@ from fastory.errors import InputError
 from fastory.settings import SCHEDULERS
 
 if TYPE_CHECKING:
-    from fastory.models.torch_model import StoryModel
+    from fastory.models.protocol import Model
 
 
-def make_scheduler(model: StoryModel, name: str) -> Any:
+def make_scheduler(model: Model, name: str) -> Any:
     """The named scheduler with the checkpoint's own noise schedule.
 
     Raises InputError for LCM on a UNet that was not distilled for it (no time_cond_proj_dim).
     """
-    if name == "lcm" and model.unet.config.time_cond_proj_dim is None:
+    if name == "lcm" and model.sizes.guidance_embedding is None:
         raise InputError(
             f"scheduler lcm wants a UNet distilled for it (time_cond_proj_dim); {model.name} has none. "
             "Give an LCM UNet with --model, or another --scheduler."
         )
     row = SCHEDULERS[name]
-    kind, config = getattr(diffusers, row.kind), {**model.pipeline.scheduler.config, **row.config}
+    kind, config = getattr(diffusers, row.kind), {**model.scheduler_config, **row.config}
     if "clip_sample" in inspect.signature(kind).parameters:
         # DDIM clips by default, which is for pixels. A checkpoint that came with another scheduler does not say so.
         config.setdefault("clip_sample", False)

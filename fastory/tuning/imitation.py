@@ -19,8 +19,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from fastory.conditioning.context import Context
+from fastory.conditioning.references import Group, References
 from fastory.models.torch_model import StoryModel
-from fastory.processors.projected import Context, CrossAttentionLayers, ReferenceContext
+from fastory.processors.projected import CrossAttentionLayers
 
 Lesson = dict[str, tuple[Tensor, Tensor, Tensor]]
 """Layer -> what went in, what came out, and what would have for other references, (R, L, C) each."""
@@ -32,7 +34,7 @@ class Teacher:
     def __init__(self, model: StoryModel, scale: float) -> None:
         """scale: the weight l of the references. Raises InputError where the base has no IP-Adapter."""
         self.null = model.null_reference().clone()  # one of inference mode could not meet autograd
-        self.unet = model.unet_twin().requires_grad_(False)
+        self.unet = model.shared_weights_copy().requires_grad_(False)
         self.layers = CrossAttentionLayers(self.unet, model.layers.key_weights, model.layers.value_weights)
         self.tokens_per_ref, self.scale = model.tokens_per_ref, scale
 
@@ -51,15 +53,15 @@ class Teacher:
         noisy (R, c, h, w), captions (R, Lt, C_x), references (n, T, C_x); visible (R, n + 1) bool, whether a row sees
         a reference, and last the null reference; others: the same for another story.
         """
-        tokens = torch.cat([references.flatten(0, 1)[None], self.null.to(references)], 1)
-        context = ReferenceContext(
-            text_kv=self.layers.project_text(captions),
-            ref_kv=self.layers.project_references(tokens),
-            scale=torch.full((1,), self.scale, device=tokens.device),
-            ref_visible=visible,
-            ref_offsets=torch.tensor([0, tokens.shape[1]], dtype=torch.int32, device=tokens.device),
+        text = self.layers.project_text(captions)
+        shared = References.of(
+            [Group([one[None] for one in references], self.scale, lambda frame, n: True)],
+            lambda: self.null.to(references),
+            self.layers.project_references,
             tokens_per_ref=self.tokens_per_ref,
+            like=text,
         )
+        context = replace(shared.context(len(text)), text_kv=text, ref_visible=visible)
         seen: dict[str, tuple[Tensor, Tensor]] = {}
         hooks = [
             layer.attn.register_forward_hook(

@@ -15,15 +15,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastory.conditioning.references import References
 from fastory.models.torch_model import StoryModel
-from fastory.processors.projected import CrossAttentionLayers, References
+from fastory.processors.projected import CrossAttentionLayers
 
 
 class Base:
     """The base as it is before the tuning, weights shared, low-rank updates not. weight: of the loss, see above."""
 
     def __init__(self, model: StoryModel, weight: float) -> None:
-        self.unet = model.unet_twin().requires_grad_(False)
+        self.unet = model.shared_weights_copy().requires_grad_(False)
         self.layers = CrossAttentionLayers(self.unet)
         self.weight = weight
 
@@ -31,11 +32,13 @@ class Base:
     def predict(self, noisy: Tensor, timesteps: Tensor, captions: Tensor) -> Tensor:
         """The UNet's output (R, c, h, w) from captions (R, Lt, C_x) alone, as round 0 of iterative mode has it."""
         text = self.layers.project_text(captions)
-        one_empty = (
-            text.new_zeros(1, dtype=torch.float32),
-            torch.zeros(2, dtype=torch.int32, device=text.device),
+        references = References.of(
+            (),
+            lambda: captions[:0],  # without groups there is no null block
+            self.layers.project_references,
+            tokens_per_ref=1,
+            like=text,
         )
-        references = References(text.new_zeros(1, 0, text.shape[2]), *one_empty, 1, text.shape[1])
         context = references.context(len(text))
         context.text_kv.copy_(text)
         output: Tensor = self.unet(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fastory.conditioning.history import HistoryConfig
+from fastory.checkpoints.history_encoder import HistoryConfig
 from fastory.errors import InputError
 
 # vision: width, layers, heads, picture's side, patch; text: layers. The text width is always the base's.

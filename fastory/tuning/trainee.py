@@ -20,10 +20,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastory.checkpoints.history import History, image_processor
-from fastory.conditioning.history import HistoryEncoder
+from fastory.checkpoints.history_encoder import HistoryEncoder
+from fastory.conditioning.history import HistoryContext
 from fastory.errors import InputError
 from fastory.models.torch_model import StoryModel
-from fastory.processors.projected import HistoryContext
 from fastory.tuning.imitation import Teacher, difference
 from fastory.tuning.preservation import Base
 from fastory.tuning.siblings import contrast, mending, patched_noise

@@ -11,7 +11,8 @@ from PIL import Image, ImageOps
 
 from fastory.events import FrameDrawn
 from fastory.models.torch_model import StoryModel
-from fastory.modes.causal import Telling, causal
+from fastory.modes.causal import causal
+from fastory.modes.mode import StoryPlan
 from fastory.pictures import open_picture
 from fastory.settings import resolve
 from fastory.story import Story
@@ -55,6 +56,6 @@ def draw(model: StoryModel, prompts: tuple[str, ...], size: tuple[int, int]) -> 
     positions = model.require_history().encoder.config.positions
     wanted = {"mode": "causal", "steps": STEPS, "window": min(positions, len(prompts) - 1)}
     settings = replace(resolve(wanted, {}, None, model.defaults)[0], width=size[0], height=size[1])
-    telling = Telling(0, Story.from_captions(prompts), settings)
-    events = causal(model, [telling], batch_sizes=[1], size=size)
+    plan = StoryPlan(Story.from_captions(prompts), settings)
+    events = causal(model, [plan], batch_sizes=[1], size=size)
     return [event.image for event in events if isinstance(event, FrameDrawn)]

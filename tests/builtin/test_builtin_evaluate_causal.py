@@ -30,7 +30,7 @@ from fastory.builtin.evaluate_causal import (
     without_history,
 )
 from fastory.builtin.world import Character, Role, Scene, Tale
-from fastory.sampling.sampler import noise_seed
+from fastory.sampling.noise import noise_seed
 from fastory.settings import resolve
 
 CAST = (Character("fox", "red", "crown", "white"), Character("bear", "blue", "none", "orange"))

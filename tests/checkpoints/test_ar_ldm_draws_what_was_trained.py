@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from hub_cache import cached
 from huggingface_hub import constants
 from original_causal_layout import (
     BERT_WORDS,
@@ -21,7 +22,6 @@ from original_causal_layout import (
     write_checkpoint,
     write_config,
 )
-from test_checkpoints_hub_cache_offline import cached
 from torch import Tensor
 from transformers import BertTokenizer, CLIPTextConfig, CLIPTextModel
 from typer.testing import CliRunner
@@ -30,8 +30,8 @@ from fastory import InputError, StoryModel
 from fastory.checkpoints import convert_checkpoint
 from fastory.checkpoints.ar_ldm import convert_ar_ldm, original_names
 from fastory.checkpoints.ar_ldm_configs import Shapes, read_configs
+from fastory.checkpoints.history_encoder import HistoryConfig, HistoryEncoder
 from fastory.cli import app
-from fastory.conditioning.history import HistoryConfig, HistoryEncoder
 
 # SD1.5, CLIP ViT-L and BLIP-large as published; vocabularies and caption length of the Flintstones checkpoint.
 UNET = {"block_out_channels": (320, 640, 1280, 1280), "cross_attention_dim": 768, "attention_head_dim": 8}

@@ -6,12 +6,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+from hub_cache import cached
 from huggingface_hub import constants
 
 from fastory.checkpoints import model_hashes, open_checkpoint
 from fastory.errors import InputError
-
-COMMIT = "0" * 40
 
 
 @pytest.fixture
@@ -20,15 +19,6 @@ def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr("diffusers.utils.constants.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "hub"
-
-
-def cached(cache: Path, repository: str) -> Path:
-    """The folder of a repository's only snapshot, in the hub client's layout."""
-    root = cache / f"models--{repository.replace('/', '--')}"
-    (root / "refs").mkdir(parents=True)
-    (root / "refs" / "main").write_text(COMMIT, "utf-8")
-    (root / "snapshots").mkdir()
-    return root / "snapshots" / COMMIT
 
 
 def test_cached_model_adapter_and_encoder_open(

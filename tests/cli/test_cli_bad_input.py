@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from refused_commands import refuse
 from typer.testing import CliRunner
 
 from fastory.cli import app
@@ -21,19 +21,6 @@ QUICK = ["--steps", "1", "--iterations", "1"]
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("good.txt").write_text(GOOD)
-
-
-def refuse(arguments: list[str], wanted: str, code: int = 2) -> str:
-    """Run `fastory generate`; check the refusal; returns its message."""
-    before = sorted(Path().rglob("*"))
-    result = CliRunner().invoke(app, ["generate", *arguments])
-    assert result.exit_code == code, result.output
-    assert isinstance(result.exception, SystemExit | type(None)), result.exception
-    message = re.sub(r"[\s│]+", " ", result.stderr)
-    assert wanted in message, message
-    assert "Traceback" not in result.output
-    assert sorted(Path().rglob("*")) == before
-    return message
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,9 @@ from small_history import FRAME_TOKENS, write_causal_folder
 from torch import Tensor
 
 from fastory import StoryModel
-from fastory.conditioning.history import HistoryEncoder, Ring, Seen
-from fastory.processors.projected import Layer, Window
+from fastory.checkpoints.history_encoder import HistoryEncoder
+from fastory.conditioning.history import EncodedFrame, Ring, Window
+from fastory.processors.projected import Layer
 
 FRAMES, CAPTION = 6, 7
 TOLERANCE = 1e-5  # float32, as the method asks for; the largest values are about 1
@@ -33,9 +34,9 @@ def told(model: StoryModel) -> tuple[Tensor, Tensor]:
     return tokens, padding.view(1, -1)
 
 
-def frames_of(tokens: Tensor, padding: Tensor) -> list[Seen]:
+def frames_of(tokens: Tensor, padding: Tensor) -> list[EncodedFrame]:
     pairs = zip(tokens.split(FRAME_TOKENS, 1), padding.split(FRAME_TOKENS, 1), strict=True)
-    return [Seen(*pair) for pair in pairs]
+    return [EncodedFrame(*pair) for pair in pairs]
 
 
 def ring_of(model: StoryModel, window: int) -> Ring:

@@ -10,8 +10,7 @@ from small_history import FRAME_TOKENS, write_causal_folder
 from torch import Tensor
 
 from fastory import StoryModel
-from fastory.conditioning.history import Ring, Seen
-from fastory.processors.projected import Window
+from fastory.conditioning.history import EncodedFrame, Ring, Window
 
 FRAMES = 6
 
@@ -41,7 +40,7 @@ def seen_by(model: StoryModel, window: int, frame: int, changed: int | None, pla
         tokens = tokens_of(i, encoder.config.width)
         if i == changed:
             tokens[:, place] += 1
-        ring.append(Seen(tokens, padding))
+        ring.append(EncodedFrame(tokens, padding))
     caption = model.layers.project_text(tokens_of(99, encoder.config.width)[:, :5])
     kv, hidden = ring.keys_values()
     context = Window(5, FRAME_TOKENS, window, table).context(1)

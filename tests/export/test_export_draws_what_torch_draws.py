@@ -15,9 +15,8 @@ from PIL import Image
 from fastory import Story, StoryModel, generate
 from fastory.events import FrameDrawn
 from fastory.models.engine_model import EngineModel
-from fastory.modes.causal import Telling, causal
-from fastory.modes.iterative import iterative
-from fastory.runs.generate import prepare
+from fastory.modes.mode import StoryPlan, mode_of
+from fastory.runs.resolve import resolve_story
 
 STORY = Story.from_captions(
     [
@@ -56,18 +55,17 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 @dataclass
 class Pixels:
-    """A decoder that remembers what it gave, before rounding."""
+    """A processor of decoded pictures that remembers what it was given, before rounding."""
 
-    vae: Any
+    processor: Any
     given: list[torch.Tensor] = field(default_factory=list)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.vae, name)
+        return getattr(self.processor, name)
 
-    def decode(self, latents: torch.Tensor, return_dict: bool = False) -> tuple[torch.Tensor]:
-        (pixels,) = self.vae.decode(latents, return_dict=return_dict)
+    def postprocess(self, pixels: torch.Tensor, **options: Any) -> Any:
         self.given.append((pixels / 2 + 0.5).clamp(0, 1))
-        return (pixels,)
+        return self.processor.postprocess(pixels, **options)
 
 
 @dataclass
@@ -85,33 +83,28 @@ class Earlier:
         return Image.fromarray(self.pictures[round, frame].astype(np.uint8)), None
 
 
-def floats(model: StoryModel, mode: str, earlier: Earlier) -> Iterator[torch.Tensor]:
+def floats(model: StoryModel | EngineModel, mode: str, earlier: Earlier) -> Iterator[torch.Tensor]:
     """The pictures that come after the earlier ones: of one round, or of causal mode all from a frame on."""
     flags = {**SETTINGS, "mode": mode}
     rounds, _ = earlier.now
     if rounds is not None:
         flags["iterations"] = rounds
-    job = prepare(
-        model,
-        STORY,
-        {k: v for k, v in flags.items() if mode == "iterative" or k != "iterations"},
-        None,
-        None,
-        1,
+    if mode != "iterative":
+        del flags["iterations"]
+    settings = resolve_story(model, STORY, flags, batch_size=1).settings
+    size = (settings.width or 0, settings.height or 0)
+    owner, name = (
+        (model.pipeline, "image_processor")
+        if isinstance(model, StoryModel)
+        else (model, "vae_image_processor")
     )
-    recorded = model.vae = Pixels(model.vae)
-    try:
-        if mode == "iterative":
-            list(iterative(model, STORY, job.settings, batch_sizes=[2], finished=earlier))
-        else:
-            size = (job.settings.width or 0, job.settings.height or 0)
-            twin = model.causal
-            twin.vae = recorded
-            list(causal(model, [Telling(0, STORY, job.settings, earlier)], batch_sizes=[1], size=size))
-    finally:
-        model.vae = recorded.vae
-        if mode == "causal":
-            model.causal.vae = recorded.vae
+    recorded = Pixels(getattr(owner, name))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, recorded)
+        if isinstance(model, EngineModel):
+            patch.setattr(model.causal, name, recorded)
+        plan = StoryPlan(STORY, settings, finished=earlier)
+        list(mode_of(mode).draw(model, [plan], batch_sizes=[2 if rounds is not None else 1], size=size))
     yield from recorded.given
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from test_kernels_cases import (
+from kernel_cases import (
     BANDED,
     BANDED_CASES,
     Case,

@@ -9,7 +9,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
-from test_kernels_cases import Interpreter, assert_within, grca_oracle, start_interpreter
+from kernel_cases import Interpreter, assert_within, grca_oracle, start_interpreter
 from torch import Tensor
 
 from fastory.kernels import attend

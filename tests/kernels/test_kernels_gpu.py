@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from test_kernels_cases import assert_within, banded_oracle, grca_oracle
+from kernel_cases import assert_within, banded_oracle, grca_oracle
 from torch import Tensor
 
 from fastory.kernels import backends

@@ -15,8 +15,9 @@ from small_history import pictures, tell, write_causal_folder
 
 from fastory import Story, StoryModel, generate
 from fastory.events import FrameDrawn, StepDone
-from fastory.modes.causal import Company, Telling, causal
+from fastory.modes.causal import CausalBatch, StoryState, causal
 from fastory.modes.iterative import iterative
+from fastory.modes.mode import StoryPlan
 from fastory.sampling.sampler import Row, Sampler
 from fastory.sampling.schedulers import SchedulerStep
 from fastory.settings import Settings
@@ -118,9 +119,9 @@ def test_these_schedulers_do_draw_noise(models: dict[str, StoryModel], scheduler
 def side_by_side(model: StoryModel, stories: list[Story], scheduler: str, drafts: int = 0) -> list[Pictures]:
     """Each story's pictures, drawn in batches of two whatever their number."""
     chosen = settings(scheduler, mode="causal", window=2, drafts=drafts)
-    tellings = [Telling(place, one, chosen) for place, one in enumerate(stories)]
+    plans = [StoryPlan(one, chosen, index) for index, one in enumerate(stories)]
     found: list[Pictures] = [{} for _ in stories]
-    for event in causal(model, tellings, batch_sizes=[2], size=(64, 64)):
+    for event in causal(model, plans, batch_sizes=[2], size=(64, 64)):
         if isinstance(event, FrameDrawn):
             found[event.place][event.frame] = event.image.tobytes()
     return found
@@ -176,7 +177,8 @@ def test_a_frame_of_round_0_is_the_same_beside_any_neighbour(
     def drawn(captions: list[str], frame: int, seeds: dict[int, int]) -> bytes:
         chosen = settings(scheduler, iterations=0, noise="shared")
         found: dict[int, bytes] = {}
-        for event in iterative(models[scheduler], story(captions), chosen, batch_sizes=[2], seeds=seeds):
+        plan = StoryPlan(story(captions), chosen, seeds=seeds)
+        for event in iterative(models[scheduler], plan, batch_sizes=[2]):
             if isinstance(event, FrameDrawn):
                 found[event.frame] = event.image.tobytes()
         return found[frame]
@@ -234,15 +236,15 @@ def test_a_run_that_stops_between_two_steps_goes_on_to_the_same_bytes(
 def test_one_row_in_several_places_is_one_frame(models: dict[str, StoryModel], scheduler: str) -> None:
     """A stand-in and padding are the row itself; its noise is drawn once, whatever stands beside it."""
     chosen = settings(scheduler)
-    company = Company(models[scheduler], [Telling(0, story(CAPTIONS[:2]), chosen)], [3], (64, 64))
-    sampler = company.sampler_of(3)
+    batch = CausalBatch(models[scheduler], [StoryPlan(story(CAPTIONS[:2]), chosen)], [3], (64, 64))
+    sampler = batch.sampler_of(3)
 
     def latents(rows: list[Row]) -> torch.Tensor:
         list(sampler.denoise(rows))
         return sampler.latents.clone()
 
-    one = company.row(company.tellings[0], 0)
-    other = company.row(Telling(1, story(OTHERS), chosen), 0)
+    one = batch.row(batch.states[0], 0)
+    other = batch.row(StoryState(StoryPlan(story(OTHERS), chosen, 1)), 0)
     alone = latents([one])
     assert torch.equal(alone[0], alone[1]) and torch.equal(alone[0], alone[2])
     for rows, place in (([one, one, other], 0), ([other, one, one], 1), ([other, other, one], 2)):

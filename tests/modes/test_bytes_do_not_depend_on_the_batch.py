@@ -5,47 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from drawn_rounds import CAPTIONS, draw, settings
 from PIL import Image
 
 from fastory import Story, StoryModel
 from fastory.events import FrameDrawn, StepDone
 from fastory.modes.iterative import iterative
-from fastory.settings import Settings
-
-CAPTIONS = [
-    "a rabbit in the snow",
-    "a fox",
-    "a cat on the beach",
-    "a bear is sleeping",
-    "a fox in the forest",
-]
-Pictures = dict[tuple[int, int], Image.Image]
-
-
-class Kept:
-    """Pictures of an earlier run."""
-
-    def __init__(self, pictures: Pictures) -> None:
-        self.pictures = pictures
-
-    def has(self, round: int, frame: int) -> bool:
-        return (round, frame) in self.pictures
-
-    def load(self, round: int, frame: int) -> tuple[Image.Image, str | None]:
-        return self.pictures[round, frame], None
-
-
-def settings(**values: object) -> Settings:
-    return Settings(**{"iterations": 2, "steps": 3, "noise": "per-frame", **values})  # type: ignore[arg-type]
-
-
-def draw(
-    model: StoryModel, captions: list[str], chosen: Settings, size: int, kept: Pictures | None = None
-) -> Pictures:
-    events = iterative(
-        model, Story.from_captions(captions), chosen, batch_sizes=[size], finished=Kept(kept or {})
-    )
-    return {(e.round, e.frame): e.image for e in events if isinstance(e, FrameDrawn)}
+from fastory.modes.mode import StoryPlan
 
 
 def same(a: Image.Image, b: Image.Image) -> bool:
@@ -105,7 +71,7 @@ def test_a_frames_seed_decides_its_noise(sd15_folder: Path) -> None:
     drawn = [
         {
             e.frame: e.image
-            for e in iterative(model, story, chosen, batch_sizes=[2], seeds=seeds)
+            for e in iterative(model, StoryPlan(story, chosen, seeds=seeds), batch_sizes=[2])
             if isinstance(e, FrameDrawn)
         }
         for chosen, seeds in [
@@ -125,8 +91,7 @@ def test_a_step_is_reported_for_every_frame_of_the_micro_batch(sd15_folder: Path
     events = list(
         iterative(
             StoryModel.open(str(sd15_folder)),
-            Story.from_captions(CAPTIONS),
-            settings(iterations=0),
+            StoryPlan(Story.from_captions(CAPTIONS), settings(iterations=0)),
             batch_sizes=[2],
         )
     )

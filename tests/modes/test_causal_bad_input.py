@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from refused_commands import refuse
 from safetensors.torch import load_file, save_file
 from small_history import config, encoder, write_causal_folder
-from test_cli_bad_input import refuse
 
 from fastory import InputError, StoryModel
 

@@ -104,11 +104,11 @@ def test_when_memory_runs_out_behind_a_draft_the_draft_is_forgotten(
     denoise = mode.denoise
 
     def short_of_memory(
-        company: mode.Company, sampler: Sampler, members: Any, todo: Any, frame: int, draft: int = 0
+        batch: mode.CausalBatch, sampler: Sampler, members: Any, todo: Any, frame: int, draft: int = 0
     ) -> Any:
         if frame == 0 and draft == 0 and sampler.batch_size == 2:
             torch.empty(2**60, dtype=torch.uint8)  # what the allocator says of itself
-        return (yield from denoise(company, sampler, members, todo, frame, draft))
+        return (yield from denoise(batch, sampler, members, todo, frame, draft))
 
     monkeypatch.setattr(mode, "denoise", short_of_memory)
     events = list(tell(model, stories, drafts=1))

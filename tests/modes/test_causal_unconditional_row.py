@@ -11,7 +11,9 @@ from PIL import Image
 from small_history import FRAME_TOKENS, write_causal_folder
 
 from fastory import Story, StoryModel
-from fastory.modes.causal import Company, Telling
+from fastory.conditioning.history import HistoryRow
+from fastory.modes.causal import CausalBatch
+from fastory.modes.mode import StoryPlan
 from fastory.settings import Settings
 
 WINDOW = 3
@@ -32,13 +34,15 @@ def test_null_frames_stand_where_frames_stand(model: StoryModel, before: int) ->
     story = Story.from_captions(
         ["a fox", "the red fox swims in the sea", "a rabbit", "the sea", "a fox", "forest"]
     )
-    telling = Telling(0, story, Settings(mode="causal", window=WINDOW, negative_prompt="blue"))
-    company = Company(model, [telling], [1], (64, 64))
-    telling.ring = company.new_ring()
+    plan = StoryPlan(story, Settings(mode="causal", window=WINDOW, negative_prompt="blue"))
+    batch = CausalBatch(model, [plan], [1], (64, 64))
+    (state,) = batch.states
+    state.ring = batch.new_ring()
     for i in range(before):
-        company.tell(telling, i, picture(i))
-    row = company.row(telling, before)
-    kv, padding = row.null_inputs
+        batch.append(state, i, picture(i))
+    row = batch.row(state, before)
+    assert isinstance(row.conditional, HistoryRow) and isinstance(row.unconditional, HistoryRow)
+    kv, padding = row.unconditional.kv, row.unconditional.padding
 
     encoder, project = model.require_history().encoder, model.layers.project_text
     caption = model.encode_caption("blue").tokens + encoder.type_embeddings.weight[0]
@@ -63,4 +67,4 @@ def test_null_frames_stand_where_frames_stand(model: StoryModel, before: int) ->
             torch.float32
         ).eps * expected.abs().max()
         assert torch.equal(padding[:, part], null.padding)
-    assert not torch.equal(row.inputs[0], kv)
+    assert not torch.equal(row.conditional.kv, kv)

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_bytes_do_not_depend_on_the_batch import CAPTIONS, Kept, draw, settings
+from counted_calls import calls
+from drawn_rounds import CAPTIONS, Kept, draw, settings
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastory import Story, StoryModel
+from fastory.conditioning.references import ReferenceContext, References
 from fastory.events import FrameDrawn, RoundStarted
 from fastory.modes import iterative as mode
-from fastory.processors.projected import ReferenceContext, References
+from fastory.modes.mode import StoryPlan
 from fastory.sampling.sampler import Sampler
 
 ROUNDS, FRAMES = 2, 5
@@ -29,19 +29,6 @@ def model(request: pytest.FixtureRequest) -> StoryModel:
     folder: Path = request.getfixturevalue(f"{family}_folder")
     adapter: Path = request.getfixturevalue(f"{family}_adapter_{kind}")
     return StoryModel.open(str(folder), ip_adapter=str(adapter))
-
-
-@contextlib.contextmanager
-def calls(modules: dict[str, torch.nn.Module]) -> Iterator[Counter[str]]:
-    """Counts forward calls of the named modules."""
-    counter: Counter[str] = Counter()
-    handles = [
-        module.register_forward_hook(lambda *_, name=name: counter.update([name]))
-        for name, module in modules.items()
-    ]
-    yield counter
-    for handle in handles:
-        handle.remove()
 
 
 class Linears(TorchFunctionMode):
@@ -99,14 +86,12 @@ def prepared(model: StoryModel, frames: int, steps: int = 3) -> tuple[Sampler, l
     """A sampler and its rows in round 1 of a story, ready to denoise."""
     chosen = settings(iterations=1, steps=steps)
     whole = draw(model, CAPTIONS[:frames], settings(iterations=0, steps=1), 2)
-    negative = model.encode_negative("")
-    story = Story.from_captions(CAPTIONS[:frames])
-    run = mode.Run(model, story, chosen, Kept(whole), [2], {}, negative, mode.project(model, negative))
-    list(mode.encode_texts(run))
-    groups = mode.reference_groups(run, 1, {})
-    sampler = Sampler(model, chosen, 2, *mode.picture_size(run))
-    sampler.set_round(mode.share(run, groups))
-    return sampler, [mode.make_row(run, groups, i) for i in range(2)]
+    plan = StoryPlan(Story.from_captions(CAPTIONS[:frames]), chosen, finished=Kept(whole))
+    run = mode.IterativeRun.of(model, plan, [2])
+    references = mode.references_of(run, 1, {})
+    sampler = run.sampler_of(2)
+    sampler.set_round(references)
+    return sampler, [mode.row_of(run, references, i) for i in range(2)]
 
 
 class HostReads(TorchDispatchMode):
@@ -167,7 +152,7 @@ def test_later_rounds_are_read_from_the_buffers_of_the_first(model: StoryModel) 
     assert isinstance(context, ReferenceContext)
     before = context.ref_kv.clone()
     shared = References(
-        before + 1, torch.tensor([0.5]), context.ref_offsets.clone(), 4, context.text_kv.shape[1]
+        (), before + 1, torch.tensor([0.5]), context.ref_offsets.clone(), 4, context.text_kv.shape[1]
     )
     sampler.set_round(shared)
     assert sampler.context is context
@@ -236,7 +221,9 @@ def test_no_recompile_when_scale_or_number_of_references_change(
 
 def test_scale_follows_the_linear_weighting(model: StoryModel) -> None:
     chosen = settings(iterations=3, reference_scale=(0.3, 0.5))
-    events = list(mode.iterative(model, Story.from_captions(CAPTIONS[:2]), chosen, batch_sizes=[2]))
+    events = list(
+        mode.iterative(model, StoryPlan(Story.from_captions(CAPTIONS[:2]), chosen), batch_sizes=[2])
+    )
     scales = [event.reference_scale for event in events if isinstance(event, RoundStarted)]
     assert scales == pytest.approx([0.0, 0.3, 0.4, 0.5])
     assert len([event for event in events if isinstance(event, FrameDrawn)]) == 8

@@ -8,16 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from drawn_rounds import CAPTIONS, draw, settings
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from small_history import write_causal_folder
-from test_bytes_do_not_depend_on_the_batch import CAPTIONS, draw, settings
 from transformers import CLIPConfig
 
 from fastory import Story, StoryModel, generate
 from fastory.errors import FastoryError
 from fastory.events import FrameDrawn
 from fastory.modes.iterative import iterative
+from fastory.modes.mode import StoryPlan
 
 
 class Kept:
@@ -40,9 +41,8 @@ def test_left_out_picture_has_no_influence(sd15_folder: Path, sd15_adapter_plus:
     black = {**round_0, (0, 2): Image.new("RGB", round_0[0, 2].size)}
     results = []
     for pictures, left_out in [(round_0, 2), (black, 2), (round_0, -1)]:
-        events = iterative(
-            model, story, settings(iterations=1), batch_sizes=[2], finished=Kept(pictures, left_out)
-        )
+        plan = StoryPlan(story, settings(iterations=1), finished=Kept(pictures, left_out))
+        events = iterative(model, plan, batch_sizes=[2])
         results.append([event.image.tobytes() for event in events if isinstance(event, FrameDrawn)])
     assert results[0] == results[1]
     assert results[0] != results[2]  # as a reference it would have counted

@@ -13,7 +13,8 @@ from PIL import Image
 
 from fastory import Settings, Story
 from fastory.events import FrameDrawn
-from fastory.runs.folder import Identity, RunFolder
+from fastory.runs.folder import RunFolder
+from fastory.runs.identity import Identity
 
 # Pictures so large that a few frames at once need far more than one; the limit is set after the model is open.
 SCRIPT = """

@@ -16,7 +16,8 @@ from PIL import Image
 
 from fastory import Story, StoryModel
 from fastory.modes import iterative as mode
-from fastory.sampling.sampler import Sampler, make_scheduler
+from fastory.modes.mode import StoryPlan
+from fastory.sampling.schedulers import make_scheduler
 from fastory.settings import Settings
 
 STEPS, SCALE, GUIDANCE, SEED = 10, 0.4, 5.0, 3
@@ -79,14 +80,12 @@ def own_latents(
         seed=SEED,
         **settings,  # type: ignore[arg-type]
     )
-    negative = model.encode_negative(chosen.negative_prompt)
-    run = mode.Run(model, story, chosen, mode.Nothing(), [batch], {}, negative, mode.project(model, negative))
-    list(mode.encode_texts(run))
+    run = mode.IterativeRun.of(model, StoryPlan(story, chosen), [batch])
     tokens = {n: model.encode_reference(image, chosen.reference_fit) for n, image in enumerate(images)}
-    groups = mode.reference_groups(run, 1 if images else 0, dict(tokens))
-    sampler = Sampler(model, chosen, batch, *mode.picture_size(run))
-    sampler.set_round(mode.share(run, groups))
-    for _ in sampler.denoise([mode.make_row(run, groups, 0)]):
+    references = mode.references_of(run, 1 if images else 0, dict(tokens))
+    sampler = run.sampler_of(batch)
+    sampler.set_round(references)
+    for _ in sampler.denoise([mode.row_of(run, references, 0)]):
         pass
     return sampler.latents[:1]
 

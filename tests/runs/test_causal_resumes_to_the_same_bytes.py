@@ -118,11 +118,13 @@ def test_when_memory_runs_out_a_frame_starts_again_with_fewer_stories(
     stories = [Story.from_captions(captions, title=str(n)) for n, captions in enumerate([OTHER, OTHER[::-1]])]
     finish_frame = mode.finish_frame
 
-    def short_of_memory(company: mode.Company, telling: mode.Telling, frame: int, *rest: Any) -> FrameDrawn:
-        assert company.sampler is not None
-        if frame == 1 and company.sampler.batch_size == 2:
+    def short_of_memory(
+        batch: mode.CausalBatch, state: mode.StoryState, frame: int, *rest: Any
+    ) -> FrameDrawn:
+        assert batch.sampler is not None
+        if frame == 1 and batch.sampler.batch_size == 2:
             torch.empty(2**60, dtype=torch.uint8)  # what the allocator says of itself
-        return finish_frame(company, telling, frame, *rest)
+        return finish_frame(batch, state, frame, *rest)
 
     monkeypatch.setattr(mode, "finish_frame", short_of_memory)
     events = list(tell(model, stories, tmp_path))

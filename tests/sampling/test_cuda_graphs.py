@@ -5,10 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from test_bytes_do_not_depend_on_the_batch import CAPTIONS
 
 from fastory import Story, StoryModel, generate
 from fastory.events import FrameDrawn
+
+CAPTIONS = [
+    "a rabbit in the snow",
+    "a fox",
+    "a cat on the beach",
+    "a bear is sleeping",
+    "a fox in the forest",
+]
 
 pytestmark = [
     pytest.mark.gpu,

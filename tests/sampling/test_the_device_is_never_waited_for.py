@@ -17,13 +17,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastory import Story, StoryModel
 from fastory.checkpoints import open_checkpoint
+from fastory.conditioning.references import ReferenceContext, ReferenceRow, References
 from fastory.errors import FastoryError
 from fastory.events import BatchHalved, FrameDrawn, StepDone
+from fastory.models.protocol import Model, UnetInputs
 from fastory.modes.iterative import iterative
-from fastory.processors.projected import References
+from fastory.modes.mode import StoryPlan
 from fastory.runtime import Placement, free_bytes
 from fastory.sampling.clock import timed
-from fastory.sampling.sampler import Row, Sampler, explained
+from fastory.sampling.denoiser import Captured, explained
+from fastory.sampling.sampler import Row, Sampler
 from fastory.sampling.schedulers import SchedulerStep
 from fastory.settings import SCHEDULERS, Settings
 
@@ -80,11 +83,8 @@ def elsewhere(sd15_folder: Path) -> StoryModel:
 
 
 def row(model: StoryModel, sampler: Sampler, seed: int) -> Row:
-    def like(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor[:1].clone()
-
-    assert sampler.context is not None
-    inputs = tuple(like(tensor) for tensor in sampler.context.per_row)
+    assert isinstance(sampler.context, ReferenceContext)
+    inputs = ReferenceRow(sampler.context.text_kv[:1].clone(), sampler.context.ref_visible[:1].clone())
     caption = model.encode_caption("a fox")
     return Row(seed, seed, caption, caption, inputs, inputs)
 
@@ -96,7 +96,7 @@ def test_no_step_waits_for_the_device(elsewhere: StoryModel, scheduler: str, gui
     width = elsewhere.layers.width
     with torch.device("meta"):
         shared = References(
-            torch.zeros(1, 0, width), torch.zeros(1), torch.zeros(2, dtype=torch.int32), 4, 77
+            (), torch.zeros(1, 0, width), torch.zeros(1), torch.zeros(2, dtype=torch.int32), 4, 77
         )
     sampler.set_round(shared)
     steps = sampler.denoise([row(elsewhere, sampler, seed) for seed in (1, 2)])
@@ -116,11 +116,11 @@ def test_no_step_waits_for_the_device(elsewhere: StoryModel, scheduler: str, gui
 class StaticGraph:
     """Computes when it is replayed, and leaves the result where it left the last one."""
 
-    def __init__(self, sampler: Sampler) -> None:
-        self.sampler, self.prediction = sampler, sampler._predict()
+    def __init__(self, model: Model, inputs: UnetInputs) -> None:
+        self.model, self.inputs, self.prediction = model, inputs, model.predict(inputs)
 
     def replay(self) -> None:
-        self.prediction.copy_(self.sampler._predict())
+        self.prediction.copy_(self.model.predict(self.inputs))
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +136,8 @@ def captured(sd15_folder: Path) -> StoryModel:
 
 
 def draw(model: StoryModel, **values: Any) -> list[bytes]:
-    events = iterative(model, Story.from_captions(CAPTIONS), settings(**values), batch_sizes=[2])
+    plan = StoryPlan(Story.from_captions(CAPTIONS), settings(**values))
+    events = iterative(model, plan, batch_sizes=[2])
     return [event.image.tobytes() for event in events if isinstance(event, FrameDrawn)]
 
 
@@ -147,11 +148,11 @@ def test_a_captured_call_draws_what_the_call_draws(
 ) -> None:
     """PNDM keeps predictions of earlier steps: without guidance they were the graph's own memory, written over."""
 
-    def capture(self: Sampler) -> tuple[StaticGraph, torch.Tensor]:
-        graph = StaticGraph(self)
+    def capture(self: Captured, inputs: UnetInputs) -> tuple[StaticGraph, torch.Tensor]:
+        graph = StaticGraph(self.model, inputs)
         return graph, graph.prediction
 
-    monkeypatch.setattr(Sampler, "_capture", capture)
+    monkeypatch.setattr(Captured, "capture", capture)
     chosen = {"scheduler": scheduler, "guidance_scale": guidance}
     assert draw(captured, **chosen) == draw(eager, **chosen)
 
@@ -168,17 +169,16 @@ def failing_capture() -> Iterator[None]:
 def test_memory_that_runs_out_inside_a_capture_halves_the_micro_batch(
     captured: StoryModel, eager: StoryModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def capture(self: Sampler) -> tuple[StaticGraph, torch.Tensor]:
-        if self.batch_size == 2:
+    def capture(self: Captured, inputs: UnetInputs) -> tuple[StaticGraph, torch.Tensor]:
+        if len(inputs.latents) == 4:  # two frames under guidance
             with explained(failing_capture()):
                 torch.empty(2**60, dtype=torch.uint8)  # what the allocator says of itself
-        graph = StaticGraph(self)
+        graph = StaticGraph(self.model, inputs)
         return graph, graph.prediction
 
-    monkeypatch.setattr(Sampler, "_capture", capture)
-    events = list(
-        iterative(captured, Story.from_captions(CAPTIONS), settings(scheduler="ddim"), batch_sizes=[2])
-    )
+    monkeypatch.setattr(Captured, "capture", capture)
+    plan = StoryPlan(Story.from_captions(CAPTIONS), settings(scheduler="ddim"))
+    events = list(iterative(captured, plan, batch_sizes=[2]))
     assert [event.size for event in events if isinstance(event, BatchHalved)] == [1]
     assert sum(isinstance(event, FrameDrawn) for event in events) == 2
 
@@ -222,7 +222,7 @@ class TestOnGpu:
         for run in range(2):  # the first one compiles and captures
             torch.cuda.synchronize()
             before = time.perf_counter()
-            events = list(iterative(model, story, chosen, batch_sizes=[16]))
+            events = list(iterative(model, StoryPlan(story, chosen), batch_sizes=[16]))
             torch.cuda.synchronize()
             whole = time.perf_counter() - before
             taken = [event.seconds for event in events if isinstance(event, StepDone)]
@@ -266,6 +266,7 @@ class TestOnGpu:
             width, height = model.native_size
             sampler = Sampler(model, settings(scheduler=scheduler), 2, width, height)
             no_references = References(
+                (),
                 torch.zeros(1, 0, model.layers.width, device="cuda", dtype=model.dtype),
                 torch.zeros(1, device="cuda"),
                 torch.zeros(2, dtype=torch.int32, device="cuda"),

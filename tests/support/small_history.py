@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from fastory import Story, StoryModel, generate
-from fastory.conditioning.history import HistoryConfig, HistoryEncoder
+from fastory.checkpoints.history_encoder import HistoryConfig, HistoryEncoder
 from fastory.events import Event, FrameDrawn
 
 FRAME_TOKENS, POSITIONS = 12, 6

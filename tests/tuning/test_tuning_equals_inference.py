@@ -15,9 +15,12 @@ from small_stories import write_stories
 from torch import Tensor
 
 from fastory import Story, StoryModel
-from fastory.modes.causal import Company, Telling
+from fastory.conditioning.history import HistoryContext, HistoryRow
+from fastory.conditioning.references import ReferenceRow
+from fastory.models.images import unscaled
+from fastory.modes.causal import CausalBatch
+from fastory.modes.mode import StoryPlan
 from fastory.pictures import open_picture
-from fastory.processors.projected import HistoryContext
 from fastory.sampling.sampler import Row
 from fastory.settings import Settings
 from fastory.tuning.batches import Batches
@@ -62,9 +65,10 @@ class Tuned:
         settings = Settings(mode="causal", window=window, steps=1, width=64, height=64)
         found = []
         for example in self.examples[:2]:
-            telling = Telling(0, Story.from_captions(example.prompts), settings, Pictures(example.pictures))
-            company = Company(model, [telling], [1], SIZE)
-            found += [company.row(telling, i) for i in range(len(example.prompts))]
+            story = Story.from_captions(example.prompts)
+            plan = StoryPlan(story, settings, finished=Pictures(example.pictures))
+            batch = CausalBatch(model, [plan], [1], SIZE)
+            found += [batch.row(batch.states[0], i) for i in range(len(example.prompts))]
         return found
 
 
@@ -97,11 +101,12 @@ def runtime(tuned: Tuned) -> StoryModel:
 
 
 @torch.no_grad()
-def predicted(model: StoryModel, inputs: tuple[Tensor, ...], noisy: Tensor, timestep: Tensor) -> Tensor:
+def predicted(model: StoryModel, row: ReferenceRow | HistoryRow, noisy: Tensor, timestep: Tensor) -> Tensor:
     """The runtime's UNet for one row."""
     history = model.require_history().encoder
     limit = int(model.pipeline.tokenizer.model_max_length)
-    context = HistoryContext(*inputs, limit, history.config.frame_tokens)
+    assert isinstance(row, HistoryRow)
+    context = HistoryContext(row.kv, row.padding, limit, history.config.frame_tokens)
     output: Tensor = model.causal.unet(
         noisy[None],
         timestep,
@@ -119,7 +124,7 @@ def compare(tuned: Tuned, runtime: StoryModel, window: int, dropout: float) -> t
         got = tuned.trainee.predict(batch.noise, batch)
     differences = []
     for i, row in enumerate(tuned.rows(runtime, window)):
-        inputs = row.null_inputs if batch.dropped[i] else row.inputs
+        inputs = row.unconditional if batch.dropped[i] else row.conditional
         expected = predicted(runtime, inputs, batch.noise[i], batch.timesteps[i])
         differences.append(float((got[i] - expected).abs().max()))
     return max(differences), float(got.abs().max())
@@ -149,11 +154,11 @@ def test_the_file_opens_and_changes_the_picture(tuned: Tuned, runtime: StoryMode
     """Updates and history take part: without the updates, or with another history, the output is another one."""
     batch, row = tuned.batch(3), tuned.rows(runtime, 3)[2]
     assert len(runtime.require_history().updates) == 4 * len(runtime.layers.layers)
-    full = predicted(runtime, row.inputs, batch.noise[2], batch.timesteps[2])
-    empty = predicted(runtime, row.null_inputs, batch.noise[2], batch.timesteps[2])
+    full = predicted(runtime, row.conditional, batch.noise[2], batch.timesteps[2])
+    empty = predicted(runtime, row.unconditional, batch.noise[2], batch.timesteps[2])
     plain = copy.copy(runtime)
     plain.__dict__["causal"] = runtime  # the base's UNet, without updates
-    unchanged = predicted(plain, row.inputs, batch.noise[2], batch.timesteps[2])
+    unchanged = predicted(plain, row.conditional, batch.noise[2], batch.timesteps[2])
     assert (full - empty).abs().max() > 1e-3 and (full - unchanged).abs().max() > 1e-3
 
 
@@ -165,7 +170,7 @@ def test_latents_are_those_that_decode(tuned: Tuned, runtime: StoryModel) -> Non
     pixels = runtime.pipeline.image_processor.preprocess(picture)
     with torch.no_grad():
         own = runtime.vae.encode(pixels).latent_dist.mean
-    assert torch.allclose(runtime._unscale(latents), own, atol=1e-6)
+    assert torch.allclose(unscaled(latents, runtime.vae.config), own, atol=1e-6)
 
 
 def test_an_encoder_of_the_base_learns_in_parts(sd15_folder: Path, stories: Path, tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ import torch
 from small_stories import encoded, write_stories
 
 from fastory import StoryModel
+from fastory.conditioning.references import ReferenceContext
 from fastory.files import sha256_of
-from fastory.processors.projected import ReferenceContext
 from fastory.tuning import loop
 from fastory.tuning.imitation import difference
 from fastory.tuning.loop import Stepped, tune

@@ -1,0 +1,205 @@
+"""References of iterative mode: groups of pictures, who sees them, and the null block that ends every group.
+
+A picture is a block of T tokens. The K and V of all blocks stand side by side in ref_kv, group after group; the last block
+of a group is the null block, the unconditional reference, which unconditional rows see in place of the group's pictures
+(algorithms.md, section 1, grouped form). Who counts blocks asks here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fastory.conditioning.context import Context
+from fastory.processors.projected import Layer, attend_references
+
+
+def count_blocks(pictures: Sequence[int]) -> int:
+    """Blocks of groups with so many pictures each: the pictures, and a null block a group."""
+    return sum(count + 1 for count in pictures)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Reference pictures with one weight l_g. tokens[n] is (1, T, C_x), or None for a picture that was left out.
+
+    sees(frame, n): whether `frame` has picture n among its references.
+    """
+
+    tokens: Sequence[Tensor | None]
+    scale: float
+    sees: Callable[[int, int], bool]
+
+    def blocks(self, null: Tensor) -> list[Tensor]:
+        """The tokens of every block. null: those of the unconditional reference."""
+        return [*(torch.zeros_like(null) if tokens is None else tokens for tokens in self.tokens), null]
+
+    def visible(self, frame: int) -> list[bool]:
+        """Which blocks the conditional row of `frame` sees: its references, never the null block."""
+        return [tokens is not None and self.sees(frame, n) for n, tokens in enumerate(self.tokens)] + [False]
+
+    def null_visible(self, frame: int) -> list[bool]:
+        """Which blocks its unconditional row sees: the null block, where the conditional row sees a reference."""
+        return [False] * len(self.tokens) + [any(self.visible(frame))]
+
+
+@dataclass(frozen=True)
+class ReferenceRow:
+    """What one row of a UNet call attends to. text_kv (1, Lt, W); ref_visible (1, blocks) bool."""
+
+    text_kv: Tensor
+    ref_visible: Tensor
+
+
+@dataclass(frozen=True)
+class ReferenceContext:
+    """Text, and references with their own weights (algorithms.md, section 1, grouped form).
+
+    text_kv: (B, Lt, W). ref_kv: (1, Lr, W), every row reads it without a copy; Lr = 0 in a call without references.
+    scale: (G,) weight l_g of each group. ref_visible: (B, Lr / tokens_per_ref) bool. ref_offsets: (G + 1,) int32.
+    masks: for a layer of L query tokens, masks[L] is (B or 1, G, L) in [0, 1].
+    """
+
+    text_kv: Tensor
+    ref_kv: Tensor
+    scale: Tensor
+    ref_visible: Tensor
+    ref_offsets: Tensor
+    tokens_per_ref: int
+    masks: dict[int, Tensor] | None = None
+
+    def put(self, index: int, row: ReferenceRow) -> None:
+        """Write a row's text and which references it sees where row `index` of the buffers is."""
+        self.text_kv[index : index + 1] = row.text_kv
+        self.ref_visible[index : index + 1] = row.ref_visible
+
+    def attend(self, layer: Layer, query: Tensor) -> Tensor:
+        """query (B, L, H, d) -> (B, L, H, d)."""
+        return attend_references(
+            layer,
+            query,
+            text_kv=self.text_kv,
+            ref_kv=self.ref_kv,
+            scale=self.scale,
+            tokens_per_ref=self.tokens_per_ref,
+            ref_offsets=self.ref_offsets,
+            ref_visible=self.ref_visible,
+            mask=None if self.masks is None else self.masks[query.shape[1]],
+        )
+
+    def inputs(self) -> dict[str, Tensor]:
+        """The tensors by the names that the inputs of an exported UNet have."""
+        return {
+            "text_kv": self.text_kv,
+            "ref_kv": self.ref_kv,
+            "ref_visible": self.ref_visible,
+            "ref_offsets": self.ref_offsets,
+            "scale": self.scale,
+        }
+
+    def of_groups(self, groups: int) -> ReferenceContext:
+        """The same with `groups` groups, the further ones empty; without references one block that nobody sees.
+
+        Graphs are exported for a number of groups and for at least one reference.
+        """
+        ref_kv, visible = self.ref_kv, self.ref_visible
+        if ref_kv.shape[1] == 0:
+            ref_kv = ref_kv.new_zeros(1, self.tokens_per_ref, ref_kv.shape[2])
+            visible = visible.new_zeros(visible.shape[0], 1)
+        missing = groups + 1 - len(self.ref_offsets)
+        return replace(
+            self,
+            ref_kv=ref_kv,
+            ref_visible=visible,
+            ref_offsets=torch.cat([self.ref_offsets, self.ref_offsets[-1:].expand(missing)]),
+            scale=torch.cat([self.scale, self.scale.new_zeros(groups - len(self.scale))]),
+        )
+
+
+@dataclass(frozen=True)
+class References:
+    """The references that all frames of a round share, made by `of`; contexts of any number of rows read them.
+
+    ref_kv (1, Lr, W); scale (G,); offsets (G + 1,) int32, in tokens. text_tokens: Lt of the captions beside them.
+    """
+
+    groups: tuple[Group, ...]
+    ref_kv: Tensor
+    scale: Tensor
+    offsets: Tensor
+    tokens_per_ref: int
+    text_tokens: int
+
+    @classmethod
+    def of(
+        cls,
+        groups: Sequence[Group],
+        null: Callable[[], Tensor],
+        project: Callable[[Tensor], Tensor],
+        *,
+        tokens_per_ref: int,
+        like: Tensor,
+    ) -> References:
+        """The only constructor: K and V of all blocks, each group ending with its null block.
+
+        null: gives the tokens (1, T, C_x) of the unconditional reference; asked where there are groups. project: reference
+        tokens (1, Lr, C_x) -> (1, Lr, W). like: text K/V (1, Lt, W), which gives text_tokens, W, device and type.
+        """
+        bounds = [0]
+        for group in groups:
+            bounds.append(bounds[-1] + count_blocks([len(group.tokens)]) * tokens_per_ref)
+        if groups:
+            tokens = null()
+            ref_kv = project(torch.cat([block for group in groups for block in group.blocks(tokens)], dim=1))
+        else:
+            ref_kv = like.new_zeros(1, 0, like.shape[2])
+        scale = [group.scale for group in groups] or [0.0]
+        return cls(
+            tuple(groups),
+            ref_kv,
+            torch.tensor(scale, dtype=torch.float32, device=like.device),
+            torch.tensor(bounds if groups else [0, 0], dtype=torch.int32, device=like.device),
+            tokens_per_ref,
+            like.shape[1],
+        )
+
+    def row(self, frame: int, text_kv: Tensor) -> ReferenceRow:
+        """What the conditional row of `frame` attends to."""
+        return ReferenceRow(text_kv, _flags(group.visible(frame) for group in self.groups))
+
+    def null_row(self, frame: int, text_kv: Tensor) -> ReferenceRow:
+        """What its unconditional row attends to."""
+        return ReferenceRow(text_kv, _flags(group.null_visible(frame) for group in self.groups))
+
+    def context(self, rows: int) -> ReferenceContext:
+        """Room for the captions of `rows` rows beside these references."""
+        width, blocks = self.ref_kv.shape[2], self.ref_kv.shape[1] // self.tokens_per_ref
+        return ReferenceContext(
+            text_kv=self.ref_kv.new_zeros(rows, self.text_tokens, width),
+            ref_kv=self.ref_kv,
+            scale=self.scale,
+            ref_visible=torch.zeros(rows, blocks, dtype=torch.bool, device=self.ref_kv.device),
+            ref_offsets=self.offsets,
+            tokens_per_ref=self.tokens_per_ref,
+        )
+
+    def refill(self, context: Context) -> bool:
+        """Other references of the same number, in the same buffers."""
+        if (
+            not isinstance(context, ReferenceContext)
+            or context.ref_kv.shape != self.ref_kv.shape
+            or context.scale.shape != self.scale.shape
+            or context.text_kv.shape[1] != self.text_tokens
+        ):
+            return False
+        context.ref_kv.copy_(self.ref_kv)
+        context.scale.copy_(self.scale)
+        context.ref_offsets.copy_(self.offsets)
+        return True
+
+
+def _flags(groups: Iterable[list[bool]]) -> Tensor:
+    return torch.tensor([[seen for group in groups for seen in group]], dtype=torch.bool)

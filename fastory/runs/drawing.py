@@ -1,0 +1,164 @@
+"""A group of runs is drawn: the mode's events passed on, pictures and halvings written first, then what is to be looked at."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import replace
+
+from fastory.errors import FastoryError
+from fastory.events import (
+    BatchChosen,
+    BatchHalved,
+    Event,
+    FrameDrawn,
+    Notice,
+    RoundFinished,
+    RoundStarted,
+    StoryFinished,
+    StoryStarted,
+)
+from fastory.models.protocol import NOT_FINITE
+from fastory.modes.finished import Nothing
+from fastory.modes.mode import StoryPlan, mode_of
+from fastory.runs.notices import story_notices
+from fastory.runs.provenance import footer, png_chunks
+from fastory.runs.redraw import end_redraw
+from fastory.runs.story_run import StoryRun
+
+
+def draw_group(group: Sequence[StoryRun]) -> Generator[Event, None, None]:
+    """What is missing of these stories is drawn, then final pictures, sheets and storybooks are written."""
+    started: dict[int, float] = {}
+    missing: list[StoryRun] = []
+    for run in group:
+        started[run.index] = time.monotonic()
+        rounds, count = run.settings.rounds, len(run.story.frames)
+        done = run.folder.count(rounds, count) if run.folder else 0
+        path = run.folder.path if run.folder else None
+        yield StoryStarted(
+            run.story.title, count, rounds, run.settings.steps, done, rounds * count, path, run.index
+        )
+        for notice in [*run.notices, *story_notices(run.model, run.story, run.settings, run.prompts)]:
+            yield Notice(notice)
+        if done < rounds * count:
+            missing.append(run)
+    lost = LostRounds(group)
+    for run in missing:
+        lost.refuse(run, lost.newest_round(run))
+    if missing:
+        yield BatchChosen(group[0].sizes[-1], group[0].reason)
+        yield from lost.watch(_record(group, _mode_events(group)))
+    black = [run for run in group if lost.is_lost(run, run.settings.rounds - 1)]
+    for run in group:
+        if run not in black:
+            yield _finish(run, started[run.index])
+    for run in black:
+        lost.refuse(run, run.settings.rounds - 1)
+
+
+class LostRounds:
+    """Finds rounds in which no picture is finite: they make a story of black pictures, and nothing is drawn from them."""
+
+    def __init__(self, group: Sequence[StoryRun]) -> None:
+        """group: runs that are drawn together."""
+        self._runs = {run.index: run for run in group}
+        self._reasons: dict[tuple[int, int, int], str | None] = {}  # of the pictures drawn now
+
+    def watch(self, events: Iterator[Event]) -> Iterator[Event]:
+        """Pass events on; FastoryError after a round that is lost."""
+        for event in events:
+            yield event
+            if isinstance(event, FrameDrawn):
+                self._reasons[event.place, event.round, event.frame] = event.left_out
+            elif isinstance(event, RoundFinished):  # of a mode with rounds, which draws a story alone
+                (run,) = self._runs.values()
+                self.refuse(run, event.round)
+
+    def newest_round(self, run: StoryRun) -> int:
+        """The last round that the run folder has whole, or -1."""
+        folder, frames = run.folder, range(len(run.story.frames))
+        rounds = reversed(range(run.settings.rounds))
+        return next((k for k in rounds if folder and all(folder.has(k, i) for i in frames)), -1)
+
+    def is_lost(self, run: StoryRun, round: int) -> bool:
+        """Whether no picture of a finished round is finite."""
+        frames = range(len(run.story.frames))
+        return round >= 0 and all(self._reason(run, round, i) == NOT_FINITE for i in frames)
+
+    def _reason(self, run: StoryRun, round: int, frame: int) -> str | None:
+        key = (run.index, round, frame)
+        if key in self._reasons or run.folder is None:
+            return self._reasons.get(key)
+        return run.folder.load(round, frame)[1]
+
+    def refuse(self, run: StoryRun, round: int) -> None:
+        """FastoryError that says what helps, where is_lost."""
+        if not self.is_lost(run, round):
+            return
+        dtype = run.model.placement.dtype_name
+        wider = f" or {dtype} is too narrow for them (--dtype float32)" if dtype != "float32" else ""
+        kept = (
+            f"; what was drawn is kept in {run.folder.path}, draw it anew with --overwrite"
+            if run.folder
+            else ""
+        )
+        raise FastoryError(
+            f"{run.story.title!r}: no picture of round {round} has finite values. The weights of the model, an adapter or "
+            f"a LoRA are damaged{wider}{kept}"
+        )
+
+
+def _mode_events(group: Sequence[StoryRun]) -> Iterator[Event]:
+    """The mode's events. All stories of a group take part, finished ones too: they keep the others' rows."""
+    first = group[0]
+    settings, plans = first.settings, [_plan(run) for run in group]
+    size = (settings.width or 0, settings.height or 0)
+    return mode_of(settings.mode).draw(first.model, plans, batch_sizes=first.sizes, size=size)
+
+
+def _plan(run: StoryRun) -> StoryPlan:
+    """A story as a mode draws it."""
+    folder = run.folder
+    finished, seeds = (Nothing(), {}) if folder is None else (folder, folder.seeds())
+    return StoryPlan(run.story, run.settings, run.index, finished, seeds, run.prompts)
+
+
+def _record(group: Sequence[StoryRun], events: Iterator[Event]) -> Iterator[Event]:
+    """Pass events on; pictures and halvings go into the run folders first."""
+    runs = {run.index: run for run in group}
+    before = time.monotonic()
+    for event in events:
+        match event:
+            case FrameDrawn() if (folder := runs[event.place].folder) is not None:
+                now, run = time.monotonic(), runs[event.place]
+                chunks = png_chunks(run.story.title, run.prompts[event.frame], run.settings, run.model, event)
+                before, event = now, replace(event, path=folder.save(event, chunks, now - before))
+            case BatchHalved():
+                for run in group:
+                    _record_halving(run, event)
+            case RoundStarted() | RoundFinished():
+                before = time.monotonic()
+        yield event
+
+
+def _record_halving(run: StoryRun, event: BatchHalved) -> None:
+    if run.folder is None:
+        return
+    if event.frame is None:
+        run.folder.halve(event.round, event.size)
+    else:
+        run.folder.halve_from(event.frame, event.size)
+
+
+def _finish(run: StoryRun, started: float) -> StoryFinished:
+    """Move a redraw in, write what is to be looked at, and say where it is. started: by the monotonic clock, seconds."""
+    story, folder = run.story, run.folder
+    if folder is None:
+        return StoryFinished(story.title, None, None, None, time.monotonic() - started)
+    if folder.manifest.get("redraw"):
+        end_redraw(folder, story)
+    if not folder.complete():
+        folder.finish(story, run.settings.rounds, footer(run.model, run.settings))
+    path, seconds = folder.path, time.monotonic() - started
+    return StoryFinished(story.title, path, path / "sheet.png", path / "storybook.html", seconds)

@@ -1,0 +1,125 @@
+"""What a run folder belongs to: a story under resolved settings, and the words for what differs from another."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastory.settings import Settings
+from fastory.story import Story
+from fastory.wording import numbers_listed
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a run folder belongs to. Two runs with one identity draw the same bytes on the same machine.
+
+    story: Story.digest; rest: everything but the frames, and parts: its parts, by name; frames: a digest a frame; seeds:
+    the frames' own. settings: resolved. models: sha256 by file name, LoRA weights included. dtype: only where it was
+    asked for.
+    """
+
+    title: str
+    story: str
+    rest: str
+    parts: Mapping[str, str]
+    frames: tuple[str, ...]
+    seeds: tuple[int | None, ...]
+    settings: Mapping[str, Any]
+    models: Mapping[str, str]
+    dtype: str | None
+
+    @classmethod
+    def of(cls, story: Story, settings: Settings, models: Mapping[str, str], dtype: str | None) -> Identity:
+        """The identity of a story under resolved settings."""
+        frames = tuple(story.frame_digest(i) for i in range(len(story.frames)))
+        seeds = tuple(frame.seed for frame in story.frames)
+        plain = json.loads(json.dumps(settings.identity()))
+        rest, parts = story.digest_without_frames(), _parts(story)
+        return cls(story.title, story.digest(), rest, parts, frames, seeds, plain, dict(models), dtype)
+
+    def digest(self) -> str:
+        """sha256 of story and settings; its first 8 hex digits name the default folder."""
+        named = [self.story, self.settings, sorted(self.models.items()), self.dtype]
+        return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
+
+    def record(self) -> dict[str, Any]:
+        """The story as a manifest holds it."""
+        return {
+            "title": self.title,
+            "digest": self.story,
+            "rest": self.rest,
+            "parts": dict(self.parts),
+            "frames": list(self.frames),
+            "seeds": list(self.seeds),
+        }
+
+    def differences(self, manifest: Mapping[str, Any]) -> list[str]:
+        """What differs from the run that `manifest` describes, one line each; the frames' own text is left to `changed`."""
+        lines = self._story_differences(manifest["story"])
+        there = manifest["settings"]
+        lines += [
+            f"{name}: {there.get(name)!r} there, {self.settings.get(name)!r} here"
+            for name in sorted({*there, *self.settings})
+            if there.get(name) != self.settings.get(name)
+        ]
+        if manifest["models"] != self.models:
+            lines.append("the model, its adapter or its LoRAs: other weights")
+        if self.dtype and manifest["machine"]["dtype"] != self.dtype:
+            lines.append(f"dtype: {manifest['machine']['dtype']} there, {self.dtype} here")
+        return lines
+
+    def _story_differences(self, there: Mapping[str, Any]) -> list[str]:
+        """The story's title, number of frames, characters, ..: each by name where the manifest tells them apart."""
+        if there["rest"] == self.rest:
+            return []
+        lines = []
+        if there["title"] != self.title:
+            lines.append(f"the story: {there['title']!r} there, {self.title!r} here")
+        if len(there["frames"]) != len(self.frames):
+            lines.append(_frames_added_or_removed(there["frames"], self.frames))
+        parts = there.get("parts") or {}
+        lines += [
+            f"the story's {name}" for name in self.parts if name in parts and parts[name] != self.parts[name]
+        ]
+        return lines or ["the story's characters, style, negative prompt or pictures"]
+
+    def changed(self, manifest: Mapping[str, Any]) -> list[int]:
+        """Frames whose caption, seed or cast differs from the manifest's."""
+        there = manifest["story"]["frames"]
+        return [i for i, digest in enumerate(self.frames) if i >= len(there) or there[i] != digest]
+
+
+def _parts(story: Story) -> dict[str, str]:
+    """Hashes of what digest_without_frames hashes as one, so that a difference can be named."""
+    pictures = story.picture_digests()
+    cast = [[c.name, c.prompt, c.scale, [pictures[path] for path in c.references]] for c in story.characters]
+    first = pictures[story.first_frame] if story.first_frame else None
+    parts = {
+        "style": story.style,
+        "negative prompt": story.negative_prompt,
+        "characters": cast,
+        "first frame": first,
+    }
+    return {name: hashlib.sha256(json.dumps(value).encode()).hexdigest() for name, value in parts.items()}
+
+
+def _frames_added_or_removed(there: Sequence[str], here: Sequence[str]) -> str:
+    """One line that says which frames came or went, counted from 0."""
+    blocks = difflib.SequenceMatcher(a=list(there), b=list(here), autojunk=False).get_opcodes()
+    removed = [
+        i for kind, first, last, _, _ in blocks if kind in ("delete", "replace") for i in range(first, last)
+    ]
+    added = [
+        j for kind, _, _, first, last in blocks if kind in ("insert", "replace") for j in range(first, last)
+    ]
+    said = [f"frame {numbers_listed(removed)} there is not here"] if removed else []
+    said += [f"frame {numbers_listed(added)} here is not there"] if added else []
+    return (
+        f"the number of frames: {len(there)} there, {len(here)} here ({', '.join(said)}); a story of another length is "
+        "another run"
+    )

@@ -1,0 +1,174 @@
+"""Redrawing single frames of a finished run: new pictures are staged, then moved in by one manifest update.
+
+A manifest's `redraw` says which frames, and `moving`, once it stands there, that the move is decided.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from fastory import files
+from fastory.errors import InputError
+from fastory.runs.folder import RunFolder
+from fastory.runs.identity import Identity
+from fastory.runs.manifest import listed_files, picture_name, rounds_of
+from fastory.story import Story
+from fastory.wording import numbers_listed
+
+
+def begin_redraw(
+    folder: RunFolder,
+    identity: Identity,
+    frames: Sequence[int],
+    seed: int | None,
+    noise_seeds: Callable[[Mapping[int, int]], Mapping[int, int]],
+) -> bool:
+    """Start, or take up again, the redrawing of `frames`. False where the same bytes would come of it.
+
+    seed: --redraw-seed. noise_seeds: for the redraw seeds by frame, the seed that each frame's noise then has. Raises
+    InputError for frames that do not exist and for a run that is not finished, before anything is recorded.
+    """
+    manifest = folder.manifest
+    count = len(manifest["story"]["frames"])
+    if outside := [i for i in frames if not 0 <= i < count]:
+        raise InputError(f"--frames: wanted 0 to {count - 1}, got {numbers_listed(outside)}")
+    seeds = {str(i): seed for i in frames} if seed is not None else {}
+    dropped = [] if seeds else _superseded_seeds(folder, identity, frames)
+    wanted = {
+        "frames": list(frames),
+        "story": identity.record(),
+        "seeds": seeds,
+        "dropped_seeds": dropped,
+    }
+    pending = manifest.get("redraw")
+    if pending and {name: pending.get(name, []) for name in wanted} == wanted:
+        _refuse_damaged(folder, frames)
+        return True
+    _refuse_unfinished(folder)
+    kept = {int(i): recorded for i, recorded in manifest["seeds"].items() if i not in dropped}
+    noise = noise_seeds({**kept, **{int(i): given for i, given in seeds.items()}})
+    if pending is None and not identity.changed(manifest) and not _other_noise(folder, noise, frames):
+        return False
+    folder.remove(_staged_files(folder))
+    manifest["redraw"] = {**wanted, "pictures": {}}
+    folder.trust_nothing()
+    folder.save_manifest()
+    return True
+
+
+def give_up_redraw(folder: RunFolder) -> str:
+    """Forget a redraw that is not finished: the run as it was is asked for. Returns what to tell the user."""
+    frames = numbers_listed(folder.manifest["redraw"]["frames"])
+    folder.remove(_staged_files(folder))
+    del folder.manifest["redraw"]
+    folder.trust_nothing()
+    folder.save_manifest()
+    return f"the unfinished redraw of frames {frames} is given up, as this command asks for the run as it was"
+
+
+def end_redraw(folder: RunFolder, story: Story) -> None:
+    """Move the new pictures in by one manifest update; the old ones go to history/."""
+    names = [p.name for p in folder.path.glob("history/*")]
+    number = 1 + max((int(name) for name in names if name.isdecimal() and len(name) <= 6), default=0)
+    moving = {"history": f"history/{number:03d}", "story": story.to_yaml(folder.path)}
+    folder.manifest["redraw"]["moving"] = moving
+    folder.save_manifest()
+    finish_move(folder)
+
+
+def finish_move(folder: RunFolder) -> None:
+    """Do what is left of a decided move, which a kill may have cut short; nothing where none is decided."""
+    manifest = folder.manifest
+    redraw = manifest.get("redraw") or {}
+    if not redraw.get("moving"):
+        return
+    moved = [
+        picture_name(int(round), int(frame))
+        for round, pictures in redraw["pictures"].items()
+        for frame in pictures
+    ]
+    folder.check_places(listed_files(manifest))
+    kept_in = redraw["moving"]["history"]
+    _move_pictures(folder, moved, kept_in)
+    staged = _staged_files(folder)
+    for round, pictures in redraw["pictures"].items():
+        manifest["pictures"].setdefault(round, {}).update(pictures)
+    manifest["story"] = redraw["story"]
+    for frame in redraw.get("dropped_seeds", ()):
+        manifest["seeds"].pop(frame, None)
+    manifest["seeds"].update(redraw["seeds"])
+    kept = [name for name in moved if (folder.path / kept_in / name).exists()]
+    manifest.setdefault("history", {})[kept_in.removeprefix("history/")] = kept
+    manifest["products"] = {}
+    manifest["story_file"] = folder.write("story.yaml", redraw["moving"]["story"].encode())
+    folder.remove(staged)  # only empty folders are left of them
+    del manifest["redraw"]
+    folder.save_manifest()
+    folder.trust_nothing()
+
+
+def _move_pictures(folder: RunFolder, names: Sequence[str], kept_in: str) -> None:
+    """Each staged picture to its place, the one that was there to the folder `kept_in`; any of it may be done already."""
+    with files.disk_errors(folder.path):
+        for name in names:
+            new, now, old = folder.path / "redraw" / name, folder.path / name, folder.path / kept_in / name
+            if new.exists():
+                files.make_folder(old.parent)
+                if now.exists() and not old.exists():
+                    files.replace(now, old)
+                files.replace(new, now)
+
+
+def _staged_files(folder: RunFolder) -> list[str]:
+    return [name for name in listed_files(folder.manifest) if name.startswith("redraw/")]
+
+
+def _refuse_damaged(folder: RunFolder, redrawn: Sequence[int]) -> None:
+    """InputError where a picture is damaged that the redraw keeps: it was drawn beside frames that change now."""
+    kept = [(k, i) for k, i in _pictures_of(folder) if i not in redrawn]
+    damaged = [picture_name(k, i) for k, i in kept if not folder.has(k, i)]
+    if damaged:
+        raise InputError(
+            f"{folder.path / damaged[0]} is damaged or missing, and this redraw keeps it; give the redraw up with the "
+            f"command that drew the run, for the story {folder.path / 'story.yaml'}, which draws it again, then redraw"
+        )
+
+
+def _refuse_unfinished(folder: RunFolder) -> None:
+    """InputError for a run of which a picture is missing."""
+    pending = folder.manifest.pop(
+        "redraw", None
+    )  # `has` then speaks of the pictures that are in their places
+    folder.trust_nothing()
+    try:
+        finished = all(folder.has(k, i) for k, i in _pictures_of(folder))
+    finally:
+        if pending:
+            folder.manifest["redraw"] = pending
+        folder.trust_nothing()
+    if not finished:
+        raise InputError(
+            f"{folder.path} is not finished; finish it with the same command without --frames first"
+        )
+
+
+def _pictures_of(folder: RunFolder) -> list[tuple[int, int]]:
+    """(round, frame) of all pictures of the run."""
+    count = len(folder.manifest["story"]["frames"])
+    return [(k, i) for k in range(rounds_of(folder.manifest["settings"])) for i in range(count)]
+
+
+def _superseded_seeds(folder: RunFolder, identity: Identity, frames: Sequence[int]) -> list[str]:
+    """Recorded redraw seeds of frames whose own `seed:` was given or changed since: what was said last counts."""
+    recorded, own = folder.manifest["seeds"], folder.manifest["story"].get("seeds") or list(identity.seeds)
+    return [
+        str(i)
+        for i in frames
+        if str(i) in recorded and identity.seeds[i] is not None and identity.seeds[i] != own[i]
+    ]
+
+
+def _other_noise(folder: RunFolder, noise: Mapping[int, int], frames: Sequence[int]) -> bool:
+    """Whether any of these frames was drawn from another seed than it would be now."""
+    last = folder.manifest["pictures"].get(str(rounds_of(folder.manifest["settings"]) - 1), {})
+    return any(last.get(str(i), {}).get("seed") != noise[i] for i in frames)

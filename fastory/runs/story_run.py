@@ -1,0 +1,178 @@
+"""A story's run: its run folder opened, its micro-batch chosen, the stories that are drawn side by side found."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from fastory.errors import InputError
+from fastory.models.protocol import Model
+from fastory.modes.mode import mode_of
+from fastory.runs.folder import RunFolder
+from fastory.runs.provenance import version_notices, versions
+from fastory.runs.redraw import begin_redraw, finish_move, give_up_redraw
+from fastory.runs.resolve import ResolvedStory
+from fastory.runtime import choose_batch, frame_bytes
+from fastory.sampling.noise import frame_seed
+from fastory.sampling.sampler import is_guided
+from fastory.settings import Settings
+from fastory.story import Story
+from fastory.wording import counted
+
+
+@dataclass(frozen=True)
+class StoryRun:
+    """One story of a call, ready to be drawn. index: in the call, from 0. folder: locked, or None where nothing is written.
+
+    prompts: one a frame. sizes: the micro-batch, in frames by round (iterative) or in stories by frame (causal); the last
+    entry stands for all later ones; reason: why that many. threads: of PyTorch. notices: for the user, before it begins.
+    """
+
+    model: Model
+    story: Story
+    settings: Settings
+    prompts: tuple[str, ...]
+    index: int
+    folder: RunFolder | None
+    sizes: tuple[int, ...]
+    reason: str
+    threads: int
+    notices: tuple[str, ...]
+
+    @property
+    def batch_key(self) -> Hashable:
+        """Equal for stories that can be drawn in one batch."""
+        key = mode_of(self.settings.mode).group(self.settings, len(self.story.frames))
+        if key is None:
+            return (self.index,)
+        return (self.settings.mode, id(self.model), key, self.sizes, self.threads)
+
+
+def open_folder(
+    resolved: ResolvedStory,
+    path: Path,
+    *,
+    overwrite: bool = False,
+    redraw_seed: int | None = None,
+    stack: ExitStack,
+) -> tuple[ResolvedStory, RunFolder]:
+    """Lock and check the run folder at `path`, to be begun or resumed, or take up a redraw; `stack` will release it.
+
+    Returns the story too, with the model where the folder's run is drawn, and with further notices.
+    """
+    if resolved.redrawn is not None and not (path / "manifest.json").exists():
+        raise InputError(
+            f"there is no run to redraw in {path}; draw the story first, or name its folder with --output "
+            "(an edited story has another default folder)"
+        )
+    folder, identity = RunFolder(path), resolved.identity
+    stack.callback(folder.close)
+    exists = folder.read()
+    finish_move(folder)
+    if exists and overwrite:
+        exists = not folder.draw_anew(identity)
+    if not exists:
+        return resolved, folder
+    folder.check(identity, resolved.redrawn)
+    model = resolved.model.on(folder.manifest["machine"])
+    notices = version_notices(folder.manifest["machine"]["versions"])
+    if resolved.redrawn is None and folder.manifest.get("redraw") and not identity.changed(folder.manifest):
+        notices.append(give_up_redraw(folder))
+    notices += _restore_story(folder, resolved)
+    noise_seeds = partial(_noise_seeds, resolved.story, resolved.settings)
+    if resolved.redrawn is not None and not begin_redraw(
+        folder, identity, resolved.redrawn, redraw_seed, noise_seeds
+    ):
+        notices.append("nothing to redraw: neither caption nor seed of these frames changed")
+    return replace(resolved, model=model, notices=(*resolved.notices, *notices)), folder
+
+
+def _restore_story(folder: RunFolder, resolved: ResolvedStory) -> list[str]:
+    """A notice where the folder's story.yaml was edited, unless it is the file that the story was read from."""
+    if resolved.identity.changed(folder.manifest) or folder.manifest.get("redraw"):
+        return []  # a redraw writes story.yaml anew
+    source = resolved.story.source
+    notice = folder.restore_story(resolved.story)
+    own = source is not None and source.resolve() == (folder.path / "story.yaml").resolve()
+    return [notice] if notice and not own else []
+
+
+def _noise_seeds(story: Story, settings: Settings, redraw_seeds: Mapping[int, int]) -> dict[int, int]:
+    """The seed that each frame's noise is drawn from: --redraw-seed, the frame's own, the run's."""
+    return {
+        i: frame_seed(frame.seed, redraw_seeds.get(i), settings, i) for i, frame in enumerate(story.frames)
+    }
+
+
+def begin_runs(
+    opened: Sequence[tuple[ResolvedStory, RunFolder | None]], batch_size: int | None
+) -> list[StoryRun]:
+    """Choose the micro-batches and write the manifests of new runs; a resumed one keeps its sizes and threads.
+
+    batch_size: as asked for, or None.
+    """
+    stories = Counter(resolved.settings.mode for resolved, _ in opened)
+    return [
+        _begin(index, resolved, folder, stories[resolved.settings.mode], batch_size)
+        for index, (resolved, folder) in enumerate(opened)
+    ]
+
+
+def _begin(
+    index: int,
+    resolved: ResolvedStory,
+    folder: RunFolder | None,
+    stories: int,
+    batch_size: int | None,
+) -> StoryRun:
+    model, story, settings = resolved.model, resolved.story, resolved.settings
+    unit = mode_of(settings.mode).unit
+    count = stories if unit == "story" else len(story.frames)
+    size, reason = _micro_batch(model, settings, count, unit, batch_size)
+    sizes, threads = [size], model.placement.threads
+    if folder is not None:
+        if not folder.manifest:
+            machine = {**model.placement.as_dict(), "versions": versions()}
+            folder.begin(resolved.identity, story, resolved.sources, machine, size)
+        sizes, threads = folder.batch_sizes(), folder.manifest["machine"]["threads"]
+        if sizes[-1] != size:
+            reason = f"{sizes[-1]} at once, as this run folder began"
+    return StoryRun(
+        model=model,
+        story=story,
+        settings=settings,
+        prompts=resolved.prompts,
+        index=index,
+        folder=folder,
+        sizes=tuple(sizes),
+        reason=reason,
+        threads=threads,
+        notices=resolved.notices,
+    )
+
+
+def _micro_batch(
+    model: Model, settings: Settings, count: int, unit: str, requested: int | None
+) -> tuple[int, str]:
+    """How many of `count` are denoised at once, frames of a round or stories side by side, and why."""
+    if requested is not None:
+        size = min(requested, count)
+        return size, f"{size} of {counted(count, unit)} at once, as asked for"
+    factor = model.vae_factor
+    width, height = (settings.width or 0) // factor, (settings.height or 0) // factor
+    needed = frame_bytes(
+        model.sizes.first_channels, model.placement.dtype, width, height, is_guided(model, settings)
+    )
+    return choose_batch(model.placement, needed, count, unit)
+
+
+def drawn_together(runs: Sequence[StoryRun]) -> list[list[StoryRun]]:
+    """Runs in the groups that are drawn side by side, in the order of the first of each group."""
+    groups: dict[Hashable, list[StoryRun]] = {}
+    for run in runs:
+        groups.setdefault(run.batch_key, []).append(run)
+    return list(groups.values())

@@ -1,0 +1,108 @@
+"""One UNet call: eager, or replayed from a CUDA graph. A further way to call the UNet is a class and a line in denoiser_of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fastory.errors import FastoryError
+from fastory.models.protocol import Model, UnetInputs
+from fastory.runtime import is_out_of_memory
+
+
+class Denoiser(Protocol):
+    """How the UNet is called."""
+
+    def predict(self, inputs: UnetInputs) -> Tensor:
+        """The prediction (R, c, h, w). It may lie in memory that the next call writes again."""
+
+    def forget(self) -> None:
+        """The inputs of the next calls lie in other buffers than those of the calls before."""
+
+
+class Eager:
+    """The model's own call."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+
+    def predict(self, inputs: UnetInputs) -> Tensor:
+        """The prediction (R, c, h, w)."""
+        return self.model.predict(inputs)
+
+    def forget(self) -> None:
+        """Nothing is kept."""
+
+
+class Replayed(Protocol):
+    """A captured UNet call."""
+
+    def replay(self) -> None:
+        """Compute it again from what its static inputs hold now."""
+
+
+@contextmanager
+def explained(capture: AbstractContextManager[Any]) -> Iterator[None]:
+    """`capture`, with the error that a failed call raised in place of the one that torch raises at the end of it.
+
+    Raises FastoryError for a call that cannot be captured; memory that ran out is what it is, so that less is tried.
+    """
+    first: RuntimeError | None = None
+    try:
+        with capture:
+            try:
+                yield
+            except RuntimeError as error:
+                first = error
+                raise
+    except RuntimeError as error:
+        first = first or error
+        if is_out_of_memory(first):
+            raise first from None
+        raise FastoryError(f"a UNet call could not be captured ({first}); draw with --graphs off") from error
+
+
+class Captured:
+    """The call replayed from a CUDA graph, captured on first use: one launch in place of some thousand.
+
+    The result lies in the graph's own memory, which the next replay writes again.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.graph: Replayed | None = None
+
+    def predict(self, inputs: UnetInputs) -> Tensor:
+        """The prediction (R, c, h, w) from what the inputs' buffers hold now."""
+        if self.graph is None:
+            self.graph, self.prediction = self.capture(inputs)
+        self.graph.replay()
+        return self.prediction
+
+    def forget(self) -> None:
+        """The graph read other buffers."""
+        self.graph = None
+
+    def capture(self, inputs: UnetInputs) -> tuple[Replayed, Tensor]:
+        """A graph of the call, and where its replay leaves the prediction."""
+        device, graph = self.model.placement.device, torch.cuda.CUDAGraph()
+        with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
+            # torch's own capture stream belongs to the device that was current at the first capture of the process.
+            aside = torch.cuda.Stream(device)
+            aside.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(aside):  # kernels are compiled and chosen here, which capture forbids
+                self.model.predict(inputs)
+                self.model.predict(inputs)
+            torch.cuda.current_stream(device).wait_stream(aside)
+            with explained(torch.cuda.graph(graph, stream=aside)):
+                prediction = self.model.predict(inputs)
+        return graph, prediction
+
+
+def denoiser_of(model: Model) -> Denoiser:
+    """How the UNet of `model` is called where the model is placed."""
+    return Captured(model) if model.placement.graphs else Eager(model)

@@ -1,0 +1,47 @@
+"""Rounds of a small story, drawn by iterative mode itself."""
+
+from __future__ import annotations
+
+from PIL import Image
+
+from fastory import Story, StoryModel
+from fastory.events import FrameDrawn
+from fastory.modes.iterative import iterative
+from fastory.modes.mode import StoryPlan
+from fastory.settings import Settings
+
+CAPTIONS = [
+    "a rabbit in the snow",
+    "a fox",
+    "a cat on the beach",
+    "a bear is sleeping",
+    "a fox in the forest",
+]
+
+
+Pictures = dict[tuple[int, int], Image.Image]
+
+
+class Kept:
+    """Pictures of an earlier run."""
+
+    def __init__(self, pictures: Pictures) -> None:
+        self.pictures = pictures
+
+    def has(self, round: int, frame: int) -> bool:
+        return (round, frame) in self.pictures
+
+    def load(self, round: int, frame: int) -> tuple[Image.Image, str | None]:
+        return self.pictures[round, frame], None
+
+
+def settings(**values: object) -> Settings:
+    return Settings(**{"iterations": 2, "steps": 3, "noise": "per-frame", **values})  # type: ignore[arg-type]
+
+
+def draw(
+    model: StoryModel, captions: list[str], chosen: Settings, size: int, kept: Pictures | None = None
+) -> Pictures:
+    plan = StoryPlan(Story.from_captions(captions), chosen, finished=Kept(kept or {}))
+    events = iterative(model, plan, batch_sizes=[size])
+    return {(e.round, e.frame): e.image for e in events if isinstance(e, FrameDrawn)}
