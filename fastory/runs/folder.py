@@ -266,6 +266,10 @@ class RunFolder:
             )
         return self._trusted[key]
 
+    def is_recorded(self, round: int, frame: int) -> bool:
+        """True where the picture was drawn, whatever became of its file."""
+        return self._record(round, frame) is not None
+
     def load(self, round: int, frame: int) -> tuple[Image.Image, str | None]:
         """A finished picture and why it is left out as a reference, or None."""
         record = self._record(round, frame)

@@ -11,7 +11,7 @@ from typing import Any
 
 from fastory.settings import Settings
 from fastory.story import Story
-from fastory.wording import numbers_listed
+from fastory.wording import numbers_listed, shown
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Identity:
         lines = self._story_differences(manifest["story"])
         there = manifest["settings"]
         lines += [
-            f"{name}: {there.get(name)!r} there, {self.settings.get(name)!r} here"
+            f"{name}: {shown(there.get(name))} there, {shown(self.settings.get(name))} here"
             for name in sorted({*there, *self.settings})
             if there.get(name) != self.settings.get(name)
         ]
@@ -79,7 +79,7 @@ class Identity:
             return []
         lines = []
         if there["title"] != self.title:
-            lines.append(f"the story: {there['title']!r} there, {self.title!r} here")
+            lines.append(f"the story: {shown(there['title'])} there, {shown(self.title)} here")
         if len(there["frames"]) != len(self.frames):
             lines.append(_frames_added_or_removed(there["frames"], self.frames))
         parts = there.get("parts") or {}

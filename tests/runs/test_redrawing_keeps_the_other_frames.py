@@ -158,3 +158,22 @@ def test_a_redraw_does_not_draw_what_it_keeps(run: Path, model: StoryModel) -> N
         draw(edited, model, run, frames=[1])
     assert drawn(draw(Story.read(run / "story.yaml"), model, run)) == {(1, 0)}
     assert contents(run) == before
+
+
+def test_a_picture_that_was_drawn_beside_since_redrawn_frames_is_never_drawn_otherwise(
+    run: Path, model: StoryModel
+) -> None:
+    """Frame 0 of a later round saw the old frame 1; drawn again it would see the new one, and nobody would know."""
+    story = Story.from_captions(EDITED, title="Fox")
+    draw(story, model, run, frames=[1])
+    before = contents(run)
+    lost = run / "iteration-01" / "frame-000.png"
+    lost.write_bytes(b"")
+    with pytest.raises(InputError, match=r"frame-000.png is damaged or missing.*--frames 0 --redraw-seed N"):
+        draw(story, model, run)
+    assert drawn(draw(story, model, run, frames=[0], redraw_seed=5)) == {(0, 0), (1, 0), (2, 0)}
+    (run / "iteration-01" / "frame-000.png").unlink()  # drawn beside what is there now
+    assert drawn(draw(story, model, run)) == {(1, 0)}
+    (run / "iteration-00" / "frame-002.png").unlink()  # round 0 sees no other frame
+    assert drawn(draw(story, model, run)) == {(0, 2)}
+    assert contents(run)["iteration-00/frame-002.png"] == before["iteration-00/frame-002.png"]
