@@ -56,6 +56,8 @@ def open_engine_and_draw(folder: Path) -> None:
 def own_the_damage(folder: Path) -> None:
     """The hashes that a stranger would have written, who made the export as it is now."""
     file = folder / "fastory.json"
+    if not file.is_file():
+        return  # it is fastory.json that was damaged
     try:
         values = json.loads(file.read_text())
         known = values["files"]
