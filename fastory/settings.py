@@ -5,29 +5,34 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, get_args, get_type_hints
 
+from fastory import plugins
 from fastory.errors import InputError
 from fastory.wording import shown
 
 
 @dataclass(frozen=True)
 class Scheduler:
-    """One of diffusers' schedulers by its class. config: what stands in place of the model folder's own values."""
+    """One of diffusers' schedulers by its class. config: what stands in place of the model folder's own values.
+
+    distilled: whether it wants a UNet that was distilled for it, as LCM does.
+    """
 
     kind: str
     config: Mapping[str, Any] = field(default_factory=dict)
+    distilled: bool = False
 
 
-SCHEDULERS: Mapping[str, Scheduler] = {
+SCHEDULERS: dict[str, Scheduler] = {
     "ddim": Scheduler("DDIMScheduler"),
     # What the official code of Story-Adapter draws with, whatever the model folder's scheduler says.
     "ddim-leading": Scheduler(
         "DDIMScheduler", {"timestep_spacing": "leading", "steps_offset": 1, "set_alpha_to_one": False}
     ),
-    "lcm": Scheduler("LCMScheduler"),
+    "lcm": Scheduler("LCMScheduler", distilled=True),
     "euler": Scheduler("EulerDiscreteScheduler"),
     "euler-ancestral": Scheduler("EulerAncestralDiscreteScheduler"),
     "dpm++": Scheduler("DPMSolverMultistepScheduler"),
@@ -46,19 +51,17 @@ MOST_SCALE = 10  # of references; an IP-Adapter is trained at 1
 class ModeTraits:
     """What settings must know of a mode. own: the settings that it reads and not every mode does.
 
-    rounds: how often every frame is drawn.
+    A mode with `iterations` among them draws every frame in round 0 and in each of these, any other once.
     """
 
     own: tuple[str, ...]
-    rounds: Callable[[Settings], int]
 
 
 MODES: dict[str, ModeTraits] = {
     "iterative": ModeTraits(
-        ("iterations", "reference_scale", "references", "reference_fit", "reference_start"),
-        lambda settings: settings.iterations + 1,
+        ("iterations", "reference_scale", "references", "reference_fit", "reference_start")
     ),
-    "causal": ModeTraits(("window", "drafts"), lambda settings: 1),
+    "causal": ModeTraits(("window", "drafts")),
 }
 
 
@@ -93,7 +96,7 @@ class Settings:
     @property
     def rounds(self) -> int:
         """How often every frame is drawn: in iterative mode in round 0 and the iterations, in causal mode once."""
-        return MODES[self.mode].rounds(self)
+        return self.iterations + 1 if "iterations" in MODES[self.mode].own else 1
 
     def identity(self) -> dict[str, Any]:
         """The values that this mode reads, as a manifest holds them."""
@@ -257,6 +260,8 @@ def check(name: str, value: Any, origin: str) -> Any:
         value = _float(value)
     if not isinstance(value, kinds) or isinstance(value, bool):
         raise InputError(f"{what}: wanted {kinds[0].__name__}, got {shown(value)}")
+    if name in _CHOICES and value not in _CHOICES[name]:
+        plugins.load()
     if name in _CHOICES and value not in _CHOICES[name]:
         raise InputError(f"{what}: wanted one of {', '.join(_CHOICES[name])}, got {shown(value)}")
     if name in _LEAST and not _LEAST[name] <= value <= _MOST[name]:

@@ -64,6 +64,10 @@ def requested() -> str:
     """The value of FASTORY_KERNELS, "auto" where it is not set. Raises ValueError for any other name."""
     name = os.environ.get(VARIABLE, "").strip().lower() or AUTO
     if name != AUTO and name not in BACKENDS:
+        from fastory import plugins  # asked for what only others can have brought
+
+        plugins.load()
+    if name != AUTO and name not in BACKENDS:
         raise ValueError(f"{VARIABLE}: wanted one of {', '.join((AUTO, *BACKENDS))}, got {name!r}")
     return name
 

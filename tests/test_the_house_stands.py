@@ -26,7 +26,7 @@ ROOMS = (
     ("story",),
     ("settings", "events", "runtime", "pictures", "model_names"),
     ("kernels",),
-    ("files", "documents", "packages", "threads", "wording", "errors"),
+    ("files", "documents", "packages", "plugins", "threads", "wording", "errors"),
 )
 FLOOR = {name: floor for floor, names in enumerate(ROOMS) for name in names}
 # Names from a higher room, each with the reason.

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from fastory.documents import read_json, validated
 from fastory.errors import InputError
+from fastory.settings import MODES
 
 SCHEMA = 1
 NAME = "manifest.json"
@@ -145,8 +146,9 @@ def _check_numbers(manifest: _Manifest, path: Path) -> None:
 
 def rounds_of(settings: Mapping[str, Any]) -> int:
     """How often every frame of a run with these settings is drawn."""
-    iterations = settings.get("iterations", 0)
-    if settings.get("mode") == "causal" or type(iterations) is not int:
+    mode, iterations = settings.get("mode"), settings.get("iterations", 0)
+    traits = MODES.get(mode) if isinstance(mode, str) else None
+    if type(iterations) is not int or (traits is not None and "iterations" not in traits.own):
         return 1
     return min(max(iterations, 0), 1000) + 1
 

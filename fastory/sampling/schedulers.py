@@ -23,12 +23,12 @@ def make_scheduler(model: Model, name: str) -> Any:
 
     Raises InputError for LCM on a UNet that was not distilled for it (no time_cond_proj_dim).
     """
-    if name == "lcm" and model.sizes.guidance_embedding is None:
+    row = SCHEDULERS[name]
+    if row.distilled and model.sizes.guidance_embedding is None:
         raise InputError(
-            f"scheduler lcm wants a UNet distilled for it (time_cond_proj_dim); {model.name} has none. "
+            f"scheduler {name} wants a UNet distilled for it (time_cond_proj_dim); {model.name} has none. "
             "Give an LCM UNet with --model, or another --scheduler."
         )
-    row = SCHEDULERS[name]
     kind, config = getattr(diffusers, row.kind), {**model.scheduler_config, **row.config}
     if "clip_sample" in inspect.signature(kind).parameters:
         # DDIM clips by default, which is for pixels. A checkpoint that came with another scheduler does not say so.
