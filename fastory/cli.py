@@ -25,7 +25,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from typer.core import TyperCommand, TyperGroup
 
-from fastory import packages
+from fastory import __version__, packages
 from fastory.errors import FastoryError, InputError
 from fastory.threads import wait_passively
 from fastory.wording import counted, last_words
@@ -65,6 +65,8 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Captions in, a consistent sequence of pictures out.",
+    epilog="Exit codes: 0 done; 1 something ran out, or a library failed; 2 what was asked for cannot be done; 3 an export "
+    "whose engines have to be built elsewhere; 130 stopped by Ctrl-C, and the same command goes on.",
 )
 stderr = Console(stderr=True, highlight=False)
 
@@ -85,9 +87,19 @@ def option(panel: str, *names: str, **extra: Any) -> Any:
     return typer.Option(*names, rich_help_panel=panel, show_default=False, **extra)
 
 
+def print_version(wanted: bool) -> None:
+    """--version: the version on stdout, and nothing else is done."""
+    if wanted:
+        say(f"fastory {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def common(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     """What every command takes."""
     global debugging
@@ -207,9 +219,14 @@ def generate(
         Path | None, option(MODEL, help="What `fastory export` wrote, in place of a model.")
     ] = None,
     trust_cache: Annotated[
-        bool, option(MODEL, help="With --engine: hash no file again that is as it was when it was hashed.")
+        bool,
+        option(
+            MODEL,
+            "--trust-cache",
+            help="With --engine: hash no file again that is as it was when it was hashed.",
+        ),
     ] = False,
-    offline: Annotated[bool, option(MODEL, help="Never ask a hub.")] = False,
+    offline: Annotated[bool, option(MODEL, "--offline", help="Never ask a hub.")] = False,
     steps: Annotated[int | None, option(SAMPLING, help="Denoising steps.")] = None,
     guidance_scale: Annotated[float | None, option(SAMPLING, help="Classifier-free guidance.")] = None,
     scheduler: Annotated[
@@ -235,7 +252,9 @@ def generate(
     output: Annotated[
         Path | None, option(OUTPUT, "--output", "-o", help="Run folder (default: under ./stories).")
     ] = None,
-    overwrite: Annotated[bool, option(OUTPUT, help="Draw anew what the run folder holds.")] = False,
+    overwrite: Annotated[
+        bool, option(OUTPUT, "--overwrite", help="Draw anew what the run folder holds.")
+    ] = False,
     frames: Annotated[
         str | None,
         option(
@@ -247,7 +266,7 @@ def generate(
     redraw_seed: Annotated[
         int | None, option(OUTPUT, help="Another seed for the frames of --frames.")
     ] = None,
-    quiet: Annotated[bool, option(OUTPUT, help="Print the run folder and nothing else.")] = False,
+    quiet: Annotated[bool, option(OUTPUT, "--quiet", help="Print the run folder and nothing else.")] = False,
     json_lines: Annotated[bool, option(OUTPUT, "--json", help="Print events as JSON lines.")] = False,
 ) -> None:
     """Draw stories: every picture of every round, a contact sheet and a storybook page, in a run folder.
@@ -400,7 +419,7 @@ def tune(
         str | None, option(MODEL, help="What --imitate imitates (.safetensors); the built-in brings its own.")
     ] = None,
     image_encoder: Annotated[str | None, option(MODEL, help="Folder of its CLIP image encoder.")] = None,
-    offline: Annotated[bool, option(MODEL, help="Never ask a hub.")] = False,
+    offline: Annotated[bool, option(MODEL, "--offline", help="Never ask a hub.")] = False,
     history_size: Annotated[
         str | None, option(MODEL, help="Make the history encoder new: small, medium or base.")
     ] = None,
@@ -468,8 +487,10 @@ def tune(
     validation: Annotated[
         int, option(RUN, help="Stories, the last by name, that are kept out of training (default 0).")
     ] = 0,
-    overwrite: Annotated[bool, option(OUTPUT, help="Tune anew what the output's folder holds.")] = False,
-    quiet: Annotated[bool, option(OUTPUT, help="Print the adapter and nothing else.")] = False,
+    overwrite: Annotated[
+        bool, option(OUTPUT, "--overwrite", help="Tune anew what the output's folder holds.")
+    ] = False,
+    quiet: Annotated[bool, option(OUTPUT, "--quiet", help="Print the adapter and nothing else.")] = False,
 ) -> None:
     """Tune causal mode on stories with pictures; the base's own weights stay as they are.
 
@@ -561,7 +582,7 @@ def export(
     lora: Annotated[
         list[str] | None, option(MODEL, metavar="PATH[:WEIGHT]", help="LoRA file; repeatable.")
     ] = None,
-    offline: Annotated[bool, option(MODEL, help="Never ask a hub.")] = False,
+    offline: Annotated[bool, option(MODEL, "--offline", help="Never ask a hub.")] = False,
     dtype: Annotated[str, option(METHOD, help="float32 (the default), float16 or bfloat16.")] = "float32",
     groups: Annotated[
         int,

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from fastory import __version__
 from fastory.cli import app, parse_lora
 from fastory.door import parse_frames
 
@@ -129,3 +130,16 @@ def test_started_from_the_checkout_no_library_imports_our_kernels_folder() -> No
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == 0
     text = (ROOT / "kernels" / "__init__.py").read_text() + (ROOT / "export" / "__init__.py").read_text()
     assert "import" not in text.split('"""')[2] and "import" not in text.split('"""')[4]
+
+
+def test_the_version_is_told_and_no_flag_has_an_opposite_that_nobody_wants() -> None:
+    told = CliRunner().invoke(app, ["--version"])
+    assert (told.exit_code, told.stdout) == (0, f"fastory {__version__}\n")
+    assert "Exit codes: 0 done; 1" in " ".join(CliRunner().invoke(app, ["--help"]).stdout.split())
+    for command in ("generate", "tune", "export", "convert"):
+        shown = (
+            CliRunner()
+            .invoke(app, [command, "--help"], env={"COLUMNS": "200", "TERMINAL_WIDTH": "200"})
+            .stdout
+        )
+        assert "--no-" not in shown
