@@ -203,10 +203,10 @@ def test_weights_are_shared_and_what_was_copied_is_freed(load: Any, lora: Path) 
     assert encoder is not None
     shared = [*adapter.key_weights, *adapter.value_weights, *encoder.parameters(), *model.vae.parameters()]
     assert {w.data_ptr() for w in shared} <= places
-    unet = weakref.ref(model.unet)
+    held = [weakref.ref(model.unet), weakref.ref(model.layers.layers[0].attn)]
     model.release()
     gc.collect()
-    assert unet() is None
+    assert [one() for one in held] == [None, None]
     with pytest.raises(InputError, match="released"):
         story(model)
 

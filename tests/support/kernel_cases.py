@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+from fastory import packages
 from fastory.kernels.banded import banded_causal_attention_reference
 from fastory.kernels.grca import grca_reference
 
@@ -283,8 +285,11 @@ Interpreter = Callable[[str, list[Tensor], dict[str, Any]], Tensor]
 def start_interpreter() -> Iterator[Interpreter]:
     """Calls a kernel in Triton's interpreter.
 
-    A process of its own: Triton decides on its first import whether its functions are interpreted, for all tests.
+    A process of its own: Triton decides on its first import whether its functions are interpreted, for all tests. Skips
+    where the installed pair of Triton and numpy is known not to interpret.
     """
+    if known := packages.found("triton-interpreter"):
+        pytest.skip(known)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context, initializer=_start_interpreter) as pool:
         yield lambda *call: pool.submit(_interpret, *call).result()
