@@ -83,7 +83,9 @@ setup(
     package_data={
         "fastory": ["py.typed"],
         "fastory.runs": ["templates/*"],
-        "fastory.builtin": ["weights/**/*", "weights/*", "stories/*", "*.md", "*.json", "*.safetensors"],
+        "fastory.builtin": ["weights/**/*", "weights/*", "stories/*", "*.md"],
+        "fastory.builtin.world": ["*.json"],
+        "fastory.builtin.evaluation": ["*.safetensors"],
         "fastory.kernels.grca": ["configs/*.json"],
         "fastory.kernels.banded": ["configs/*.json"],
     },

@@ -353,7 +353,7 @@ def doctor() -> None:
 def words() -> None:
     """Print the words that the built-in model knows, and sentences it draws; other models take any English."""
     with reported():
-        from fastory.builtin.captions import vocabulary_lines
+        from fastory.builtin.words import vocabulary_lines
 
         say("\n".join(vocabulary_lines()))
 

@@ -1,4 +1,4 @@
-"""The built-in story model: a drawn world, its training, its weights and example stories."""
+"""The built-in story model: its weights, its words and example stories; world/, training/ and evaluation/ made it."""
 
 from pathlib import Path
 
@@ -12,3 +12,6 @@ EXAMPLES: dict[str, Path] = {
 
 DEFAULT_EXAMPLE: str = "flag"
 """The story of eight frames that a first run draws."""
+
+# The commands answer to the names that they had when they all lay here, too.
+__path__.append(str(Path(__file__).with_name("moved")))

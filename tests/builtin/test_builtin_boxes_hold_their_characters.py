@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fastory.builtin.world import (
+from fastory.builtin.world.drawing import (
     ACTIONS,
     COLOURS,
     HATS,

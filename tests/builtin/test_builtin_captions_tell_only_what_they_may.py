@@ -9,17 +9,11 @@ import pytest
 from transformers import CLIPTokenizer
 
 from fastory.builtin import WEIGHTS
-from fastory.builtin.captions import (
-    TOKEN_LIMIT,
-    caption,
-    sample_names,
-    unknown_words,
-    vocabulary,
-    words,
-)
-from fastory.builtin.corpus import sample_training_tale
-from fastory.builtin.tokenizer import build_tokenizer
-from fastory.builtin.world import COLOURS, HATS, SCARVES, Character, Role, Scene
+from fastory.builtin.training.tokenizer import build_tokenizer
+from fastory.builtin.words import unknown_words, vocabulary, words
+from fastory.builtin.world.captions import TOKEN_LIMIT, caption, sample_names
+from fastory.builtin.world.corpus import sample_training_tale
+from fastory.builtin.world.drawing import COLOURS, HATS, SCARVES, Character, Role, Scene
 
 
 def captions(count: int, named: bool = True) -> Iterator[str]:

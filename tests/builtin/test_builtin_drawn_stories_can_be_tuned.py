@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastory.builtin.captions import words
-from fastory.builtin.drawn_stories import main
-from fastory.builtin.world import COLOURS, HATS, SCARVES, SIZE
+from fastory.builtin.training.drawn_stories import main
+from fastory.builtin.words import words
+from fastory.builtin.world.drawing import COLOURS, HATS, SCARVES, SIZE
 from fastory.tuning.siblings import families_of
 from fastory.tuning.stories import digest_of, read_examples
 

@@ -11,7 +11,7 @@ from small_history import forget_adapter
 from typer.testing import CliRunner
 
 from fastory import Story, StoryModel, generate
-from fastory.builtin.remembering import POSITIONS
+from fastory.builtin.training.remembering import POSITIONS
 from fastory.cli import app
 from fastory.events import FrameDrawn
 

@@ -13,9 +13,7 @@ from safetensors.torch import save_file
 from small_history import config, encoder
 
 from fastory import Settings, StoryModel
-from fastory.builtin.encoders import label
-from fastory.builtin.evaluate import HeldOutStory, Judged, held_out_stories
-from fastory.builtin.evaluate_causal import (
+from fastory.builtin.evaluation.causal import (
     WITHOUT,
     by_frame,
     causal_scores,
@@ -29,7 +27,9 @@ from fastory.builtin.evaluate_causal import (
     with_history,
     without_history,
 )
-from fastory.builtin.world import Character, Role, Scene, Tale
+from fastory.builtin.evaluation.iterative import HeldOutStory, Judged, held_out_stories
+from fastory.builtin.training.encoders import label
+from fastory.builtin.world.drawing import Character, Role, Scene, Tale
 from fastory.sampling.noise import noise_seed
 from fastory.settings import resolve
 

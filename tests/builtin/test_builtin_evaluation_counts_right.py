@@ -7,9 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fastory.builtin.distinct import distinct_scores, modal_share, pairwise_share
-from fastory.builtin.encoders import label
-from fastory.builtin.evaluate import (
+from fastory.builtin.evaluation.distinct import distinct_scores, modal_share, pairwise_share
+from fastory.builtin.evaluation.iterative import (
     HeldOutStory,
     Judged,
     chance_of_modal_share,
@@ -18,6 +17,7 @@ from fastory.builtin.evaluate import (
     pixel_diversity,
     scores,
 )
+from fastory.builtin.training.encoders import label
 
 FREE = ("colour", "hat", "scarf")
 

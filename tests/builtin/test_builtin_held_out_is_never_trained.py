@@ -7,7 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from fastory.builtin.corpus import (
+from fastory.builtin.evaluation.iterative import held_out_stories
+from fastory.builtin.world.corpus import (
     HELD_OUT_FILE,
     choose_held_out,
     held_out,
@@ -15,8 +16,7 @@ from fastory.builtin.corpus import (
     sample_training_tale,
     triples,
 )
-from fastory.builtin.evaluate import held_out_stories
-from fastory.builtin.world import ACTIONS, PLACES, SPECIES
+from fastory.builtin.world.drawing import ACTIONS, PLACES, SPECIES
 
 
 def test_no_training_story_shows_a_held_out_scene() -> None:

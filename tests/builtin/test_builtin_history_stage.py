@@ -16,11 +16,17 @@ import torch
 from diffusers import AutoencoderKL
 from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
-from fastory.builtin.captions import SPECIES_WORDS
-from fastory.builtin.corpus import sample_tale
-from fastory.builtin.encoders import ABSENT
-from fastory.builtin.remembering import START, HistoryObjective, build_history_encoder, patchy, see_as
-from fastory.builtin.world import COLOURS, SIZE, SPECIES, Scene, Tale, draw
+from fastory.builtin.training.encoders import ABSENT
+from fastory.builtin.training.remembering import (
+    START,
+    HistoryObjective,
+    build_history_encoder,
+    patchy,
+    see_as,
+)
+from fastory.builtin.words import SPECIES_WORDS
+from fastory.builtin.world.corpus import sample_tale
+from fastory.builtin.world.drawing import COLOURS, SIZE, SPECIES, Scene, Tale, draw
 from fastory.checkpoints.history import read_adapter_config
 from fastory.models.torch_model import StoryModel
 
@@ -137,7 +143,7 @@ def test_a_few_steps_learn_and_the_start_opens(objective: HistoryObjective, tmp_
 def test_every_training_process_reads_a_caption_alike() -> None:
     """The order of a hash map differs from process to process; the ids of a caption must not."""
     code = (
-        "from fastory.builtin.tokenizer import build_tokenizer\n"
+        "from fastory.builtin.training.tokenizer import build_tokenizer\n"
         "tokenizer = build_tokenizer()\n"
         "print(sorted(tokenizer.get_vocab().items()), tokenizer('A fox and Zebulon nap')['input_ids'])"
     )

@@ -9,7 +9,7 @@ from transformers import CLIPTokenizer
 
 from fastory import Story
 from fastory.builtin import DEFAULT_EXAMPLE, EXAMPLES, WEIGHTS
-from fastory.builtin.captions import unknown_words
+from fastory.builtin.words import unknown_words
 
 
 @pytest.mark.parametrize("file", EXAMPLES.values(), ids=EXAMPLES)

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fastory.builtin.autoencoder import VaeObjective
-from fastory.builtin.networks import Sizes
-from fastory.builtin.training import Batch, Plan, learning_rate_factor, stream, train
+from fastory.builtin.training.autoencoder import VaeObjective
+from fastory.builtin.training.loop import Batch, Plan, learning_rate_factor, stream, train
+from fastory.builtin.training.networks import Sizes
 
 TINY = Sizes(vae=(8, 8, 8, 8))
 

@@ -10,12 +10,12 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
-from fastory.builtin.autoencoder import drawn_pictures, to_tensor
-from fastory.builtin.denoiser import TRAINED_SCALE, AdapterObjective, Corpus, load_adapter
-from fastory.builtin.encoders import pixel_values, pixels_of
-from fastory.builtin.networks import build_image_encoder, build_text_encoder, build_unet, build_vae
-from fastory.builtin.tokenizer import build_tokenizer
-from fastory.builtin.train import STAGES, minutes_of, parse
+from fastory.builtin.training.autoencoder import drawn_pictures, to_tensor
+from fastory.builtin.training.denoiser import TRAINED_SCALE, AdapterObjective, Corpus, load_adapter
+from fastory.builtin.training.encoders import pixel_values, pixels_of
+from fastory.builtin.training.networks import build_image_encoder, build_text_encoder, build_unet, build_vae
+from fastory.builtin.training.stages import STAGES, minutes_of, parse
+from fastory.builtin.training.tokenizer import build_tokenizer
 
 
 @pytest.fixture(scope="module")

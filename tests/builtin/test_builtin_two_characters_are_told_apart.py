@@ -7,15 +7,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fastory.builtin.corpus import sample_tale
-from fastory.builtin.distinct import (
+from fastory.builtin.evaluation.distinct import (
     distinct_of_own_looks,
     distinct_scores,
     same_mode,
     shares_of_one_look,
 )
-from fastory.builtin.evaluate import HeldOutStory, Judged, held_out_stories, scores
-from fastory.builtin.world import COLOURS, HATS, SCARVES, Character, Role, Scene, Tale
+from fastory.builtin.evaluation.iterative import HeldOutStory, Judged, held_out_stories, scores
+from fastory.builtin.world.corpus import sample_tale
+from fastory.builtin.world.drawing import COLOURS, HATS, SCARVES, Character, Role, Scene, Tale
 
 FREE = {"colour": COLOURS, "hat": HATS, "scarf": SCARVES}
 CAST = (Character("fox", "red", "none", "none"), Character("bear", "blue", "crown", "white"))

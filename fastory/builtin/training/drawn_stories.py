@@ -1,13 +1,13 @@
 """Training stories of the drawn world, to tune the built-in model without a download:
 
-python -m fastory.builtin.drawn_stories DIR --stories 1000 --frames 8 --seed 0
+python -m fastory.builtin.training.drawn_stories DIR --stories 1000 --frames 8 --seed 0
 fastory tune DIR --model builtin --output ADAPTER.safetensors
 
 With --siblings N, N stories in a row have the same captions and places and other looks: what `--contrast` and
 `--patches` learn from.
 
-No story shows a held-out scene, so `fastory.builtin.evaluate` measures what was never trained. Every third story went
-through the built-in autoencoder: a history is made of pictures that the model drew.
+No story shows a held-out scene, so fastory.builtin.evaluation measures what was never trained. Every third story went through
+the built-in autoencoder: a history is made of pictures that the model drew.
 """
 
 import argparse
@@ -22,12 +22,12 @@ from PIL import Image
 
 from fastory import Story
 from fastory.builtin import WEIGHTS
-from fastory.builtin.autoencoder import to_pictures, to_tensor
-from fastory.builtin.captions import caption, sample_names
-from fastory.builtin.corpus import sample_character, sample_training_tale
-from fastory.builtin.networks import Network
-from fastory.builtin.training import stream
-from fastory.builtin.world import COLOURS, Character, draw
+from fastory.builtin.training.autoencoder import to_pictures, to_tensor
+from fastory.builtin.training.loop import stream
+from fastory.builtin.training.networks import Network
+from fastory.builtin.world.captions import caption, sample_names
+from fastory.builtin.world.corpus import sample_character, sample_training_tale
+from fastory.builtin.world.drawing import COLOURS, Character, draw
 
 
 def write_story(folder: Path, frames: int, seed: int, index: int, vae: Network, sibling: int = 0) -> None:
@@ -69,7 +69,9 @@ def restored(vae: Network, pictures: Sequence[Image.Image]) -> list[Image.Image]
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m fastory.builtin.drawn_stories", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m fastory.builtin.training.drawn_stories", description=__doc__
+    )
     parser.add_argument("folder", type=Path, metavar="DIR", help="new, or without stories of these names")
     parser.add_argument("--stories", type=int, default=1000)
     parser.add_argument("--frames", type=int, default=8, help="of every story, 4 to 40")

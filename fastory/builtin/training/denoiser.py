@@ -13,11 +13,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import CLIPTokenizer
 
-from fastory.builtin.autoencoder import to_pictures, to_tensor
-from fastory.builtin.captions import TOKEN_LIMIT, caption, sample_names
-from fastory.builtin.corpus import sample_training_tale
-from fastory.builtin.encoders import pixel_values, pixels_of
-from fastory.builtin.networks import (
+from fastory.builtin.training.autoencoder import to_pictures, to_tensor
+from fastory.builtin.training.encoders import pixel_values, pixels_of
+from fastory.builtin.training.loop import Batch, Objective, stream
+from fastory.builtin.training.networks import (
     LATENT_CHANNELS,
     LATENT_SIZE,
     REFERENCE_TOKENS,
@@ -28,8 +27,9 @@ from fastory.builtin.networks import (
     build_scheduler,
     build_unet,
 )
-from fastory.builtin.training import Batch, Objective, stream
-from fastory.builtin.world import Tale, draw
+from fastory.builtin.world.captions import TOKEN_LIMIT, caption, sample_names
+from fastory.builtin.world.corpus import sample_training_tale
+from fastory.builtin.world.drawing import Tale, draw
 
 FRAMES = 8  # of a training story
 REFERENCES = 6  # slots; fewer references are repeated, which leaves a softmax over them unchanged

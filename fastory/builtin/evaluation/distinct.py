@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastory.builtin.world import COLOURS, HATS, SCARVES
+from fastory.builtin.world.drawing import COLOURS, HATS, SCARVES
 
 if TYPE_CHECKING:
-    from fastory.builtin.evaluate import Judged
+    from fastory.builtin.evaluation.iterative import Judged
 
 FREE = {"colour": COLOURS, "hat": HATS, "scarf": SCARVES}
 CHANCE = {name: 1 / len(options) for name, options in FREE.items()}

@@ -1,7 +1,7 @@
 """The judge of the evaluation: a small network that names what a picture shows.
 
 It learns from drawn pictures alone, from its own seed, and takes no part in training the model. Train it with
-python -m fastory.builtin.classifier --minutes 20 --workdir DIR
+python -m fastory.builtin.evaluation.classifier --minutes 20 --workdir DIR
 """
 
 import argparse
@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fastory.builtin.autoencoder import to_tensor
-from fastory.builtin.corpus import sample_tale
-from fastory.builtin.encoders import ABSENT, label
-from fastory.builtin.training import Batch, Objective, Plan, join, train
-from fastory.builtin.world import ACTIONS, COLOURS, HATS, PLACES, SCARVES, SPECIES, draw
+from fastory.builtin.training.autoencoder import to_tensor
+from fastory.builtin.training.encoders import ABSENT, label
+from fastory.builtin.training.loop import Batch, Objective, Plan, join, train
+from fastory.builtin.world.corpus import sample_tale
+from fastory.builtin.world.drawing import ACTIONS, COLOURS, HATS, PLACES, SCARVES, SPECIES, draw
 
 FILE = Path(__file__).with_name("classifier.safetensors")
 SEED = 90_210
@@ -165,7 +165,9 @@ def accuracies(classifier: Classifier, pictures: np.ndarray, answers: np.ndarray
 
 def main(arguments: list[str] | None = None) -> None:
     """Train the judge and write it into --output."""
-    parser = argparse.ArgumentParser(prog="python -m fastory.builtin.classifier", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m fastory.builtin.evaluation.classifier", description=__doc__
+    )
     parser.add_argument("--minutes", type=float, default=20.0)
     parser.add_argument("--workdir", type=Path, default=Path("builtin-training"))
     parser.add_argument("--output", type=Path, default=FILE.parent, help="a folder")

@@ -6,7 +6,7 @@ from typing import Any
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from fastory.builtin.world import SIZE
+from fastory.builtin.world.drawing import SIZE
 
 WIDTH = 128  # of text states, image embeddings and the UNet's cross-attention
 REFERENCE_TOKENS = 4

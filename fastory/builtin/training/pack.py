@@ -7,7 +7,7 @@ from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from fastory.builtin.world import SIZE
+from fastory.builtin.world.drawing import SIZE
 
 CAUSAL = "causal/adapter.safetensors"  # what `fastory tune` made of the history stage's start
 PARTS = (

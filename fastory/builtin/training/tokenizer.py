@@ -10,7 +10,8 @@ from pathlib import Path
 from tokenizers import pre_tokenizers
 from transformers import CLIPTokenizer
 
-from fastory.builtin.captions import TOKEN_LIMIT, vocabulary
+from fastory.builtin.words import vocabulary
+from fastory.builtin.world.captions import TOKEN_LIMIT
 
 Pair = tuple[str, str]
 

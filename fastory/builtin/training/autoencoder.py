@@ -7,10 +7,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from fastory.builtin.corpus import sample_training_tale
-from fastory.builtin.networks import SMALL, Sizes, build_vae
-from fastory.builtin.training import Batch, Objective
-from fastory.builtin.world import SIZE, draw
+from fastory.builtin.training.loop import Batch, Objective
+from fastory.builtin.training.networks import SMALL, Sizes, build_vae
+from fastory.builtin.world.corpus import sample_training_tale
+from fastory.builtin.world.drawing import SIZE, draw
 
 CROP = 64
 

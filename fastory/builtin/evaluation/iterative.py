@@ -1,4 +1,4 @@
-"""Measure the built-in model on held-out stories: python -m fastory.builtin.evaluate --stories 100
+"""Measure the built-in model on held-out stories: python -m fastory.builtin.evaluation.iterative --stories 100
 
 Draws stories of 8 frames through the fastory runtime, with the settings that the model's folder ships, from captions
 of scenes that no training picture shows. An independent classifier (classifier.py) names what the pictures show.
@@ -16,12 +16,24 @@ import numpy as np
 from PIL import Image
 
 from fastory import Settings, Story, StoryModel, generate
-from fastory.builtin.captions import caption
-from fastory.builtin.classifier import FILE, Classifier, accuracies, drawn_and_labelled, load_classifier
-from fastory.builtin.corpus import sample_tale
-from fastory.builtin.distinct import FREE, distinct_scores, modal_share, pairwise_share, shares_of_one_look
-from fastory.builtin.training import stream
-from fastory.builtin.world import ACTIONS, PLACES, SPECIES, Scene, Tale, draw
+from fastory.builtin.evaluation.classifier import (
+    FILE,
+    Classifier,
+    accuracies,
+    drawn_and_labelled,
+    load_classifier,
+)
+from fastory.builtin.evaluation.distinct import (
+    FREE,
+    distinct_scores,
+    modal_share,
+    pairwise_share,
+    shares_of_one_look,
+)
+from fastory.builtin.training.loop import stream
+from fastory.builtin.world.captions import caption
+from fastory.builtin.world.corpus import sample_tale
+from fastory.builtin.world.drawing import ACTIONS, PLACES, SPECIES, Scene, Tale, draw
 from fastory.events import FrameDrawn
 from fastory.modes.iterative import iterative
 from fastory.modes.mode import StoryPlan
@@ -289,7 +301,7 @@ def judge_accuracies(
     """The judge on drawn pictures that it was not trained on, and on the same ones through the autoencoder."""
     import torch
 
-    from fastory.builtin.autoencoder import to_pictures, to_tensor
+    from fastory.builtin.training.autoencoder import to_pictures, to_tensor
 
     pictures, answers = drawn_and_labelled(np.random.default_rng(123_456), count)
     with torch.no_grad():
@@ -325,7 +337,9 @@ def save_sheet(drawn: Sequence[Rounds], file: Path) -> None:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m fastory.builtin.evaluate", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m fastory.builtin.evaluation.iterative", description=__doc__
+    )
     parser.add_argument("--stories", type=int, default=100)
     parser.add_argument("--control-stories", type=int, default=10)
     parser.add_argument(

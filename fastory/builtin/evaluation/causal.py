@@ -1,4 +1,4 @@
-"""Measure causal mode on the built-in world: python -m fastory.builtin.evaluate_causal --stories 100 --output DIR
+"""Measure causal mode on the built-in world: python -m fastory.builtin.evaluation.causal --stories 100 --output DIR
 
 Draws the held-out stories of `evaluate` in causal mode with several windows, and the same stories in two ways without a
 history: "no history" is causal mode's UNet with every frame as frame 0 of a story of its own, without drafts, with the noise
@@ -27,10 +27,9 @@ import torch
 from PIL import Image, ImageDraw
 
 from fastory import Settings, Story, StoryModel, generate
-from fastory.builtin.autoencoder import to_pictures, to_tensor
-from fastory.builtin.classifier import FILE, load_classifier
-from fastory.builtin.distinct import FREE
-from fastory.builtin.evaluate import (
+from fastory.builtin.evaluation.classifier import FILE, load_classifier
+from fastory.builtin.evaluation.distinct import FREE
+from fastory.builtin.evaluation.iterative import (
     CASTS,
     HeldOutStory,
     Judged,
@@ -41,8 +40,9 @@ from fastory.builtin.evaluate import (
     scores,
     summary,
 )
-from fastory.builtin.training import stream
-from fastory.builtin.world import SIZE, draw
+from fastory.builtin.training.autoencoder import to_pictures, to_tensor
+from fastory.builtin.training.loop import stream
+from fastory.builtin.world.drawing import SIZE, draw
 from fastory.errors import InputError
 from fastory.events import Event, FrameDrawn
 from fastory.modes.causal import window_of
@@ -253,7 +253,7 @@ def save_sheet(drawn: dict[str, list[Pictures]], file: Path) -> None:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m fastory.builtin.evaluate_causal", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m fastory.builtin.evaluation.causal", description=__doc__)
     parser.add_argument("--stories", type=int, default=100)
     parser.add_argument("--frames", type=int, default=8, help="of every story, 4 to 40")
     parser.add_argument("--windows", default="1,2,4,all", help="L_M, in frames, or all")

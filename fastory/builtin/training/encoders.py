@@ -16,10 +16,9 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPImageProcessorPil, CLIPTokenizer
 
-from fastory.builtin.autoencoder import to_tensor
-from fastory.builtin.captions import TOKEN_LIMIT, caption, sample_names
-from fastory.builtin.corpus import sample_tale
-from fastory.builtin.networks import (
+from fastory.builtin.training.autoencoder import to_tensor
+from fastory.builtin.training.loop import Batch, Objective
+from fastory.builtin.training.networks import (
     PATCH_SIZE,
     REFERENCE_SIZE,
     WIDTH,
@@ -27,9 +26,10 @@ from fastory.builtin.networks import (
     build_image_encoder,
     build_text_encoder,
 )
-from fastory.builtin.tokenizer import build_tokenizer
-from fastory.builtin.training import Batch, Objective
-from fastory.builtin.world import (
+from fastory.builtin.training.tokenizer import build_tokenizer
+from fastory.builtin.world.captions import TOKEN_LIMIT, caption, sample_names
+from fastory.builtin.world.corpus import sample_tale
+from fastory.builtin.world.drawing import (
     ACTIONS,
     COLOURS,
     HATS,

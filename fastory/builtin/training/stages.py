@@ -1,4 +1,4 @@
-"""Train the built-in model: python -m fastory.builtin.train --stage all --workdir DIR
+"""Train the built-in model: python -m fastory.builtin.training --stage all --workdir DIR
 
 Stages follow one another: vae, clip, unet, adapter, history. Each writes its networks to DIR/model in diffusers layout,
 float32, and its resumable state to DIR/state-STAGE; `pack` writes the folder that ships, fp16 files. Interrupted, the same
@@ -18,13 +18,13 @@ import torch.multiprocessing as mp
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
-from fastory.builtin.autoencoder import VaeObjective
-from fastory.builtin.denoiser import AdapterObjective, Corpus, UnetObjective, load_adapter
-from fastory.builtin.encoders import ClipObjective
-from fastory.builtin.networks import LARGE, SMALL, Network
-from fastory.builtin.pack import pack
-from fastory.builtin.remembering import HistoryObjective
-from fastory.builtin.training import Objective, Plan, join, train
+from fastory.builtin.training.autoencoder import VaeObjective
+from fastory.builtin.training.denoiser import AdapterObjective, Corpus, UnetObjective, load_adapter
+from fastory.builtin.training.encoders import ClipObjective
+from fastory.builtin.training.loop import Objective, Plan, join, train
+from fastory.builtin.training.networks import LARGE, SMALL, Network
+from fastory.builtin.training.pack import pack
+from fastory.builtin.training.remembering import HistoryObjective
 
 STAGES = ("vae", "clip", "unet", "adapter", "history")
 MINUTES = {  # by device; the shares are those of the issue's plan of 20 minutes on an H100
@@ -41,7 +41,7 @@ BATCHES = {  # pictures in a batch and process
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m fastory.builtin.train", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m fastory.builtin.training", description=__doc__)
     parser.add_argument("--stage", choices=(*STAGES, "pack", "all"), default="all")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--minutes", type=float, help="of the stage; with `all`, of all stages together")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastory.builtin.world import (
+from fastory.builtin.world.drawing import (
     ACTIONS,
     COLOURS,
     HATS,

@@ -21,11 +21,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
-from fastory.builtin.captions import SPECIES_WORDS, TOKEN_LIMIT
-from fastory.builtin.encoders import ABSENT, FREE, ClipObjective
-from fastory.builtin.networks import PATCH_SIZE, REFERENCE_SIZE, WIDTH, Network
-from fastory.builtin.training import Batch, Objective
-from fastory.builtin.world import COLOURS, SIZE, SPECIES, Character, Scene, draw
+from fastory.builtin.training.encoders import ABSENT, FREE, ClipObjective
+from fastory.builtin.training.loop import Batch, Objective
+from fastory.builtin.training.networks import PATCH_SIZE, REFERENCE_SIZE, WIDTH, Network
+from fastory.builtin.words import SPECIES_WORDS
+from fastory.builtin.world.captions import TOKEN_LIMIT
+from fastory.builtin.world.drawing import COLOURS, SIZE, SPECIES, Character, Scene, draw
 from fastory.checkpoints.history_encoder import HistoryConfig, HistoryEncoder
 from fastory.tuning.siblings import SMALLER_PART, patch_shares
 

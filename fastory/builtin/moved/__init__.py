@@ -1,0 +1,1 @@
+"""Commands under the names that they had before this folder was split: each runs what it ran."""
