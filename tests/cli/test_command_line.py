@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from fastory import __version__
-from fastory.cli import app, parse_lora
+from fastory.cli import app
+from fastory.cli.options import parse_lora
 from fastory.door import parse_frames
 
 ROOT = Path(__file__).parents[2]
@@ -120,7 +121,7 @@ def test_lora_weight_follows_the_last_colon(text: str, parsed: tuple[str, float]
 
 def test_help_needs_no_pytorch() -> None:
     """`fastory --help` answers at once."""
-    code = "import sys, fastory.cli; sys.exit('torch' in sys.modules or 'diffusers' in sys.modules)"
+    code = "import sys, fastory.cli.commands; sys.exit('torch' in sys.modules or 'diffusers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
-from fastory import cli
+from fastory.cli import app, reporting
 from fastory.errors import InputError
 from fastory.wording import counted, last_words, shown
 
@@ -62,14 +63,14 @@ def test_interrupt_that_a_library_made_another_error_of() -> None:
 
 def ended(work, **how) -> tuple[int, str]:
     """Exit code and stderr of a command that does `work`."""
-    app = cli.typer.Typer(pretty_exceptions_enable=False)
+    one = typer.Typer(pretty_exceptions_enable=False)
 
-    @app.command()
+    @one.command()
     def command() -> None:
-        with cli.reported(**how):
+        with reporting.reported(**how):
             work()
 
-    result = CliRunner().invoke(app, [])
+    result = CliRunner().invoke(one, [])
     return result.exit_code, result.stderr
 
 
@@ -83,7 +84,7 @@ def test_what_a_library_raises_is_one_line_with_its_last_words(monkeypatch: pyte
     code, message = ended(work)
     assert code == 1
     assert message == "error: RuntimeError: shape mismatch [1, 2]; run with --debug for the traceback\n"
-    monkeypatch.setattr(cli, "debugging", True)
+    monkeypatch.setattr(reporting, "debugging", True)
     code, message = ended(work)
     assert code == 1 and "Traceback (most recent call last)" in message and "in work" in message
     assert message.endswith("error: RuntimeError: shape mismatch [1, 2]\n") and "[bold]" in message
@@ -94,7 +95,7 @@ def test_exit_code_of_input_stays_2_with_its_traceback(monkeypatch: pytest.Monke
         raise InputError("wanted this, got that")
 
     assert ended(work) == (2, "error: wanted this, got that\n")
-    monkeypatch.setattr(cli, "debugging", True)
+    monkeypatch.setattr(reporting, "debugging", True)
     code, message = ended(work)
     assert code == 2 and "Traceback" in message and message.endswith("error: wanted this, got that\n")
 
@@ -104,9 +105,9 @@ def test_exit_code_of_input_stays_2_with_its_traceback(monkeypatch: pytest.Monke
     [["--debug", "generate", "no.txt"], ["generate", "--debug", "no.txt"], ["generate", "no.txt", "--debug"]],
 )
 def test_debug_stands_before_the_command_or_after_it(arguments: list[str]) -> None:
-    result = CliRunner().invoke(cli.app, arguments)
+    result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2 and "Traceback" in result.stderr and "no.txt" in result.stderr
-    plain = CliRunner().invoke(cli.app, [a for a in arguments if a != "--debug"])
+    plain = CliRunner().invoke(app, [a for a in arguments if a != "--debug"])
     assert plain.exit_code == 2 and "Traceback" not in plain.stderr
 
 
@@ -144,7 +145,7 @@ def test_stdout_on_a_full_disk(arguments: list[str]) -> None:
     ("typed", "near"), [("--pdf", ""), ("--step", "--steps"), ("--negative", "--negative-prompt")]
 )
 def test_only_near_options_are_suggested(typed: str, near: str) -> None:
-    result = CliRunner().invoke(cli.app, ["generate", typed, "1"])
+    result = CliRunner().invoke(app, ["generate", typed, "1"])
     message = re.sub(r"[\s│]+", " ", result.stderr)
     assert result.exit_code == 2 and f"No such option: {typed}" in message
     assert "--drafts" not in message and near in message
@@ -171,7 +172,7 @@ def test_values_in_messages_have_an_end() -> None:
 
 def test_one_frame_and_one_round_are_no_plural() -> None:
     Path("one.txt").write_text("a fox is sleeping in the snow\n")
-    result = CliRunner().invoke(cli.app, ["generate", "one.txt", *QUICK, "-o", "run"])
+    result = CliRunner().invoke(app, ["generate", "one.txt", *QUICK, "-o", "run"])
     assert result.exit_code == 0, result.output
     assert "1 frame, 1 round" in result.stderr and "1 frames" not in result.stderr
     assert "1 rounds" not in result.stderr
@@ -179,7 +180,7 @@ def test_one_frame_and_one_round_are_no_plural() -> None:
 
 def test_frames_of_causal_mode_are_told_where_there_is_no_bar() -> None:
     result = CliRunner().invoke(
-        cli.app, ["generate", "good.txt", "--mode", "causal", "--steps", "1", "-o", "run"]
+        app, ["generate", "good.txt", "--mode", "causal", "--steps", "1", "-o", "run"]
     )
     assert result.exit_code == 0, result.output
     lines = [line for line in result.stderr.splitlines() if " drawn (" in line]
@@ -194,7 +195,7 @@ def test_free_english_on_the_builtin_model_is_one_notice() -> None:
     Path("free.txt").write_text(
         "An astronaut explores a crystal cave beneath the ocean\nThe rabit sails towards distant golden islands\n"
     )
-    result = CliRunner().invoke(cli.app, ["generate", "free.txt", *QUICK, "-o", "run"])
+    result = CliRunner().invoke(app, ["generate", "free.txt", *QUICK, "-o", "run"])
     notes = [line for line in result.stderr.splitlines() if "note:" in line and "know" in line]
     assert len(notes) == 1
     for said in (

@@ -15,7 +15,7 @@ import pytest
 # Imports the command line once, then forks for each line of JSON arguments: [exit code, stderr, was PyTorch imported].
 SERVER = """
 import contextlib, io, json, os, sys, typer.testing
-import fastory.cli, fastory.door
+import fastory.cli.commands, fastory.door
 heavy = ("torch", "transformers", "diffusers", "numpy")
 for line in sys.stdin:
     read, write = os.pipe()

@@ -63,7 +63,7 @@ def waiting(tmp_path: Path, command: list[str], **environment: str) -> str:
 
 @pytest.mark.parametrize("module", entry_modules())
 def test_modules_set_it_before_pytorch_is_loaded(module: str, tmp_path: Path) -> None:
-    arguments = ["doctor"] if module in ("fastory.cli", "fastory.__main__") else []
+    arguments = ["doctor"] if module in ("fastory.cli.__main__", "fastory.__main__") else []
     assert waiting(tmp_path, ["-m", module, *arguments]) == "PASSIVE"
 
 
@@ -79,7 +79,7 @@ def test_what_the_user_said_counts(tmp_path: Path) -> None:
 
 
 def test_a_library_leaves_its_users_process_alone(tmp_path: Path) -> None:
-    assert waiting(tmp_path, ["-c", "import fastory.cli; fastory.generate"]) == "None"
+    assert waiting(tmp_path, ["-c", "import fastory.cli.commands; fastory.generate"]) == "None"
     (tmp_path / "theirs.py").write_text("import fastory; fastory.generate")
     assert waiting(tmp_path, ["-m", "theirs"]) == "None"
 

@@ -1,0 +1,200 @@
+"""What is printed while a command works: events as JSON lines, or bars and notes for people."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fastory.cli.reporting import plain, say, stderr
+from fastory.wording import counted
+
+if TYPE_CHECKING:
+    from fastory.events import Event, FrameDrawn
+
+
+def show(events: Iterator[Event], *, quiet: bool, json_lines: bool) -> None:
+    """Print events as JSON lines, as progress, or only the run folder."""
+    from fastory.events import as_json
+
+    if json_lines:
+        for event in events:
+            say(as_json(event))
+        return
+    with Screen(quiet) as screen:
+        for event in events:
+            screen.show(event)
+
+
+def show_tuning(events: Iterator[Any], quiet: bool) -> None:
+    """A bar over the steps of a tuning and its losses; the adapter's path on stdout."""
+    from fastory.tuning import loop
+
+    columns = (
+        TextColumn("  {task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+    )
+    with Progress(*columns, console=stderr, disable=quiet, speed_estimate_period=120) as bar:
+        task = bar.add_task("", total=None)
+        for event in events:
+            match event:
+                case loop.Encoded():
+                    bar.update(task, description="encoding frames", completed=event.done, total=event.frames)
+                case loop.Stepped():
+                    said = None if event.loss is None else f"loss {event.loss:.4f}"
+                    bar.update(task, completed=event.step, total=event.steps, description=said)
+                case loop.Validated():
+                    said = "pictures drawn" if event.loss is None else f"validation loss {event.loss:.4f}"
+                    bar.console.print(f"  step {event.step}: {said}", soft_wrap=True)
+                case loop.Tuned():
+                    bar.update(task, visible=False)
+                    say(str(event.adapter))
+
+
+class Screen:
+    """Progress for people: notes on stderr, a bar over the story's denoising steps, the run folder on stdout."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.quiet = quiet
+        self.progress = Progress(
+            TextColumn("  {task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("steps,"),
+            TimeRemainingColumn(),  # from the measured step times
+            TextColumn("left"),
+            console=stderr,
+            disable=quiet or not stderr.is_terminal,
+            speed_estimate_period=120,
+        )
+        self.task = self.progress.add_task("", visible=False)
+        self.round, self.frame, self.done_in_round = "", -1, 0
+        self.titles: dict[int, str] = {}  # stories that are being drawn, by their place in the call
+        self.total = 0
+        self.since = time.monotonic()
+        self.drawn: dict[int, tuple[int, int]] = {}  # causal: finished frames and all, by the story's place
+
+    def __enter__(self) -> Screen:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def note(self, text: str) -> None:
+        """One line above the bar."""
+        if not self.quiet:
+            self.progress.console.print(f"  {text}", soft_wrap=True)
+
+    def count(self, drawn: FrameDrawn) -> None:
+        """Causal mode where there is no bar: a line for each frame. Iterative mode has one for each round."""
+        if self.round or stderr.is_terminal:
+            return
+        done, total = self.drawn[drawn.place]
+        self.drawn[drawn.place] = (done + 1, total)
+        title = f"{plain(self.titles[drawn.place])}: " if len(self.titles) > 1 else ""
+        seconds, self.since = time.monotonic() - self.since, time.monotonic()
+        self.note(f"{title}frame {drawn.frame} drawn ({done + 1} of {total}): {seconds:.1f} s")
+
+    def show(self, event: Event) -> None:
+        """One event."""
+        from fastory import events
+
+        match event:
+            case events.StoryStarted():
+                state = (
+                    f"; {event.finished} of {counted(event.total, 'picture')} finished"
+                    if event.finished
+                    else ""
+                )
+                rounds = f", {counted(event.rounds - 1, 'round')}" if event.rounds > 1 else ""
+                self.note(f"[bold]{plain(event.story)}[/]: {counted(event.frames, 'frame')}{rounds}{state}")
+                self.drawn[event.place] = (event.finished, event.total)
+                self.total += (event.total - event.finished) * event.steps
+                if self.titles:  # drawn side by side with others
+                    self.progress.update(self.task, total=self.total, visible=self.total > 0)
+                else:
+                    self.progress.reset(self.task, total=self.total, visible=self.total > 0)
+                self.titles[event.place] = event.story
+            case events.BatchChosen():
+                self.note(plain(event.reason))
+            case events.Notice():
+                self.note(f"[yellow]note:[/] {plain(event.message)}")
+            case events.RoundStarted():
+                self.round, self.done_in_round = f"round {event.round} of {event.rounds}", 0
+            case events.StepDone():
+                first, last = event.frames[0], event.frames[-1]
+                which = f"frame {first}" if first == last else f"frames {first}-{last}"
+                if not self.round and first != self.frame:  # causal: what memory may cost is one frame
+                    self.frame, self.done_in_round = first, 0
+                title = self.titles[event.place] if len(self.titles) > 1 else ""
+                which += f", draft {event.draft}" if event.draft else ""
+                parts = [title, self.round, which, f"step {event.step} of {event.steps}"]
+                described = plain(", ".join(part for part in parts if part))
+                done = 0 if event.draft else len(event.frames)
+                self.done_in_round += done
+                self.progress.update(self.task, advance=done, description=described)
+            case events.FrameDrawn() if event.left_out:
+                which = (
+                    f"frame {event.frame} of round {event.round}" if self.round else f"frame {event.frame}"
+                )
+                self.note(f"[yellow]note:[/] {which} {event.left_out}; it is left out as a reference")
+                self.count(event)
+            case events.FrameDrawn():
+                self.count(event)
+            case events.BatchHalved():
+                self.progress.update(self.task, advance=-self.done_in_round)
+                what = f"round {event.round}" if event.frame is None else f"frame {event.frame}"
+                again = f"{what} again, {event.size} at once"
+                self.note(f"[yellow]out of memory[/] ({plain(event.needed)}); {again}")
+            case events.RoundFinished():
+                self.note(f"round {event.round} of {event.rounds}: {event.seconds:.1f} s")
+            case events.StoryFinished():
+                self.titles, self.total, self.round = {}, 0, ""
+                self.note(f"sheet      {plain(event.sheet)}")
+                self.note(f"storybook  {plain(event.storybook)}")
+                self.progress.update(self.task, visible=False)
+                self.progress.refresh()
+                say(str(event.folder))
+
+
+def show_engines(events: Iterator[Any], quiet: bool) -> None:
+    """A line for each engine."""
+    for event in events:
+        if not quiet:
+            said = f"{event.engine.name}: {event.bytes / 1e6:.0f} MB, {event.seconds:.0f} s"
+            stderr.print(f"  {said}", soft_wrap=True)
+
+
+def show_export(events: Iterator[Any], quiet: bool) -> Path:
+    """A line for each component. Returns the folder."""
+    from fastory.export import onnx
+
+    folder = Path()
+
+    def note(text: str) -> None:
+        if not quiet:
+            stderr.print(f"  {text}", soft_wrap=True)
+
+    for event in events:
+        match event:
+            case onnx.Exported():
+                note(f"{event.component}: {event.bytes / 1e6:.1f} MB of weights, {event.seconds:.0f} s")
+            case onnx.Compared(worst=None):
+                note("bfloat16: graphs checked; compared with torch as float32, which a CPU runtime computes")
+            case onnx.Compared(comparisons=count, worst=onnx.Parity() as worst):
+                note(
+                    f"{count} comparisons with torch agree; nearest to what is allowed: {worst.component}, "
+                    f"{worst.error:.2g} from float64 of {worst.allowed:.2g}"
+                )
+            case onnx.Rebound():
+                note(f"bound for {event.binding}; the weights are as they were")
+            case onnx.Finished():
+                folder = event.folder
+    return folder
