@@ -29,7 +29,7 @@ def export(folder: Path) -> None:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
     from fastory import StoryModel
-    from fastory.export import graphs
+    from fastory.export import unets
     from fastory.export.onnx import export_component
     from fastory.models.export_folder import hashes_of, write_manifest
     from fastory.processors.projected import CrossAttentionLayers
@@ -43,7 +43,7 @@ def export(folder: Path) -> None:
     plain = CrossAttentionLayers(unet)
     adapter = [one.attn.to_k.weight for one in plain.layers], [one.attn.to_v.weight for one in plain.layers]
     model.unet, model.layers = unet, CrossAttentionLayers(unet, *adapter)
-    component = graphs.unet(model, 1)
+    component = unets.unet(model, 1)
     folder.mkdir(parents=True, exist_ok=True)
     described = export_component(component, folder, 1, "ort")
     parameters = sum(one.numel() for one in unet.parameters())

@@ -21,8 +21,10 @@ from safetensors.torch import save_file
 
 from fastory import __version__, files, packages
 from fastory.errors import InputError
-from fastory.export.graphs import Component, components, constants, is_large
+from fastory.export.component import Component
+from fastory.export.graphs import components, constants
 from fastory.export.parity import Parity, measure_apart, measure_folder, refuse_apart
+from fastory.export.unets import is_large
 from fastory.models.export_folder import (
     DOING,
     HINT,

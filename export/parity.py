@@ -15,7 +15,8 @@ from torch import Tensor
 
 from fastory import files
 from fastory.errors import FastoryError
-from fastory.export.graphs import Component, components
+from fastory.export.component import Component
+from fastory.export.graphs import components
 from fastory.models.onnx_session import OrtSession
 from fastory.models.torch_model import StoryModel
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fastory.errors import InputError
-from fastory.export.graphs import size_of
+from fastory.export.component import size_of
 from fastory.models.export_folder import factored
 
 Bounds = tuple[int, int]

@@ -17,7 +17,7 @@ EXPORT = """
 import hashlib, sys
 from pathlib import Path
 import torch
-from fastory.export.graphs import Component, Input
+from fastory.export.component import Component, Input
 from fastory.export.onnx import export_component
 
 class Halved(torch.nn.Module):

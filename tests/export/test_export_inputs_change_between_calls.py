@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from fastory import StoryModel
-from fastory.export.graphs import Component, components
+from fastory.export.component import Component
+from fastory.export.graphs import components
 from fastory.export.onnx import Compared, Finished, Rebound, export_onnx
 from fastory.export.operators import BANDED, GRCA, opaque_nodes
 from fastory.models.export_folder import ExportFolder

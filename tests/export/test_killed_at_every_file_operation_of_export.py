@@ -10,7 +10,8 @@ import pytest
 from killed import check_every_operation, contents, run_apart
 
 from fastory import StoryModel
-from fastory.export.graphs import Component, components
+from fastory.export.component import Component
+from fastory.export.graphs import components
 from fastory.models.export_folder import ExportFolder
 
 pytest.importorskip("onnxruntime", reason="exported graphs run on ONNX Runtime")

@@ -1,0 +1,208 @@
+"""The UNets of both modes as components: latents and contexts, K and V only, to a prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastory.conditioning.history import HistoryContext
+from fastory.conditioning.references import ReferenceContext
+from fastory.export.component import BEHIND_ALL, RANGES, Axis, Component, Input, random_mask, random_padding
+from fastory.kernels.banded import banded_causal_attention
+from fastory.models.torch_model import StoryModel
+from fastory.processors.projected import Layer
+
+
+class _Unet(nn.Module):
+    """The UNet with references; SDXL's and LCM's further inputs by name."""
+
+    def __init__(self, unet: nn.Module, tokens_per_ref: int, added: tuple[str, ...]) -> None:
+        super().__init__()
+        self.unet, self.tokens_per_ref, self.added = unet, tokens_per_ref, added
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        text_kv: Tensor,
+        ref_kv: Tensor,
+        ref_visible: Tensor,
+        ref_offsets: Tensor,
+        scale: Tensor,
+        *added: Tensor,
+    ) -> Tensor:
+        """The inputs of ReferenceContext beside latents and timestep -> prediction (B, c, h, w)."""
+        context = ReferenceContext(text_kv, ref_kv, scale, ref_visible, ref_offsets, self.tokens_per_ref)
+        return call_unet(self.unet, sample, timestep, context, dict(zip(self.added, added, strict=True)))
+
+
+class _CausalUnet(nn.Module):
+    """The UNet of causal mode: K and V of the caption and the window, and which of them are padding."""
+
+    def __init__(self, unet: nn.Module, added: tuple[str, ...]) -> None:
+        super().__init__()
+        self.unet, self.added = unet, added
+
+    def forward(
+        self, sample: Tensor, timestep: Tensor, kv: Tensor, padding: Tensor, *added: Tensor
+    ) -> Tensor:
+        """kv (B, n, W), padding (B, n) -> prediction (B, c, h, w)."""
+        return call_unet(
+            self.unet,
+            sample,
+            timestep,
+            _AllPast(kv, padding, 0, 1),
+            dict(zip(self.added, added, strict=True)),
+        )
+
+
+class _AllPast(HistoryContext):
+    """A window of any length in a graph, where a band's sizes are constants: all that is not padding is seen."""
+
+    def attend(self, layer: Layer, query: Tensor) -> Tensor:
+        keys, values = layer.keys_values(self.kv)
+        return banded_causal_attention(
+            query,
+            keys,
+            values,
+            group_size=1,
+            window=0,
+            query_group=BEHIND_ALL,
+            query_group_size=0,
+            key_padding=self.padding,
+        )
+
+
+def call_unet(
+    unet: Any, sample: Tensor, timestep: Tensor, context: Any, added: Mapping[str, Tensor]
+) -> Tensor:
+    """One UNet call as the sampler makes it."""
+    further = dict(added)
+    timestep_cond = further.pop("timestep_cond", None)
+    output: Tensor = unet(
+        sample,
+        timestep,
+        encoder_hidden_states=None,
+        timestep_cond=timestep_cond,
+        added_cond_kwargs=further or None,
+        cross_attention_kwargs={"context": context},
+        return_dict=False,
+    )[0]
+    return output
+
+
+def _latents(model: StoryModel) -> tuple[dict[str, Input], dict[str, tuple[int, int]], tuple[Axis, ...]]:
+    """Inputs sample and timestep, the ranges of their sizes, and the shape of the prediction."""
+    factor = model.size_factor // model.vae_factor
+    channels = int(model.unet.config.in_channels)
+    shape: tuple[Axis, ...] = ("batch", channels, f"{factor}*height", f"{factor}*width")
+    inputs = {
+        "sample": Input(shape, model.dtype),
+        # 500 in every type; a step is a whole number that half types hold up to 2048, bfloat16 up to 256.
+        "timestep": Input((), torch.float32, lambda generator, size: torch.tensor(500.0)),
+    }
+    out = ("batch", int(model.unet.config.out_channels), *shape[2:])
+    return inputs, {"batch": RANGES["batch"], "height": (1, 64), "width": (1, 64)}, out
+
+
+def _added(model: StoryModel) -> dict[str, Input]:
+    """SDXL's and LCM's further inputs."""
+    added: dict[str, Input] = {}
+    if model.family == "sdxl":
+        width = int(model.pipeline.text_encoder_2.config.projection_dim)
+        added["text_embeds"] = Input(("batch", width), model.dtype)
+        added["time_ids"] = Input(("batch", 6), model.dtype, lambda generator, size: torch.full(size, 256.0))
+    if model.unet.config.time_cond_proj_dim is not None:
+        added["timestep_cond"] = Input(("batch", int(model.unet.config.time_cond_proj_dim)), model.dtype)
+    return added
+
+
+def _sides(model: StoryModel) -> tuple[int, int]:
+    """The model's own (height, width) in steps of the UNet's factor."""
+    width, height = model.native_size
+    return height // model.size_factor, width // model.size_factor
+
+
+def _unet_sizes(
+    model: StoryModel, **most: int
+) -> tuple[dict[str, int], list[dict[str, int]], dict[str, int]]:
+    """Sizes for the exporter, of the parity checks (one row that sees nothing; usual; the most), and of most calls.
+
+    most: the largest number of references, or of keys, that is checked.
+    """
+    height, width = _sides(model)
+    text = int(model.pipeline.tokenizer.model_max_length)
+    names = {"batch", "height", "width", *(("text", "references") if "references" in most else ("keys",))}
+    hot = {"batch": 8, "height": height, "width": width, "text": text, "references": 9, "keys": 3 * text}
+    traced = {"batch": 2, "height": 3, "width": 5, "text": text, "references": 9, "keys": 3 * text}
+    if is_large(model):  # the arithmetic of small pictures is the same, the time is not
+        height, width = 1, 1
+    usual = {"batch": 2, "height": height, "width": width, "text": text, "references": 7, "keys": 3 * text}
+    one = {"batch": 1, "height": height, "width": width, "text": text, "references": 1, "keys": text}
+    other = {"batch": 3, "height": height + 1, "width": max(1, width - 1), "text": 2 * text, **most}
+    parts = [{name: sizes[name] for name in sorted(names)} for sizes in (traced, one, usual, other, hot)]
+    return parts[0], parts[1:4], parts[4]
+
+
+def is_large(model: StoryModel) -> bool:
+    """Whether the UNet is of full size, not one for a test."""
+    return sum(p.numel() for p in model.unet.parameters()) > 5e7
+
+
+def unet(model: StoryModel, groups: int) -> Component:
+    """The UNet of iterative mode with G = groups."""
+    latents, ranges, out = _latents(model)
+    kind, width, tokens = model.dtype, model.layers.width, model.tokens_per_ref
+
+    def offsets(generator: torch.Generator, shape: tuple[int, ...]) -> Tensor:
+        """All references in the first group; the others are empty."""
+        return torch.tensor([0] + [tokens * 1_000_000] * groups, dtype=torch.int32)
+
+    inputs = {
+        **latents,
+        "text_kv": Input(("batch", "text", width), kind),
+        "ref_kv": Input((1, f"{tokens}*references", width), kind),
+        "ref_visible": Input(("batch", "references"), torch.bool, random_mask),
+        "ref_offsets": Input((groups + 1,), torch.int32, offsets),
+        "scale": Input((groups,), torch.float32, lambda generator, shape: torch.full(shape, 0.4)),
+    }
+    added = _added(model)
+    traced, checks, hot = _unet_sizes(model, references=7 if is_large(model) else 100)
+    return Component(
+        "unet",
+        _Unet(model.unet, tokens, tuple(added)),
+        {**inputs, **added},
+        {"prediction": out},
+        {**ranges, "text": RANGES["text"], "references": RANGES["references"]},
+        traced,
+        checks,
+        kind,
+        hot,
+    )
+
+
+def unet_causal(model: StoryModel) -> Component:
+    """The UNet of causal mode with a window of any length. model: StoryModel.causal."""
+    latents, ranges, out = _latents(model)
+    inputs = {
+        **latents,
+        "kv": Input(("batch", "keys", model.layers.width), model.dtype),
+        "padding": Input(("batch", "keys"), torch.bool, random_padding),
+    }
+    added = _added(model)
+    text = int(model.pipeline.tokenizer.model_max_length)
+    traced, checks, hot = _unet_sizes(model, keys=9 * text)
+    return Component(
+        "unet_causal",
+        _CausalUnet(model.unet, tuple(added)),
+        {**inputs, **added},
+        {"prediction": out},
+        {**ranges, "keys": RANGES["keys"]},
+        traced,
+        checks,
+        model.dtype,
+        hot,
+    )
