@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
+from fastory.builtin.looks import (
+    COLOUR_WORDS,
+    HAT_PHRASES,
+    LOOK_WORDS,
+    SCARF_PHRASES,
+    undrawn_looks,
+)
 from fastory.wording import counted
 
 if TYPE_CHECKING:  # `fastory words` imports no transformers
@@ -86,12 +93,19 @@ def vocabulary() -> frozenset[str]:
     """Every word of the grammar, names included, lower case."""
     phrases = [
         phrase
-        for table in (PLACE_PHRASES, ACTION_PHRASES, ACTION_VERBS)
+        for table in (PLACE_PHRASES, ACTION_PHRASES, ACTION_VERBS, COLOUR_WORDS, HAT_PHRASES, SCARF_PHRASES)
         for p in table.values()
         for phrase in p
     ]
     nouns = [word for options in SPECIES_WORDS.values() for word in options]
-    return frozenset(w for text in (*phrases, *nouns, *NAMES, *FILLERS, *GRAMMAR_WORDS) for w in words(text))
+    return frozenset(
+        w for text in (*phrases, *nouns, *NAMES, *FILLERS, *GRAMMAR_WORDS, *LOOK_WORDS) for w in words(text)
+    )
+
+
+def known_to(tokenize: Callable[[str], Sequence[str]]) -> frozenset[str]:
+    """The words of the grammar that a tokenizer has whole: those that the weights beside it were trained on."""
+    return frozenset(word for word in vocabulary() if len(tokenize(word)) == 1)
 
 
 @dataclass(frozen=True)
@@ -114,10 +128,27 @@ def unknown_words(
     tokenizer: of the weights in use, where they may have been trained on fewer words than this grammar has: a word
     that it splits is unknown.
     """
-    trained = [w for w in sorted(vocabulary()) if tokenizer is None or len(tokenizer.tokenize(w)) == 1]
+    trained = sorted(vocabulary() if tokenizer is None else known_to(tokenizer.tokenize))
     known = {*trained, *(word for name in names or {} for word in words(name))}
     strange = dict.fromkeys(word for word in words(text) if word not in known)
     return [UnknownWord(w, tuple(difflib.get_close_matches(w, trained, n=3, cutoff=0.6))) for w in strange]
+
+
+def look_notice(
+    text: str, names: Mapping[str, str] | None = None, tokenizer: CLIPTokenizer | None = None
+) -> str:
+    """One line for garments that a story asks for and the world does not have ('a red hat'); empty where there is none.
+
+    Where the weights in use do not know a word of it, the word is told as unknown and no more.
+    """
+    strange = {one.word for one in unknown_words(text, names, tokenizer)}
+    asked = [(look, has) for look, has in undrawn_looks(text) if not strange & set(words(look))]
+    return (
+        "the built-in model does not draw "
+        + "; ".join(f"{look!r}: it has {has}" for look, has in asked[:MOST_NAMED])
+        if asked
+        else ""
+    )
 
 
 MOST_NAMED = 8  # unknown words in a notice
@@ -145,20 +176,32 @@ def notice_of(unknown: Sequence[UnknownWord]) -> str:
     )
 
 
-def vocabulary_lines() -> Iterator[str]:
-    """What the model was trained on, for people: animals, places, actions, connecting words, names and examples."""
+def vocabulary_lines(trained: Container[str] | None = None) -> Iterator[str]:
+    """What the model was trained on, for people: animals, places, actions, looks, connecting words, names and examples.
+
+    trained: the words of the grammar that the weights in use know, all of them unless given; a phrase with another word
+    is left out.
+    """
+    trained = vocabulary() if trained is None else trained
+
+    def known(phrases: Iterable[str]) -> str:
+        return ", ".join(p for p in dict.fromkeys(phrases) if all(word in trained for word in words(p)))
+
     yield "The built-in model knows these words and no others; a checkpoint (--model) takes any English."
-    yield from _section("animals", ((name, ", ".join(options)) for name, options in SPECIES_WORDS.items()))
-    yield from _section("places", ((name, ", ".join(options)) for name, options in PLACE_PHRASES.items()))
-    verbs = ((name, ", ".join((*ACTION_PHRASES[name], *ACTION_VERBS[name]))) for name in ACTION_PHRASES)
+    yield from _section("animals", ((name, known(options)) for name, options in SPECIES_WORDS.items()))
+    yield from _section("places", ((name, known(options)) for name, options in PLACE_PHRASES.items()))
+    verbs = ((name, known((*ACTION_PHRASES[name], *ACTION_VERBS[name]))) for name in ACTION_PHRASES)
     yield from _section("actions", verbs)
-    connecting, fillers = ", ".join(dict.fromkeys(GRAMMAR_WORDS)), ", ".join(FILLERS)
-    yield from _section("other words", (("connecting", connecting), ("not drawn", fillers)))
-    yield from _section("names", (("", ", ".join(NAMES) + "; others, if `characters:` lists them"),))
+    looks = (("colour", COLOUR_WORDS), ("hat", HAT_PHRASES), ("scarf", SCARF_PHRASES))
+    yield from _section("looks", ((n, known(p for ps in table.values() for p in ps)) for n, table in looks))
+    connecting = known((*GRAMMAR_WORDS, *LOOK_WORDS))
+    yield from _section("other words", (("connecting", connecting), ("not drawn", known(FILLERS))))
+    yield from _section("names", (("", known(NAMES) + "; others, if `characters:` lists them"),))
     yield "\nexamples: one or two animals, what each does, and where"
     yield from (f"  {sentence}" for sentence in EXAMPLES)
 
 
 def _section(title: str, rows: Iterable[tuple[str, str]]) -> Iterator[str]:
-    yield f"\n{title}"
-    yield from (f"  {name:<11}{said}" if name else f"  {said}" for name, said in rows)
+    if filled := [(name, said) for name, said in rows if said]:
+        yield f"\n{title}"
+        yield from (f"  {name:<11}{said}" if name else f"  {said}" for name, said in filled)

@@ -36,11 +36,13 @@ def story_notices(model: Model, story: Story, settings: Settings, prompts: Seque
     if model.name != "builtin":
         return
     yield from _size_notice(model, settings)
-    from fastory.builtin.words import notice_of, unknown_words
+    from fastory.builtin.words import look_notice, notice_of, unknown_words
 
     names = {character.name: "" for character in story.characters}
     if unknown := unknown_words(" ".join(prompts), names, tokenizer=model.tokenizer):
         yield notice_of(unknown)
+    if undrawn := look_notice(" ".join(prompts), names, tokenizer=model.tokenizer):
+        yield undrawn
 
 
 def _size_notice(model: Model, settings: Settings) -> Iterator[str]:

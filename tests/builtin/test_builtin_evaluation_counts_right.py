@@ -62,6 +62,31 @@ def test_a_swapped_pair_is_seen() -> None:
     assert found["colour"] < 1.0
 
 
+def test_a_said_look_that_is_not_drawn_is_seen() -> None:
+    story = held_out_stories(1, seed=4, cast="two", said=1.0)[0]
+    judged = perfectly_seen(story)
+    found = scores(judged)
+    assert {value for name, value in found.items() if name.startswith("said")} == {1.0}
+    told = [
+        (frame, slot)
+        for frame, (said, scene) in enumerate(zip(story.said, story.tale.scenes, strict=True))
+        for slot, role in enumerate(scene.roles)
+        if "hat" in said[role.member] and len(scene.roles) == 2
+    ]
+    hat = judged.free["hat"].copy()
+    hat[told[0]] = (hat[told[0]] + 1) % 4
+    found = scores(replace(judged, free={**judged.free, "hat": hat}))
+    assert found["said hat 2"] == pytest.approx(1 - 1 / len(told))
+    assert found["said colour 2"] == 1.0
+
+
+def test_stories_without_said_looks_have_the_captions_they_had() -> None:
+    """The tables of a model before and after its captions could say looks are of the same stories."""
+    story = held_out_stories(2, seed=5, cast="two")[1]
+    assert story.said == ()
+    assert story.captions[0] == "The turtle jumps inside the house"
+
+
 def test_exchanged_sides_are_not_both_right() -> None:
     judged = two_character_story()
     found = scores(replace(judged, species=judged.species[:, ::-1]))

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextModel, CLIPTokenizer
 
+from fastory.builtin import WEIGHTS
 from fastory.builtin.training.autoencoder import drawn_pictures, to_tensor
 from fastory.builtin.training.denoiser import TRAINED_SCALE, AdapterObjective, Corpus, load_adapter
 from fastory.builtin.training.encoders import pixel_values, pixels_of
 from fastory.builtin.training.networks import build_image_encoder, build_text_encoder, build_unet, build_vae
-from fastory.builtin.training.stages import STAGES, minutes_of, parse
+from fastory.builtin.training.pack import give_rows_to_new_words
+from fastory.builtin.training.stages import STAGES, build_objective, main, minutes_of, parse, start_from
 from fastory.builtin.training.tokenizer import build_tokenizer
 
 
@@ -96,3 +102,71 @@ def test_minutes_for_all_stages_are_shared_out() -> None:
     options = parse(["--minutes", "20", "--device", "cuda"])
     assert sum(minutes_of(stage, options) for stage in STAGES) == pytest.approx(20)
     assert minutes_of("vae", parse(["--stage", "vae", "--minutes", "3"])) == 3
+
+
+def older_model(folder: Path, forgotten: set[str]) -> Path:
+    """The shipped encoders and a tokenizer as if some words of the grammar had never been: their tokens are cut off."""
+    folder.mkdir()
+    for name in ("tokenizer", "text_encoder", "image_encoder"):
+        shutil.copytree(WEIGHTS / name, folder / name)
+    file = folder / "tokenizer" / "tokenizer.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    words = {f"{word}</w>" for word in forgotten}
+    content["model"]["merges"] = [pair for pair in content["model"]["merges"] if "".join(pair) not in words]
+    file.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    return folder
+
+
+def test_new_words_are_learned_and_old_captions_keep_their_states(tmp_path: Path) -> None:
+    """Two steps: the new rows and the encoder move, what old captions become hardly does, and the next stage reads it."""
+    before = older_model(tmp_path / "before", {"red", "scarf", "fox"})
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    main(["--stage", "clip", "--workdir", str(tmp_path / "run"), "--init-from", str(before), "--steps", "2",
+          "--processes", "1", "--batch", "8", "--device", "cpu"])  # fmt: skip
+    made = tmp_path / "run" / "model"
+    old, new = (CLIPTokenizer.from_pretrained(f / "tokenizer", local_files_only=True) for f in (before, made))
+    assert len(old.tokenize("fox")) > 1
+    assert len(new.tokenize("fox")) == 1
+    encoders = [CLIPTextModel.from_pretrained(f / "text_encoder").float() for f in (before, made)]
+    assert encoders[1].config.vocab_size == len(new) > encoders[0].config.vocab_size
+    with torch.no_grad():
+        states = [e(t("a bear is jumping", return_tensors="pt").input_ids).last_hidden_state
+                  for e, t in zip(encoders, (old, new), strict=True)]  # fmt: skip
+    distance = (states[0] - states[1]).abs().max()
+    assert 0 < distance < 0.1
+    same = [load_file(f / "image_encoder" / "model.safetensors") for f in (before, made)]
+    assert all(torch.equal(same[0][key].float(), same[1][key].float()) for key in same[0])
+
+
+def test_what_old_captions_become_is_held(tmp_path: Path) -> None:
+    """Of the loss: captions that say nothing of looks, and they alone, are compared with what they were."""
+    options = parse(
+        ["--stage", "clip", "--workdir", str(tmp_path), "--init-from", str(WEIGHTS), "--batch", "16"]
+    )
+    objective = build_objective("clip", options, 0, 1)
+    start_from(objective, WEIGHTS)
+    batch = objective.batch(np.random.default_rng(0), 0.0)
+    assert "pixels" not in batch
+    states = objective.text_encoder(batch["ids"]).last_hidden_state
+    assert objective._kept_loss(batch, states).item() == 0
+    unsaid = (batch["said"] == torch.tensor([6, 4, 4])).flatten(1).all(1)
+    assert 0 < unsaid.sum() < len(unsaid)
+    assert objective._kept_loss(batch, states + unsaid[:, None, None]).item() == pytest.approx(20)
+    assert objective._kept_loss(batch, states + ~unsaid[:, None, None]).item() == 0
+
+
+def test_a_history_encoder_of_fewer_words_reads_new_ones(tmp_path: Path) -> None:
+    key, file = "history.text.embeddings.word_embeddings.weight", tmp_path / "adapter.safetensors"
+    table = torch.randn(5, 2)
+    save_file(
+        {key: table, "other": table.clone()}, file, {"history": json.dumps({"text": {"vocab_size": 5}})}
+    )
+    tokenizer = CLIPTokenizer.from_pretrained(WEIGHTS / "tokenizer", local_files_only=True)
+    give_rows_to_new_words(file, tokenizer)
+    grown = load_file(file)
+    assert torch.equal(grown["other"], table)
+    assert torch.equal(grown[key][:5], table)
+    assert grown[key].shape == (len(tokenizer), 2)
+    assert torch.allclose(grown[key][5:], table.mean(0).expand(len(tokenizer) - 5, -1))
+    with safe_open(file, "pt") as opened:
+        assert json.loads(opened.metadata()["history"])["text"]["vocab_size"] == len(tokenizer)

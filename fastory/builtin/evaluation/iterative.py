@@ -34,6 +34,7 @@ from fastory.builtin.training.loop import stream
 from fastory.builtin.world.captions import caption
 from fastory.builtin.world.corpus import sample_tale
 from fastory.builtin.world.drawing import ACTIONS, PLACES, SPECIES, Scene, Tale, draw
+from fastory.builtin.world.looks import NOTHING, Said, sample_said
 from fastory.events import FrameDrawn
 from fastory.modes.iterative import iterative
 from fastory.modes.mode import StoryPlan
@@ -46,30 +47,40 @@ Rounds = np.ndarray  # uint8 (rounds, frames, height, width, 3)
 
 @dataclass(frozen=True)
 class HeldOutStory:
-    """A story to draw: its scenes, captions and noise seed. The cast's free attributes are never used."""
+    """A story to draw: its scenes, captions and noise seed. Of the cast's free attributes only what is said is used.
+
+    said: for each frame which attributes of each member the caption tells; empty where none tells any.
+    """
 
     tale: Tale
     captions: tuple[str, ...]
     seed: int
+    said: tuple[tuple[Said, ...], ...] = ()
 
 
-def held_out_stories(count: int, seed: int, frames: int = FRAMES, cast: str = "mixed") -> list[HeldOutStory]:
+def held_out_stories(
+    count: int, seed: int, frames: int = FRAMES, cast: str = "mixed", said: float = 0.0
+) -> list[HeldOutStory]:
     """Stories of held-out scenes.
 
-    cast: `mixed`, one and two characters in turn; `two`, of two species; `alike`, two of one species.
+    cast: `mixed`, one and two characters in turn; `two`, of two species; `alike`, two of one species. said: the share of
+    captions that tell something of a look; then all looks are held out too.
     """
     stories: list[HeldOutStory] = []
     index = 0
     while len(stories) < count:
         rng = stream("held-out story", seed, 0, index)
         size = 1 + index % 2 if cast == "mixed" else 2
-        tale = sample_tale(rng, frames, size, held=True, alike=cast == "alike")
+        looks = "held" if said else "any"
+        tale = sample_tale(rng, frames, size, held=True, alike=cast == "alike", looks=looks)
         index += 1
         present = {role.member for scene in tale.scenes for role in scene.roles}
         if len(present) < size:
             continue  # `across` is of two characters that are seen
-        texts = tuple(caption(rng, tale.cast, scene) for scene in tale.scenes)
-        stories.append(HeldOutStory(tale, texts, 1000 * seed + index - 1))
+        told = tuple(sample_said(rng, size, said) for _ in tale.scenes) if said else ()
+        pairs = zip(tale.scenes, told or ((NOTHING,) * size,) * frames, strict=True)
+        texts = tuple(caption(rng, tale.cast, scene, said=one) for scene, one in pairs)
+        stories.append(HeldOutStory(tale, texts, 1000 * seed + index - 1, told))
     return stories
 
 
@@ -182,8 +193,21 @@ def _roles_right(judged: Judged, frame: int, scene: Scene) -> list[tuple[bool, b
     ]
 
 
+def said_scores(judged: Judged) -> dict[str, float]:
+    """Shares of what captions say of looks that is drawn, for frames with one character and with two: `said hat 2`."""
+    found: dict[str, list[bool]] = {}
+    for frame, (scene, told) in enumerate(zip(judged.story.tale.scenes, judged.story.said, strict=False)):
+        for slot, role in enumerate(scene.roles):
+            for name in told[role.member]:
+                wanted = FREE[name].index(getattr(judged.story.tale.cast[role.member], name))
+                right = bool(judged.free[name][frame, slot] == wanted)
+                found.setdefault(f"said {name} {len(scene.roles)}", []).append(right)
+                found.setdefault(f"said {len(scene.roles)}", []).append(right)
+    return {name: float(np.mean(found[name])) for name in sorted(found)}
+
+
 def scores(judged: Judged) -> dict[str, float]:
-    """One story's and round's scores, those of `distinct` among them; a key is missing where there is no such frame.
+    """One story's and round's scores, those of `distinct` and `said` among them; a key is missing where there is no such frame.
 
     species and action: frames with one character; place: all; both right: frames with two, each with its species and
     action on its side; own colours: neither of the two shows the colour that is the other one's most frequent.
@@ -194,7 +218,7 @@ def scores(judged: Judged) -> dict[str, float]:
         if shown:
             found[name] = float(np.mean([modal_share(values) for values in shown]))
             found[f"{name}, pairs"] = float(np.mean([pairwise_share(values) for values in shown]))
-    return {**found, **distinct_scores(judged)}
+    return {**found, **distinct_scores(judged), **said_scores(judged)}
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
@@ -345,6 +369,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--cast", choices=CASTS, default="mixed", help="one and two characters, two, two of a species"
     )
+    parser.add_argument("--said", type=float, default=0.0, help="share of captions that tell of a look")
     parser.add_argument("--model", default="builtin")
     parser.add_argument("--classifier", type=Path, default=FILE)
     parser.add_argument(
@@ -368,7 +393,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(shipped)
     report: dict[str, object] = {"judge": judge_accuracies(classifier, model), "stories": options.stories}
     print(json.dumps(report["judge"], indent=1))
-    stories = held_out_stories(options.stories, options.seed, cast=options.cast)
+    stories = held_out_stories(options.stories, options.seed, cast=options.cast, said=options.said)
     counts = [
         len([1 for s in t.tale.scenes for r in s.roles if r.member == m])
         for t in stories

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import CLIPTokenizer
 
 from fastory.builtin.training.autoencoder import to_pictures, to_tensor
-from fastory.builtin.training.encoders import pixel_values, pixels_of
+from fastory.builtin.training.encoders import SAID_SHARE, pixel_values, pixels_of
 from fastory.builtin.training.loop import Batch, Objective, stream
 from fastory.builtin.training.networks import (
     LATENT_CHANNELS,
@@ -30,6 +30,7 @@ from fastory.builtin.training.networks import (
 from fastory.builtin.world.captions import TOKEN_LIMIT, caption, sample_names
 from fastory.builtin.world.corpus import sample_training_tale
 from fastory.builtin.world.drawing import Tale, draw
+from fastory.builtin.world.looks import sample_said
 
 FRAMES = 8  # of a training story
 REFERENCES = 6  # slots; fewer references are repeated, which leaves a softmax over them unchanged
@@ -136,7 +137,9 @@ class UnetObjective(Objective):
         texts = []
         for story, frame, drop in zip(stories, frames, dropped, strict=True):
             tale = self.corpus.tales[story]
-            text = caption(rng, tale.cast, tale.scenes[frame], sample_names(rng, len(tale.cast)))
+            names = sample_names(rng, len(tale.cast))
+            said = sample_said(rng, len(tale.cast), SAID_SHARE, any(names))
+            text = caption(rng, tale.cast, tale.scenes[frame], names, said)
             texts.append("" if drop < 0.1 else text)
         latents = np.stack([self.corpus.latents[s, f] for s, f in zip(stories, frames, strict=True)])
         return {
@@ -219,7 +222,9 @@ class UnetObjective(Objective):
         """Sixteen captions with their pictures, unet.png."""
         tales = [sample_training_tale(stream("sample", 1, 0, i), 4) for i in range(4)]
         rng = np.random.default_rng(3)
-        texts = [caption(rng, tale.cast, scene) for tale in tales for scene in tale.scenes]
+        looks = [sample_said(rng, len(tale.cast), SAID_SHARE) for tale in tales]
+        told = zip(tales, looks, strict=True)
+        texts = [caption(rng, t.cast, scene, said=said) for t, said in told for scene in t.scenes]
         print(*texts, sep="\n")
         pictures = self.denoise(texts, seed=11)
         rows = [np.concatenate(list(pictures[i : i + 8]), 1) for i in (0, 8)]
@@ -281,9 +286,10 @@ class AdapterObjective(UnetObjective):
         )
 
     def _stranger(self, rng: np.random.Generator, story: int, frame: int) -> tuple[int, int]:
-        """A frame of another story with the same species, and only them."""
+        """A frame of another story with the same species, and only them; the frame itself where there is hardly any."""
         pool = self.alike[_species_of(self.corpus.tales[story], frame)]
-        return pool[rng.integers(len(pool))]
+        found = (pool[rng.integers(len(pool))] for _ in range(8))
+        return next((place for place in found if place[0] != story), (story, frame))
 
     def _conditions(self, batch: Batch) -> dict[str, object]:
         self._set_weight(batch["weight"].item())

@@ -26,7 +26,7 @@ from fastory.builtin.training.autoencoder import to_pictures, to_tensor
 from fastory.builtin.training.loop import stream
 from fastory.builtin.training.networks import Network
 from fastory.builtin.world.captions import caption, sample_names
-from fastory.builtin.world.corpus import sample_character, sample_training_tale
+from fastory.builtin.world.corpus import HELD_OUT_LOOKS, sample_character, sample_training_tale
 from fastory.builtin.world.drawing import COLOURS, Character, draw
 
 
@@ -54,7 +54,11 @@ def other_looks(cast: Sequence[Character], sibling: int, rng: np.random.Generato
     looks = []
     for character in cast:
         colour = COLOURS[(COLOURS.index(character.colour) + sibling) % len(COLOURS)]
-        looks.append(replace(sample_character(rng, character.species), colour=colour))
+        while True:
+            look = replace(sample_character(rng, character.species), colour=colour)
+            if (look.species, look.colour, look.hat, look.scarf) not in HELD_OUT_LOOKS:
+                break
+        looks.append(look)
     return tuple(looks)
 
 

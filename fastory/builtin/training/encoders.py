@@ -5,6 +5,7 @@ image encoder's embedding must tell the free attributes of every species in the 
 used: nothing compares the two, and it left two-character pictures unlearned in the prototype.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,11 +42,14 @@ from fastory.builtin.world.drawing import (
     Tale,
     draw,
 )
+from fastory.builtin.world.looks import ATTRIBUTES, Said, sample_said
 
 MEAN, STD = (0.481, 0.458, 0.408), (0.269, 0.261, 0.276)
 RESTORED = 20  # one picture of so many goes through the autoencoder; each costs as much as ten others
 ABSENT = -100  # what cross_entropy ignores
 FREE = {"colour": COLOURS, "hat": HATS, "scarf": SCARVES}
+SAID_SHARE = 0.5  # of training captions that say something of a look
+KEPT_WEIGHT = 20.0  # of the distance to the states that a UNet has learned to read
 
 
 def build_feature_extractor() -> CLIPImageProcessorPil:
@@ -93,6 +97,16 @@ def label(tale: Tale, scene: Scene) -> Labels:
         slots[slot] = [SPECIES.index(who.species), ACTIONS.index(role.action), *attributes]
         free[SPECIES.index(who.species)] = attributes
     return Labels(PLACES.index(scene.place), slots, free)
+
+
+def said_labels(tale: Tale, scene: Scene, said: tuple[Said, ...]) -> np.ndarray:
+    """(2, 3), left and right: colour, hat and scarf as a caption says them; one past the last value for unsaid."""
+    found = np.array([[len(FREE[name]) for name in ATTRIBUTES]] * 2)
+    for slot, role in enumerate(scene.roles):
+        for column, name in enumerate(ATTRIBUTES):
+            if name in said[role.member]:
+                found[slot, column] = FREE[name].index(getattr(tale.cast[role.member], name))
+    return found
 
 
 class _SpeciesHeads(nn.Module):
@@ -144,20 +158,31 @@ class ClipObjective(Objective):
         text_encoder: Network | None = None,
         pictures: int = 40,
         tokenizer: CLIPTokenizer | None = None,
+        new_words: bool = False,
     ) -> None:
-        """text_encoder, tokenizer: kept as they are, because a UNet has learned to read them."""
+        """text_encoder, tokenizer: kept as they are, because a UNet has learned to read them.
+
+        new_words: the tokenizer has words that the text encoder has yet to learn. Then the image encoder is kept, and the
+        states of captions without new words are held to what they were.
+        """
         super().__init__()
         self.tokenizer: CLIPTokenizer = tokenizer or build_tokenizer()
         self.text_encoder = text_encoder or build_text_encoder(len(self.tokenizer), TOKEN_LIMIT)
-        self.text_is_kept = text_encoder is not None
+        self.text_is_kept = text_encoder is not None and not new_words
+        self.image_is_kept = new_words
         self.text_encoder.requires_grad_(not self.text_is_kept)
         self.image_encoder = build_image_encoder()
         self.species_heads = _SpeciesHeads()
         self.half_heads = _SlotHeads((len(SPECIES), len(ACTIONS), len(COLOURS), len(HATS), len(SCARVES)))
-        self.left_heads = _SlotHeads((len(SPECIES), len(ACTIONS), len(PLACES)))
-        self.right_heads = _SlotHeads((len(SPECIES) + 1, len(ACTIONS)))
+        looks = tuple(len(FREE[name]) + 1 for name in ATTRIBUTES)  # one more for unsaid
+        self.left_heads = _SlotHeads((len(SPECIES), len(ACTIONS), len(PLACES), *looks))
+        self.right_heads = _SlotHeads((len(SPECIES) + 1, len(ACTIONS), *looks))
         for head in (self.left_heads, self.right_heads):
             head.requires_grad_(not self.text_is_kept)
+        for network in (self.image_encoder, self.species_heads, self.half_heads):
+            network.requires_grad_(not self.image_is_kept)
+        # A list, as below: what the text encoder was before it learned new words.
+        self._before = [copy.deepcopy(self.text_encoder).eval().requires_grad_(False)] if new_words else []
         self.pictures = pictures
         # A list hides the frozen autoencoder from parameters(): it only spoils pictures as drawing would.
         self._vae = [] if vae is None else [vae.eval().requires_grad_(False)]
@@ -175,20 +200,31 @@ class ClipObjective(Objective):
         pictures: list[np.ndarray] = []
         texts: list[str] = []
         labels: list[Labels] = []
+        looks: list[np.ndarray] = []
         while len(texts) < self.pictures:
-            tale = sample_tale(rng, 4, 1 + int(rng.random() < 0.9))
+            tale = sample_tale(rng, 4, 1 + int(rng.random() < 0.9), looks="trained")
             names = sample_names(rng, len(tale.cast))
             for scene in tale.scenes:
-                texts.append(caption(rng, tale.cast, scene, names))
+                said = sample_said(rng, len(tale.cast), SAID_SHARE, any(names))
+                texts.append(caption(rng, tale.cast, scene, names, said))
                 labels.append(label(tale, scene))
-                pictures.append(np.asarray(paint(tale.cast, scene, rng)))
+                looks.append(said_labels(tale, scene, said))
+                if not self.image_is_kept:
+                    pictures.append(np.asarray(paint(tale.cast, scene, rng)))
+        seen = {} if self.image_is_kept else self._seen(np.stack(pictures))
         return {
-            "pixels": pixel_values(np.stack(pictures)),
-            "pictures": to_tensor(np.stack(pictures[: self.pictures // RESTORED])),
+            **seen,
             "ids": self._ids(texts),
+            "said": torch.from_numpy(np.stack(looks)),
             "place": torch.tensor([one.place for one in labels]),
             "slots": torch.from_numpy(np.stack([one.slots for one in labels])),
             "free": torch.from_numpy(np.stack([one.free for one in labels])),
+        }
+
+    def _seen(self, pictures: np.ndarray) -> Batch:
+        return {
+            "pixels": pixel_values(pictures),
+            "pictures": to_tensor(pictures[: self.pictures // RESTORED]),
         }
 
     def _ids(self, texts: list[str]) -> Tensor:
@@ -214,7 +250,8 @@ class ClipObjective(Objective):
         return pixels + strength * torch.randn_like(pixels)
 
     def forward(self, batch: Batch) -> Tensor:
-        return self._image_loss(batch) + (0 if self.text_is_kept else self._text_loss(batch))
+        parts = [] if self.image_is_kept else [self._image_loss(batch)]
+        return torch.stack(parts if self.text_is_kept else [*parts, self._text_loss(batch)]).sum()
 
     def _image_loss(self, batch: Batch) -> Tensor:
         pixels = self.spoiled(self.as_generated(batch))
@@ -232,34 +269,53 @@ class ClipObjective(Objective):
         return loss + 0.5 * self.half_heads.loss(halves, torch.cat([slots[:, :1], right], 1))
 
     def _text_loss(self, batch: Batch) -> Tensor:
-        states = self.text_encoder(batch["ids"]).last_hidden_state[:, -1]  # padding repeats the end token
-        left, right = batch["slots"][:, 0, :2], batch["slots"][:, 1, :2].clone()
+        states = self.text_encoder(batch["ids"]).last_hidden_state
+        loss = self._kept_loss(batch, states) if self._before else 0
+        last = states[:, -1]  # padding repeats the end token
+        left, right = self._wanted(batch)
+        return loss + self.left_heads.loss(last, left) + self.right_heads.loss(last, right)
+
+    @staticmethod
+    def _wanted(batch: Batch) -> tuple[Tensor, Tensor]:
+        """What the heads must name: species, action, place and said looks on the left; without place on the right."""
+        left, right, said = batch["slots"][:, 0, :2], batch["slots"][:, 1, :2].clone(), batch["said"]
         right[:, 0] = torch.where(right[:, 0] == ABSENT, len(SPECIES), right[:, 0])
-        loss = self.left_heads.loss(states, torch.cat([left, batch["place"][:, None]], 1))
-        return loss + self.right_heads.loss(states, right)
+        return torch.cat([left, batch["place"][:, None], said[:, 0]], 1), torch.cat([right, said[:, 1]], 1)
+
+    def _kept_loss(self, batch: Batch, states: Tensor) -> Tensor:
+        """The distance of captions that say nothing of looks to what their states were."""
+        unsaid = torch.tensor([len(FREE[name]) for name in ATTRIBUTES], device=states.device)
+        rows = (batch["said"] == unsaid).flatten(1).all(1)
+        with torch.no_grad():
+            before = self._before[0].to(states.device)(batch["ids"][rows]).last_hidden_state
+        return KEPT_WEIGHT * F.mse_loss(states[rows], before) if rows.any() else states.sum() * 0
 
     @torch.no_grad()
     def accuracies(self, rng: np.random.Generator) -> dict[str, float]:
         """Shares of free attributes read from embeddings (one, two characters) and of captions fully understood."""
         batch = {k: v.to(next(self.parameters()).device) for k, v in self.batch(rng, 1.0).items()}
-        _, *attributes = self.species_heads(self.image_encoder(batch["pixels"]).image_embeds)
-        two = ((batch["free"][..., 0] != ABSENT).sum(1) == 2)[:, None].expand(-1, len(SPECIES))
         found: dict[str, float] = {}
-        for key, logits, wanted in zip(FREE, attributes, batch["free"].unbind(-1), strict=True):
-            right = logits.argmax(-1) == wanted
-            for count, rows in ((1, ~two), (2, two)):
-                found[f"{key} {count}"] = right[rows & (wanted != ABSENT)].float().mean().item()
-        states = self.text_encoder(batch["ids"]).last_hidden_state[:, -1]
-        found["captions"] = self._understood(states, batch).float().mean().item()
-        return {key: round(value, 3) for key, value in found.items()}
+        if not self.image_is_kept:
+            _, *attributes = self.species_heads(self.image_encoder(batch["pixels"]).image_embeds)
+            two = ((batch["free"][..., 0] != ABSENT).sum(1) == 2)[:, None].expand(-1, len(SPECIES))
+            for key, logits, wanted in zip(FREE, attributes, batch["free"].unbind(-1), strict=True):
+                right = logits.argmax(-1) == wanted
+                for count, rows in ((1, ~two), (2, two)):
+                    found[f"{key} {count}"] = right[rows & (wanted != ABSENT)].float().mean().item()
+        states = self.text_encoder(batch["ids"]).last_hidden_state
+        found["captions"] = self._understood(states[:, -1], batch).float().mean().item()
+        if self._before:
+            found["moved"] = self._kept_loss(batch, states).item() / KEPT_WEIGHT
+        return {key: round(value, 5) for key, value in found.items()}
 
     def _understood(self, states: Tensor, batch: Batch) -> Tensor:
-        left = [p.argmax(-1) for p in self.left_heads.linear(states).split(self.left_heads.sizes, -1)]
-        right = [p.argmax(-1) for p in self.right_heads.linear(states).split(self.right_heads.sizes, -1)]
-        slots, alone = batch["slots"], batch["slots"][:, 1, 0] == ABSENT
-        good = (left[0] == slots[:, 0, 0]) & (left[1] == slots[:, 0, 1]) & (left[2] == batch["place"])
-        beside = (right[0] == slots[:, 1, 0]) & (right[1] == slots[:, 1, 1])
-        return good & torch.where(alone, right[0] == len(SPECIES), beside)
+        """Of each caption whether everything is named right; of an absent right one only that it is absent."""
+        good = torch.ones(len(states), dtype=torch.bool, device=states.device)
+        for heads, wanted in zip((self.left_heads, self.right_heads), self._wanted(batch), strict=True):
+            parts = heads.linear(states).split(heads.sizes, -1)
+            for part, one in zip(parts, wanted.unbind(1), strict=True):
+                good &= (part.argmax(-1) == one) | (one == ABSENT)
+        return good
 
     def sample(self, folder: Path) -> None:
         """No pictures in this stage: prints accuracies."""

@@ -4,8 +4,10 @@ import json
 import shutil
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTokenizer
 
 from fastory.builtin.world.drawing import SIZE
 
@@ -63,9 +65,10 @@ def pack(model: Path, folder: Path) -> None:
     for part in PARTS:
         if part != "causal" or "adapter" in defaults:
             shutil.copytree(model / part, folder / part)
+    if "adapter" in defaults:
+        give_rows_to_new_words(folder / CAUSAL, CLIPTokenizer.from_pretrained(folder / "tokenizer"))
     for file in folder.rglob("*.safetensors"):
-        with safe_open(file, "pt") as opened:
-            metadata = opened.metadata() or {"format": "pt"}
+        metadata = metadata_of(file)
         tensors = {k: v.half() if v.is_floating_point() else v for k, v in load_file(file).items()}
         save_file(tensors, file, metadata=metadata)
     for file in folder.rglob("config.json"):
@@ -76,3 +79,26 @@ def pack(model: Path, folder: Path) -> None:
         file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     for name, content in (("model_index", INDEX), ("fastory_defaults", defaults)):
         (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def give_rows_to_new_words(adapter: Path, tokenizer: CLIPTokenizer) -> None:
+    """Let a history encoder that was tuned with fewer words read the tokenizer's: a new word is the mean of all others.
+
+    It says nothing of what it stands for, and takes nothing from the words beside it.
+    """
+    key = "history.text.embeddings.word_embeddings.weight"
+    tensors, metadata = load_file(adapter), metadata_of(adapter)
+    missing = len(tokenizer) - len(tensors[key])
+    if missing <= 0:
+        return
+    known = tensors[key].float()
+    tensors[key] = torch.cat([known, known.mean(0, keepdim=True).expand(missing, -1)]).to(tensors[key].dtype)
+    config = json.loads(metadata["history"])
+    config["text"]["vocab_size"] = len(tokenizer)
+    save_file(tensors, adapter, {**metadata, "history": json.dumps(config)})
+
+
+def metadata_of(file: Path) -> dict[str, str]:
+    """What a safetensors file says of itself."""
+    with safe_open(file, "pt") as opened:
+        return opened.metadata() or {"format": "pt"}

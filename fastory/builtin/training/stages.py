@@ -25,6 +25,7 @@ from fastory.builtin.training.loop import Objective, Plan, join, train
 from fastory.builtin.training.networks import LARGE, SMALL, Network
 from fastory.builtin.training.pack import pack
 from fastory.builtin.training.remembering import HistoryObjective
+from fastory.builtin.training.tokenizer import grown_tokenizer
 
 STAGES = ("vae", "clip", "unet", "adapter", "history")
 MINUTES = {  # by device; the shares are those of the issue's plan of 20 minutes on an H100
@@ -52,6 +53,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--processes", type=int, help="two on CPU, one on a GPU unless given")
     parser.add_argument("--stories", type=int, help="drawn stories whose latents are cached")
     parser.add_argument("--batch", type=int, help="pictures in a batch and process")
+    parser.add_argument("--learning-rate", type=float, help="the stage's own unless given")
     parser.add_argument("--large", action="store_true", help="the larger networks, for a GPU")
     return parser.parse_args(arguments)
 
@@ -78,6 +80,8 @@ def build_objective(stage: str, options: argparse.Namespace, part: int, parts: i
         return VaeObjective(sizes, batch)
     vae: Network = AutoencoderKL.from_pretrained(model / "vae") if (model / "vae").exists() else None
     if stage == "clip" and not (model / "unet").exists():
+        if options.init_from:
+            return _with_new_words(options.init_from, vae, batch)
         return ClipObjective(vae, None, batch)
     tokenizer = CLIPTokenizer.from_pretrained(model / "tokenizer")
     if stage == "clip":
@@ -93,6 +97,14 @@ def build_objective(stage: str, options: argparse.Namespace, part: int, parts: i
     corpus.embed_references(vae, image_encoder, part, parts, options.device)
     _meet()
     return AdapterObjective(UNet2DConditionModel.from_pretrained(model / "unet"), image_encoder, *shared)
+
+
+def _with_new_words(folder: Path, vae: Network, batch: int) -> ClipObjective:
+    """The clip stage on a model folder's encoders: the grammar's words that its tokenizer splits get tokens of their own."""
+    tokenizer = grown_tokenizer(CLIPTokenizer.from_pretrained(folder / "tokenizer"))
+    text_encoder = _text_encoder(folder)
+    text_encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    return ClipObjective(vae, text_encoder, batch, tokenizer, new_words=True)
 
 
 def _text_encoder(model: Path) -> Network:
@@ -127,10 +139,13 @@ def _meet() -> None:
 
 
 def start_from(objective: Objective, folder: Path) -> None:
-    """Load the networks of a stage from a model folder. Raises what from_pretrained raises if one does not fit."""
+    """Load the networks of a stage from a model folder. Raises what from_pretrained raises if one does not fit.
+
+    The clip stage has its text encoder already, with rows for words that the folder's does not know.
+    """
     children: list[tuple[str, Network]] = list(objective.named_children())
     for name, network in children:
-        if (folder / name).exists():
+        if (folder / name).exists() and not (objective.name == "clip" and name == "text_encoder"):
             network.load_state_dict(
                 type(network).from_pretrained(folder / name).float().state_dict(), strict=False
             )
@@ -144,6 +159,8 @@ def run_stage(rank: int, stage: str, options: argparse.Namespace, processes: int
     objective = build_objective(stage, options, rank, processes)
     if options.init_from:
         start_from(objective, options.init_from)
+    if options.learning_rate:
+        objective.learning_rate = options.learning_rate
     plan = Plan(
         options.workdir,
         minutes_of(stage, options),

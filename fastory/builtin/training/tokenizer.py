@@ -42,7 +42,29 @@ def learn_merges(words: Iterable[str]) -> list[Pair]:
     The trainer of the tokenizers package breaks ties by the order of a hash map, another one in every process: then two
     training processes would read the same caption differently.
     """
-    pieces = [[*word[:-1], word[-1] + "</w>"] for word in sorted(words)]
+    return _merges_of([[*word[:-1], word[-1] + "</w>"] for word in sorted(words)])
+
+
+def grown_tokenizer(tokenizer: CLIPTokenizer) -> CLIPTokenizer:
+    """The tokenizer with every word of the grammar whole: new tokens get ids behind its own, which stay as they are.
+
+    New merges come after all old ones, so that a word it has whole is still the same token.
+    """
+    strange = sorted(word for word in vocabulary() if len(tokenizer.tokenize(word)) > 1)
+    merges = _merges_of([tokenizer.tokenize(word) for word in strange])
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        file = Path(folder, "tokenizer.json")
+        content = json.loads(file.read_text(encoding="utf-8"))
+        ids = content["model"]["vocab"]
+        for first, second in merges:
+            ids.setdefault(first + second, len(ids))
+        content["model"]["merges"] += [list(pair) for pair in merges]
+        file.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def _merges_of(pieces: list[list[str]]) -> list[Pair]:
     merges: list[Pair] = []
     while counts := Counter(pair for word in pieces for pair in pairwise(word)):
         best = min(counts, key=lambda pair: (-counts[pair], pair))

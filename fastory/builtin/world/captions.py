@@ -6,8 +6,17 @@ import re
 
 import numpy as np
 
-from fastory.builtin.words import ACTION_PHRASES, ACTION_VERBS, FILLERS, NAMES, PLACE_PHRASES, SPECIES_WORDS
+from fastory.builtin.words import (
+    ACTION_PHRASES,
+    ACTION_VERBS,
+    FILLERS,
+    NAMES,
+    PLACE_PHRASES,
+    SPECIES_WORDS,
+    vocabulary,
+)
 from fastory.builtin.world.drawing import Character, Scene
+from fastory.builtin.world.looks import NOTHING, Said, coloured, worn
 
 TOKEN_LIMIT = 40
 
@@ -44,19 +53,20 @@ def sample_name(rng: np.random.Generator) -> str:
     return "".join(_SYLLABLES[i] for i in rng.integers(len(_SYLLABLES), size=2)).capitalize()
 
 
-def _subject(rng: np.random.Generator, character: Character, name: str | None) -> str:
-    noun = _pick(rng, SPECIES_WORDS[character.species])
+def _subject(rng: np.random.Generator, character: Character, name: str | None, said: Said) -> str:
+    noun = coloured(rng, _pick(rng, SPECIES_WORDS[character.species]), character, said)
     if rng.random() < 0.15:
         noun = f"{FILLERS[rng.integers(len(FILLERS))]} {noun}"
     article = "an" if noun[0] in "aeiou" else "a"
+    wears = worn(rng, character, said)
     if name is None:
-        return f"the {noun}" if rng.random() < 0.25 else f"{article} {noun}"
+        return f"the {noun}{wears}" if rng.random() < 0.25 else f"{article} {noun}{wears}"
     # The first form is what a named character's prompt becomes in a story file.
     forms = (
-        f"{name}, {article} {noun},",
-        f"{name} the {noun}",
-        f"the {noun} {name}",
-        f"{article} {noun} named {name}",
+        f"{name}, {article} {noun}{wears},",
+        f"{name} the {noun}{wears}",
+        f"the {noun} {name}{wears}",
+        f"{article} {noun}{wears} named {name}",
     )
     return _pick(rng, forms)
 
@@ -78,14 +88,37 @@ def caption(
     cast: tuple[Character, ...],
     scene: Scene,
     names: tuple[str | None, ...] | None = None,
+    said: tuple[Said, ...] | None = None,
 ) -> str:
-    """A sentence for a scene: species, place and action, who is on the left first, free attributes never.
+    """A sentence for a scene: species, place and action, who is on the left first.
 
-    names: one per member of the cast, None for none; without names every character is called by its species.
+    names: one per member of the cast, None for none; without names every character is called by its species. said:
+    which attributes of each member the sentence tells; none unless given. It is told in other words where it would be
+    longer than the text encoder reads. Raises ValueError if no words are found that fit.
     """
-    names = names or (None,) * len(cast)
+    names, said = names or (None,) * len(cast), said or (NOTHING,) * len(cast)
+    for _ in range(2000):
+        sentence = _sentence(rng, cast, scene, names, said)
+        if not any(said) or longest_count(sentence) <= TOKEN_LIMIT:
+            return sentence
+    raise ValueError(f"a caption of {names} that says {said} does not fit in {TOKEN_LIMIT} tokens")
+
+
+def longest_count(sentence: str) -> int:
+    """The most tokens that a sentence can have, start and end among them: a made-up name falls into letters."""
+    pieces = re.findall(r"[^\W\d_]+|[^\w\s]", sentence.lower())
+    return 2 + sum(len(p) if p[0].isalpha() and p not in vocabulary() else 1 for p in pieces)
+
+
+def _sentence(
+    rng: np.random.Generator,
+    cast: tuple[Character, ...],
+    scene: Scene,
+    names: tuple[str | None, ...],
+    said: tuple[Said, ...],
+) -> str:
     place = _pick(rng, PLACE_PHRASES[scene.place])
-    subjects = [_subject(rng, cast[role.member], names[role.member]) for role in scene.roles]
+    subjects = [_subject(rng, cast[r.member], names[r.member], said[r.member]) for r in scene.roles]
     actions = [role.action for role in scene.roles]
     if len(subjects) == 1:
         text = f"there is {subjects[0]} {place}" if actions == ["standing"] and rng.random() < 0.1 else ""
