@@ -5,14 +5,14 @@
     python build_engines.py unet ...      only these
 
 An engine is <component>.engine; engines.json says what it was built from and for. `fastory export --trt` runs this file
-in a process of its own, since the builder can crash, and puts it beside the graphs for another machine.
+in a process of its own, since the builder can crash, and puts it and tensorrt_packages.py beside the graphs for another
+machine.
 """
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
-import importlib
 import json
 import os
 import re
@@ -26,46 +26,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import tensorrt as trt
 
-PLAN, ENGINES, SCHEMA = "build_engines.json", "engines.json", 1
+try:  # the copy that lies beside this file in an export
+    from tensorrt_packages import ENGINES, SCHEMA, MissingError, load
+except ImportError:
+    from fastory.models.tensorrt_packages import ENGINES, SCHEMA, MissingError, load
+
+PLAN = "build_engines.json"
 MISSING = 3  # exit status: TensorRT or a GPU is not there
-PACKAGES = {"tensorrt": "tensorrt>=11", "tensorrt_rtx": "fastory[rtx]"}
-OLDEST = {"tensorrt": 11, "tensorrt_rtx": 1}
 # cuDeviceGetAttribute's numbers for the compute capability, of cuda.h.
 MAJOR, MINOR = 75, 76
 
 
 class BuildError(Exception):
     """No engine was built; the message says why."""
-
-
-class MissingError(BuildError):
-    """TensorRT, its libraries or a GPU are not there."""
-
-
-def load(package: str) -> Any:
-    """`tensorrt` or `tensorrt_rtx`. Raises MissingError where it cannot be used."""
-    try:
-        if package == "tensorrt_rtx":
-            # The wheel of the libraries must come first; there is no package of the plain name.
-            importlib.import_module("tensorrt_rtx_libs")
-            found = importlib.import_module("tensorrt_rtx_bindings")
-        else:
-            found = importlib.import_module(package)
-    except (ImportError, OSError, RuntimeError) as error:
-        raise MissingError(
-            f"{package} is not usable here ({error}); run: pip install '{PACKAGES[package]}'"
-        ) from error
-    # A package whose libraries are missing imports as an empty one.
-    version = str(getattr(found, "__version__", ""))
-    if not hasattr(found, "Builder") or not version:
-        raise MissingError(
-            f"{package} is installed without its libraries; run: pip install --force-reinstall '{PACKAGES[package]}'"
-        )
-    if int(version.split(".")[0]) < OLDEST[package]:
-        raise MissingError(
-            f"wanted {package} {OLDEST[package]} or newer, found {version}; run: pip install -U '{PACKAGES[package]}'"
-        )
-    return found
 
 
 def gpu(number: int = 0) -> tuple[str, str]:

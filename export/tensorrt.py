@@ -1,7 +1,7 @@
 """`fastory export --trt`: engines of an exported folder, for the GPU of this machine or, with RTX, for one elsewhere.
 
 What builds is build_engines.py, in a process of its own. Where TensorRT or a GPU is missing, the folder keeps that
-file with the graphs and the plan, to be run where they are.
+file and what it imports with the graphs and the plan, to be run where they are.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from fastory import files
 from fastory.errors import FastoryError, InputError
 from fastory.export import build_engines
 from fastory.export.profiles import Bounds, Shapes, profiles
+from fastory.models import tensorrt_packages
 from fastory.models.export_folder import ExportFolder, engine_name
 
 # TensorRT for RTX 1.7 builds for GeForce and RTX cards: Turing, Ampere, Ada and Blackwell.
@@ -77,10 +78,10 @@ def build(
     flags = [name for name, wanted in chosen.items() if wanted]
     jobs = _jobs(export, shapes, "tensorrt", None, flags)
     with files.disk_errors(export.path):
-        plan = json.dumps({"schema": build_engines.SCHEMA, "jobs": jobs}, indent=1)
+        plan = json.dumps({"schema": tensorrt_packages.SCHEMA, "jobs": jobs}, indent=1)
         files.atomic_write(export.path / build_engines.PLAN, (plan + "\n").encode())
-        script = Path(build_engines.__file__)
-        files.atomic_write(export.path / script.name, script.read_bytes())
+        for source in (tensorrt_packages.__file__, build_engines.__file__):
+            files.atomic_write(export.path / Path(source).name, Path(source).read_bytes())
     return _run(export.path, jobs)
 
 
@@ -187,9 +188,10 @@ def _apart(folder: Path, job: Mapping[str, Any]) -> dict[str, Any]:
 def _not_built(folder: Path, job: Mapping[str, Any], said: str) -> str:
     if job["target"]:
         return f"no engine was built: {said}"
+    wanted = tensorrt_packages.PACKAGES["tensorrt"]
     return (
         f"no engine was built: {said}. The graphs are in {folder}; copy it to a machine with an NVIDIA GPU and "
-        f"TensorRT (pip install '{build_engines.PACKAGES['tensorrt']}') and run there: python {folder.name}/build_engines.py"
+        f"TensorRT (pip install '{wanted}') and run there: python {folder.name}/build_engines.py"
     )
 
 

@@ -258,7 +258,7 @@ def _built(components: Iterable[str]) -> re.Pattern[str]:
     names = "|".join(map(re.escape, components))
     engines = rf"({names})(\.trt\.onnx|(\.rtx-sm[0-9]+)?\.engine)"
     return re.compile(
-        rf"\.?({engines}|engines\.json|build_engines\.(json|py)|timing-[^/]+\.cache|fastory\.json)(\.partial)?"
+        rf"\.?({engines}|engines\.json|build_engines\.(json|py)|tensorrt_packages\.py|timing-[^/]+\.cache|fastory\.json)(\.partial)?"
     )
 
 

@@ -20,9 +20,9 @@ from fastory.checkpoints.hashes import file_hash
 from fastory.checkpoints.weights import is_there
 from fastory.documents import read_json, validated
 from fastory.errors import FastoryError, InputError
-from fastory.export import build_engines
 from fastory.files import sha256_of
 from fastory.models.export_folder import Digest, Inside, check_schema, checked_file
+from fastory.models.tensorrt_packages import ENGINES, SCHEMA, MissingError, load
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -53,12 +53,12 @@ class EngineRecord(BaseModel):
 
 def engine_record(folder: Path, engine: str) -> Mapping[str, Any]:
     """What engines.json says of an engine file. Raises InputError where it says nothing, or is damaged or newer."""
-    file = folder / build_engines.ENGINES
+    file = folder / ENGINES
     if not is_there(file):
         raise InputError(f"{folder} holds no engines; {AGAIN}")
     what = "the record of engines that `fastory export --trt` wrote"
     found = read_json(file, what=what, todo=AGAIN)
-    check_schema(found, file, build_engines.SCHEMA, AGAIN)
+    check_schema(found, file, SCHEMA, AGAIN)
     engines = found.get("engines")
     if not isinstance(engines, dict):
         raise InputError(f"{file} is damaged (no engines); {AGAIN}")
@@ -132,8 +132,8 @@ class TensorRtSession:
         """
         record = engine_record(folder, engine)
         try:
-            self.trt: Any = build_engines.load(record["builder"])
-        except build_engines.MissingError as error:
+            self.trt: Any = load(record["builder"])
+        except MissingError as error:
             raise InputError(str(error)) from error
         self.device, self.graphs, self.file = device, graphs, folder / engine
         capability = ".".join(str(part) for part in torch.cuda.get_device_capability(device))

@@ -166,7 +166,7 @@ def test_overwrite_never_deletes_what_no_export_wrote(model: StoryModel, copy: P
         assert (copy / name).read_text() == "dear"
         (copy / name).unlink()
     for name in ("engines.json", "unet.engine", "unet.rtx-sm89.engine", "unet.trt.onnx", "build_engines.py",
-                 ".unet.engine.partial", "timing-nvidia-l4-sm89-11.0.cache"):  # fmt: skip
+                 "tensorrt_packages.py", ".unet.engine.partial", "timing-nvidia-l4-sm89-11.0.cache"):  # fmt: skip
         (copy / name).write_text("ours")
     export_onnx(model, copy, overwrite=True)  # refuses nothing; its events are not asked for
     (copy / "fastory.json").write_text("{")

@@ -16,6 +16,7 @@ from small_export import write_export
 from fastory.errors import FastoryError, InputError
 from fastory.export import build_engines
 from fastory.export.tensorrt import NotBuiltError, build, build_rtx
+from fastory.models.tensorrt_packages import MissingError, load
 
 needs_absence = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt") is not None and torch.cuda.is_available(),
@@ -36,7 +37,7 @@ def test_graphs_and_script_are_written_and_the_exit_code_says_so(export: Path) -
     assert raised.value.exit_code == 3
     assert "pip install 'tensorrt>=11'" in str(raised.value) and "build_engines.py" in str(raised.value)
     new = {file.name for file in export.iterdir()} - before
-    assert new == {"unet.trt.onnx", "build_engines.py", "build_engines.json"}
+    assert new == {"unet.trt.onnx", "build_engines.py", "build_engines.json", "tensorrt_packages.py"}
     (job,) = json.loads((export / "build_engines.json").read_text())["jobs"]
     assert job["profile"]["ref_kv"][2] == [1, 400, 64] and job["flags"] == ["refit"]
 
@@ -153,6 +154,6 @@ def test_an_old_or_empty_tensorrt_is_refused(tmp_path: Path, monkeypatch: pytest
     ):
         (tmp_path / "tensorrt.py").write_text(source)
         monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
-        with pytest.raises(build_engines.MissingError, match=said):
-            build_engines.load("tensorrt")
+        with pytest.raises(MissingError, match=said):
+            load("tensorrt")
     monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
