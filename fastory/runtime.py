@@ -98,9 +98,16 @@ def _set_threads(count: int) -> None:
         torch.set_num_threads(count)
 
 
-def choose_batch(placement: Placement, needed: int, count: int, unit: str = "frame") -> tuple[int, str]:
-    """How many of `count` fit in one micro-batch, and the line that says why. needed: bytes of one. unit: frame, or story."""
+def choose_batch(
+    placement: Placement, needed: int, count: int, unit: str = "frame", taken: int | None = None
+) -> tuple[int, str]:
+    """How many of `count` fit in one micro-batch, and the line that says why.
+
+    needed: bytes of one. unit: frame, or story. taken: the most that the model takes at once, None for any number.
+    """
     free, most = free_bytes(placement.device), MOST_FRAMES[placement.device.type]
+    if taken is not None:
+        most = min(most, taken)
     size = max(1, min(count, most, int(0.7 * free / needed)))
     reason = (
         f"{size} of {counted(count, unit)} at once: about {_size(needed)} each, {_size(free)} free on {placement.device}, "

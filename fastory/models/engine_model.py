@@ -32,7 +32,13 @@ from fastory.conditioning.references import ReferenceContext
 from fastory.errors import InputError
 from fastory.model_names import local_path
 from fastory.models.engine_history import EngineHistory, ExportedHistory
-from fastory.models.engine_sessions import check_ports, check_sizes, sessions_for
+from fastory.models.engine_sessions import (
+    bounded_by_engines,
+    check_ports,
+    check_sizes,
+    engines_for,
+    sessions_for,
+)
 from fastory.models.export_folder import MANIFEST, DrawableManifest, ExportFolder
 from fastory.models.images import decoded, fit_square
 from fastory.models.onnx_session import Session
@@ -95,6 +101,7 @@ class EngineModel:
                 f"--dtype {dtype}: {path} was exported in {own}; export it in {dtype}, or leave --dtype out"
             )
         placed = place(device, own, "off")
+        folder = bounded_by_engines(folder, engines_for(folder, placed.device))
         return cls(folder, placed, sessions_for(folder, placed.device, trust_cache))
 
     def run(self, component: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -188,11 +195,21 @@ class EngineModel:
         """Width and height must be multiples of this many pixels."""
         return int(self.manifest["size_factor"])
 
+    @property
+    def most_rows(self) -> int | None:
+        """Most rows that a UNet call takes."""
+        most: int | None = self._unet_ranges.get("batch", (1, None))[1]
+        return most
+
+    @property
+    def _unet_ranges(self) -> Mapping[str, Any]:
+        name = "unet" if self.has("unet") else "unet_causal"
+        ranges: Mapping[str, Any] = self.folder.components[name]["ranges"]
+        return ranges
+
     def check_drawable(self, width: int, height: int, references: int, groups: int, rows: int) -> None:
         """InputError for sides that do not fit the UNet, and for what the graphs were not exported for."""
         check_size(width, height, self.size_factor)
-        name = "unet" if self.has("unet") else "unet_causal"
-        ranges = self.folder.components[name]["ranges"]
         sizes = {
             "width": (width // self.size_factor, self.size_factor, "pixels"),
             "height": (height // self.size_factor, self.size_factor, "pixels"),
@@ -200,10 +217,10 @@ class EngineModel:
             "batch": (rows, 1, "rows of a UNet call (two a frame with guidance)"),
         }
         for key, (value, factor, what) in sizes.items():
-            low, high = ranges.get(key, (value, value))
+            low, high = self._unet_ranges.get(key, (value, value))
             if not low <= value <= high:
                 raise InputError(
-                    f"{self.folder.path} was exported for a {key} of {low * factor} to {high * factor} {what}, and this story "
+                    f"{self.folder.path} takes {key} of {low * factor} to {high * factor} {what}, and this story "
                     f"needs {value * factor}; draw it smaller, with a smaller --batch-size, or export with wider ranges"
                 )
         if groups > self.folder.groups:

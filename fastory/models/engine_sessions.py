@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from fastory.errors import InputError
 from fastory.models.export_folder import ExportFolder, engine_name, factored
 from fastory.models.onnx_session import OrtSession, Session
-from fastory.models.tensorrt_session import TensorRtSession
+from fastory.models.tensorrt_session import AGAIN, TensorRtSession, engine_record
 
 
 def check_ports(session: Any, described: Mapping[str, Any], where: str) -> None:
@@ -53,6 +54,29 @@ def engines_for(folder: ExportFolder, device: torch.device) -> dict[str, str]:
         for file in (engine_name(component, f"sm{major}{minor}"), engine_name(component))
         if (folder.path / file).is_file()
     }
+
+
+def bounded_by_engines(folder: ExportFolder, engines: Mapping[str, str]) -> ExportFolder:
+    """`folder` with the ranges of every component that an engine runs cut to what the engine was built for.
+
+    engines: the engine file by component. A graph takes more sizes than its engine's profile, so without this a story too
+    large for it would be refused at its first UNet call, after the run folder was begun.
+    """
+    bounded = dict(folder.components)
+    for name, file in engines.items():
+        component = bounded[name]
+        ranges = dict(component["ranges"])
+        for key, (least, _, most) in engine_record(folder.path, file).get("profile", {}).items():
+            axes = component["inputs"].get(key, {"shape": ()})["shape"]
+            if not len(axes) == len(least) == len(most):
+                raise InputError(f"{folder.path}: {file} was built for other inputs than {name} has; {AGAIN}")
+            for axis, low, high in zip(axes, least, most, strict=True):
+                if isinstance(axis, str):
+                    factor, size = factored(axis)
+                    start, end = ranges[size]
+                    ranges[size] = (max(start, -(-low // factor)), min(end, high // factor))
+        bounded[name] = {**component, "ranges": ranges}
+    return replace(folder, manifest={**folder.manifest, "components": bounded})
 
 
 def refuse_onnxruntime(folder: ExportFolder) -> None:

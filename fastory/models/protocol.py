@@ -134,6 +134,10 @@ class Model(Protocol):
     @property
     def tokens_per_ref(self) -> int: ...
 
+    @property
+    def most_rows(self) -> int | None:
+        """Most rows that a UNet call takes; None where memory alone bounds them."""
+
     def on(self, machine: Mapping[str, Any]) -> Model:
         """This model where `machine`, a manifest's, says a run began."""
 

@@ -21,7 +21,7 @@ from fastory.checkpoints.weights import is_there
 from fastory.documents import read_json, validated
 from fastory.errors import FastoryError, InputError
 from fastory.files import sha256_of
-from fastory.models.export_folder import Digest, Inside, check_schema, checked_file
+from fastory.models.export_folder import Count, Digest, Inside, Name, check_schema, checked_file
 from fastory.models.tensorrt_packages import ENGINES, SCHEMA, MissingError, load
 
 if TYPE_CHECKING:
@@ -41,7 +41,10 @@ DTYPES = {
 
 
 class EngineRecord(BaseModel):
-    """What engines.json says of an engine. builder: the package that made it, and is imported to run it."""
+    """What engines.json says of an engine. builder: the package that made it, and is imported to run it.
+
+    profile: the least, usual and most shape of each input with a dynamic axis.
+    """
 
     builder: Literal["tensorrt", "tensorrt_rtx"]
     version: Annotated[str, StringConstraints(pattern=r"^[0-9]{1,6}(\.[0-9a-z+]{1,20}){0,6}$")]
@@ -49,6 +52,7 @@ class EngineRecord(BaseModel):
     capability: Annotated[str, StringConstraints(pattern=r"^[0-9]{1,3}\.[0-9]{1,3}$")]
     name: str | None
     sha256: dict[Inside, Digest]
+    profile: dict[Name, tuple[list[Count], list[Count], list[Count]]] = {}
 
 
 def engine_record(folder: Path, engine: str) -> Mapping[str, Any]:

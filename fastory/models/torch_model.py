@@ -201,6 +201,11 @@ class StoryModel:
         return self.adapter.tokens if self.adapter else 4
 
     @property
+    def most_rows(self) -> int | None:
+        """None: memory alone bounds the rows of a UNet call."""
+        return None
+
+    @property
     def cross_attention_dim(self) -> int:
         """C_x: width of the tokens that cross-attention reads."""
         return int(self.unet.config.cross_attention_dim)

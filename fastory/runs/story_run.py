@@ -18,7 +18,7 @@ from fastory.runs.redraw import begin_redraw, finish_move, give_up_redraw, refus
 from fastory.runs.resolve import ResolvedStory
 from fastory.runtime import choose_batch, frame_bytes
 from fastory.sampling.noise import frame_seed
-from fastory.sampling.sampler import is_guided
+from fastory.sampling.sampler import is_guided, rows_per_frame
 from fastory.settings import Settings
 from fastory.story import Story
 from fastory.wording import counted
@@ -170,7 +170,8 @@ def _micro_batch(
     needed = frame_bytes(
         model.sizes.first_channels, model.placement.dtype, width, height, is_guided(model, settings)
     )
-    return choose_batch(model.placement, needed, count, unit)
+    taken = None if model.most_rows is None else max(1, model.most_rows // rows_per_frame(model, settings))
+    return choose_batch(model.placement, needed, count, unit, taken)
 
 
 def drawn_together(runs: Sequence[StoryRun]) -> list[list[StoryRun]]:
