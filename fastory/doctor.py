@@ -14,6 +14,7 @@ from fastory.kernels import backends
 
 PACKAGES = (
     "torch",
+    "torchvision",
     "triton",
     "diffusers",
     "transformers",

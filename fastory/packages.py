@@ -6,6 +6,7 @@ imported on the way in: setup.py runs this file before anything is installed.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -27,7 +28,7 @@ KNOWN = {
     # transformers 5.24.0 asks for peft 0.22.0, which does not exist yet: peft's newest release is 0.21.2 (2026-11-24).
     "text-encoder-lora": Combination(
         {"transformers": "==5.24.0", "peft": "<0.22"},
-        "transformers refuses this peft for a LoRA on a text encoder",
+        "transformers' add_adapter refuses this peft on a text encoder; LoRA files were loaded all the same",
         "pip install transformers==5.23.0",
         left_out="transformers",
     ),
@@ -64,9 +65,27 @@ def found(name: str) -> str | None:
     return f"{pair}: {known.fails}; run: {known.mended_by}"
 
 
+def broken_torchvision() -> str | None:
+    """One line on a torchvision that is installed and cannot be imported. transformers imports it wherever it is there."""
+    from fastory.wording import last_words
+
+    version = installed("torchvision")
+    if version is None:
+        return None
+    try:
+        importlib.import_module("torchvision")
+    except Exception as error:  # of another PyTorch: RuntimeError, OSError, ImportError, AttributeError
+        torch = installed("torch")
+        return (
+            f"torchvision {version} cannot be imported beside torch {torch} ({last_words(error)}), and transformers needs it "
+            "where it is installed; run: pip uninstall torchvision, which nothing here uses, or install the one for this torch"
+        )
+    return None
+
+
 def known_not_to_work() -> Iterator[str]:
-    """`found` for every combination that is installed here."""
-    yield from filter(None, map(found, KNOWN))
+    """`found` for every combination that is installed here, and a broken torchvision."""
+    yield from filter(None, (*map(found, KNOWN), broken_torchvision()))
 
 
 def excluded(package: str) -> str:
