@@ -96,7 +96,7 @@ def _why_not_triton(device: torch.device) -> str | None:
 
 def _why_not_xformers(device: torch.device) -> str | None:
     if importlib.util.find_spec("xformers") is None:
-        return "xformers is not installed (pip install fastory[xformers])"
+        return "xformers is not installed (pip install 'fastory[xformers]')"
     return None if device.type == "cuda" else f"xformers runs on CUDA devices, this is {device.type}"
 
 
