@@ -74,7 +74,7 @@ def report(step: str, seconds: float, memory: int | None, **more: object) -> Non
 
 def main() -> None:
     """Export where there is no export yet, and build."""
-    from fastory.export.profiles import parse_sizes
+    from fastory.export.choices import parse_sizes
     from fastory.export.tensorrt import build_rtx
     from fastory.models.tensorrt_packages import load
 

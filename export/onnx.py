@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 from fastory import __version__, files, packages
 from fastory.errors import InputError
+from fastory.export.choices import check_binding
 from fastory.export.component import Component
 from fastory.export.graphs import components, constants
 from fastory.export.parity import Parity, measure_apart, measure_folder, refuse_apart
@@ -93,12 +94,7 @@ def export_onnx(
     written is taken away again.
     """
     packages.require("an export", "onnx", "onnx", "onnxscript", "onnxruntime")
-    from fastory.export.operators import BINDINGS
-
-    if binding not in BINDINGS:
-        raise InputError(f"--bind: wanted one of {', '.join(BINDINGS)}, got {binding!r}")
-    if groups < 1:
-        raise InputError(f"--groups: wanted 1 or more, got {groups}")
+    check_binding(binding, groups)
     identity = {
         "model": model.hashes,
         "dtype": model.placement.dtype_name,

@@ -23,9 +23,9 @@ from onnx import defs, parser
 from onnxscript import values
 
 from fastory import files
+from fastory.export.choices import BINDINGS
 
 DOMAIN, VERSION, OPSET = "fastory", 1, 23
-BINDINGS = ("ort", "portable", "trt")
 GRCA, BANDED = "grca", "banded_causal_attention"
 EVERYTHING = 2**40  # frames of a window without limit, and queries of a group that holds them all
 

@@ -6,38 +6,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fastory.errors import InputError
+from fastory.export.choices import NAMES, SIDES, Bounds
 from fastory.export.component import size_of
 from fastory.models.export_folder import factored
 
-Bounds = tuple[int, int]
 Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # least, of most calls, most
-
-SIDES = ("height", "width")
-NAMES = ("batch", *SIDES, "text", "references", "keys")
-
-
-def parse_sizes(given: Iterable[str]) -> dict[str, Bounds]:
-    """`["batch=1:8", "width=512"]` -> {"batch": (1, 8), "width": (512, 512)}; height and width in pixels.
-
-    Raises InputError for another form, an unknown name, a name that comes twice, and numbers that are no range.
-    """
-    sizes: dict[str, Bounds] = {}
-    for text in given:
-        name, equals, bounds = text.partition("=")
-        low, colon, high = bounds.partition(":")
-        if not equals or name not in NAMES:
-            raise InputError(f"--size {text}: wanted NAME=LEAST:MOST, NAME one of {', '.join(NAMES)}")
-        if name in sizes:
-            raise InputError(f"--size {text}: {name} was given before; give it once")
-        try:
-            sizes[name] = (int(low), int(high if colon else low))
-        except ValueError:
-            raise InputError(
-                f"--size {text}: wanted whole numbers, {name}=LEAST:MOST, got {bounds!r}"
-            ) from None
-        if not 1 <= sizes[name][0] <= sizes[name][1]:
-            raise InputError(f"--size {text}: wanted 1 or more, and the least first")
-    return sizes
 
 
 def profiles(

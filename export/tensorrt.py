@@ -16,21 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from fastory import files
-from fastory.errors import FastoryError, InputError
+from fastory.errors import FastoryError
 from fastory.export import build_engines
-from fastory.export.profiles import Bounds, Shapes, profiles
+from fastory.export.choices import RTX_TARGETS, Bounds, check_target
+from fastory.export.profiles import Shapes, profiles
 from fastory.models import tensorrt_packages
-from fastory.models.export_folder import ExportFolder, engine_name
-
-# TensorRT for RTX 1.7 builds for GeForce and RTX cards: Turing, Ampere, Ada and Blackwell.
-RTX_TARGETS = {
-    "sm75": "7.5",
-    "sm80": "8.0",
-    "sm86": "8.6",
-    "sm89": "8.9",
-    "sm120": "12.0",
-    "sm121": "12.1",
-}
+from fastory.models.export_folder import DOING, HINT, MANIFEST, ExportFolder, engine_name
 
 
 class NotBuiltError(FastoryError):
@@ -76,13 +67,7 @@ def build(
         "hardware-compatible": hardware_compatible,
     }
     flags = [name for name, wanted in chosen.items() if wanted]
-    jobs = _jobs(export, shapes, "tensorrt", None, flags)
-    with files.disk_errors(export.path):
-        plan = json.dumps({"schema": tensorrt_packages.SCHEMA, "jobs": jobs}, indent=1)
-        files.atomic_write(export.path / build_engines.PLAN, (plan + "\n").encode())
-        for source in (tensorrt_packages.__file__, build_engines.__file__):
-            files.atomic_write(export.path / Path(source).name, Path(source).read_bytes())
-    return _run(export.path, jobs)
+    return _build(export, shapes, "tensorrt", None, flags)
 
 
 def build_rtx(
@@ -99,16 +84,7 @@ def build_rtx(
     check_target(target)
     export = ExportFolder.open(Path(folder))
     shapes = profiles(export.manifest, components or tuple(export.components), sizes or {})
-    return _run(export.path, _jobs(export, shapes, "tensorrt_rtx", target.lower(), []))
-
-
-def check_target(target: str) -> None:
-    """InputError for a GPU that TensorRT for RTX does not build for."""
-    if target.lower() not in RTX_TARGETS:
-        raise InputError(
-            f"--rtx {target}: TensorRT for RTX builds for {', '.join(RTX_TARGETS)}; for other GPUs build with --trt "
-            "on a machine that has one"
-        )
+    return _build(export, shapes, "tensorrt_rtx", target.lower(), [])
 
 
 def graph_name(component: str) -> str:
@@ -126,6 +102,24 @@ def write_graph(export: ExportFolder, component: str) -> Path:
     return target
 
 
+def _build(
+    export: ExportFolder,
+    shapes: Mapping[str, Mapping[str, Shapes]],
+    builder: str,
+    target: str | None,
+    flags: Sequence[str],
+) -> Iterator[Built]:
+    """Write the graphs and, for a machine like this one, the plan; then build. Holds the lock of an export meanwhile."""
+    with files.disk_errors(export.path), files.unfinished(export.path, DOING, HINT, last=MANIFEST):
+        jobs = _jobs(export, shapes, builder, target, flags)
+        if target is None:
+            plan = json.dumps({"schema": tensorrt_packages.SCHEMA, "jobs": jobs}, indent=1)
+            files.atomic_write(export.path / build_engines.PLAN, (plan + "\n").encode())
+            for source in (tensorrt_packages.__file__, build_engines.__file__):
+                files.atomic_write(export.path / Path(source).name, Path(source).read_bytes())
+        yield from _run(export.path, jobs)
+
+
 def _jobs(
     export: ExportFolder,
     shapes: Mapping[str, Mapping[str, Shapes]],
@@ -136,8 +130,7 @@ def _jobs(
     """What build_engines.build is given for each component; the graphs are written."""
     jobs = []
     for component, profile in shapes.items():
-        with files.disk_errors(export.path):
-            graph = write_graph(export, component)
+        graph = write_graph(export, component)
         data = export.components[component]["data"]
         jobs.append(
             {

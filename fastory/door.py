@@ -6,11 +6,12 @@ more, and in full, where it is opened.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastory import files, settings
+from fastory import files, packages, settings
 from fastory.errors import InputError
 from fastory.model_names import PICKLE_SUFFIXES, local_encoder, local_model, local_weights, user_path
 from fastory.pictures import open_picture
@@ -62,10 +63,13 @@ def check_model(
 
 def check_engine(folder: Path) -> None:
     """InputError for a folder that is no finished export."""
-    if not (user_path(folder, "--engine") / EXPORT_MANIFEST).is_file():
+    path = user_path(folder, "--engine")
+    if not (path / EXPORT_MANIFEST).is_file():
         raise InputError(
             f"{folder} holds no {EXPORT_MANIFEST}; wanted a folder that `fastory export` finished"
         )
+    if not any(path.glob("*.engine")):
+        packages.require(f"{folder} has no engines, so drawing", "onnx", "onnxruntime")
 
 
 def check_first_frame(path: Path) -> None:
@@ -97,11 +101,48 @@ def check_output(output: Path | None, stories: Sequence[Story]) -> None:
         files.check_unlocked(path, "draws into", "choose another --output")
 
 
+def check_export(output: Path | None, dtype: str, groups: int, binding: str) -> None:
+    """InputError for values that no export takes; FastoryError where another process exports into `output`."""
+    from fastory.export.choices import check_binding
+
+    settings.check_placement("cpu", dtype, "off")
+    check_binding(binding, groups)
+    if output is not None:
+        path = user_path(output, "--output")
+        if path.exists() and not path.is_dir():
+            raise InputError(f"{path} is a file; wanted a folder, or a name that is free")
+        files.check_nobody_makes(path, "exports into", "choose another --output")
+
+
+def check_tuning(stories: Path, output: Path, tuning: Any, sizes: Any) -> None:
+    """InputError for values that no tuning takes; FastoryError where another process tunes there.
+
+    tuning, sizes: fastory.tuning.sizes.Tuning and HistorySizes.
+    """
+    from fastory.tuning.sizes import tuning_folder
+
+    tuning.check()
+    sizes.check()
+    if not user_path(stories, "STORIES").is_dir():
+        raise InputError(f"{stories}: wanted a folder of story folders, and there is none; check the path")
+    path = user_path(output, "--output")
+    if path.suffix != ".safetensors":
+        raise InputError(f"--output: wanted a file ADAPTER.safetensors, got {output}")
+    if os.environ.get("RANK", "0") == "0":  # the others of torchrun would meet the lock of the first
+        files.check_unlocked(tuning_folder(path), "tunes in", "choose another --output")
+
+
 def check_pickle(path: Path) -> None:
     """InputError for what `fastory convert` cannot convert, by its name."""
     user_path(path, "The checkpoint")
     if path.suffix.lower() not in PICKLE_SUFFIXES or not path.is_file():
         raise InputError(f"{path} cannot be converted: wanted a file ending in {', '.join(PICKLE_SUFFIXES)}.")
+
+
+def check_conversion(output: Path | None) -> None:
+    """FastoryError where another process writes `output` just now."""
+    if output is not None:
+        files.check_nobody_makes(user_path(output, "OUT"), "is writing", "give another output")
 
 
 def parse_frames(text: str | None) -> list[int] | slice | None:

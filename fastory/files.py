@@ -234,11 +234,19 @@ def lock_folder(
     return lock
 
 
-def check_unlocked(path: Path, doing: str, hint: str) -> None:
-    """FastoryError where another process holds the lock of a folder just now; changes nothing, and holds nothing after."""
-    file = path / LOCK
+def check_unlocked(path: Path, doing: str, hint: str, *, name: str = LOCK, shown: Path | None = None) -> None:
+    """FastoryError where another process holds the lock of a folder just now; changes nothing, and holds nothing after.
+
+    name, shown: as `lock_folder` has them.
+    """
+    file = path / name
     if file.is_file() and not file.is_symlink():
-        lock_folder(path, doing, hint).release()
+        lock_folder(path, doing, hint, name=name, shown=shown).release()
+
+
+def check_nobody_makes(target: Path, doing: str, hint: str) -> None:
+    """FastoryError where another process is in `unfinished` of this target just now; as `check_unlocked`."""
+    check_unlocked(unfinished_place(target, hint), doing, hint, name=MARK, shown=target)
 
 
 @contextlib.contextmanager

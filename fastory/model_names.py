@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 from fastory.errors import InputError
@@ -43,6 +44,15 @@ def local_path(name: str | Path, what: str) -> Path | None:
     return path
 
 
+def refuse_pickle(path: Path) -> None:
+    """Raises InputError with the command that converts the file, if its name is that of a pickle."""
+    if path.suffix.lower() in PICKLE_SUFFIXES:
+        raise InputError(
+            f"{path} is a pickle, and reading one can run any program; only .safetensors is read. "
+            f"Convert it once: fastory convert {shlex.quote(str(path))}"
+        )
+
+
 def local_model(model: str | Path) -> Path | None:
     """The folder or file of a model, or None for a hub id. Raises InputError where it is neither."""
     path = local_path(model, "Model")
@@ -55,6 +65,7 @@ def local_weights(name: str | Path, what: str) -> Path | tuple[str, str]:
     """A weight file that is here, or (repository, path in it). Raises InputError where it is neither."""
     path = local_path(name, what)
     if path is not None:
+        refuse_pickle(path)
         return path
     match = HUB_PATH.fullmatch(str(name))
     if not match or Path(name).suffix == "":

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from fastory import documents
 from fastory.checkpoints.loading import loading
 from fastory.errors import InputError
-from fastory.model_names import PICKLE_SUFFIXES
+from fastory.model_names import PICKLE_SUFFIXES, refuse_pickle
 
 MOST_HEADER = 16 * 2**20  # of a safetensors file: SDXL's has 250 kB
 MOST_JSON = 64 * 2**20  # a tokenizer of a large vocabulary has 17 MB
@@ -64,15 +64,6 @@ def _reason(start: bytes, error: Exception) -> str:
         return "it holds a pickle; rename it to .bin and run `fastory convert` on it."
     said = " ".join(str(error).split())[:200]
     return f"{said}. It was cut short or is of another kind; download it again."
-
-
-def refuse_pickle(path: Path) -> None:
-    """Raises InputError with the command that converts the file, if its name is that of a pickle."""
-    if path.suffix.lower() in PICKLE_SUFFIXES:
-        raise InputError(
-            f"{path} is a pickle, and reading one can run any program; only .safetensors is read. "
-            f"Convert it once with:\n  fastory convert {shlex.quote(str(path))}"
-        )
 
 
 def component_weights(folder: Path) -> tuple[str | None, tuple[Path, ...]]:

@@ -41,6 +41,7 @@ def convert(
 
         door.check_pickle(checkpoint)
         door.check_paths({"OUT": out, "--output": output, "--config": config})
+        door.check_conversion(out or output)
         if offline:
             os.environ["HF_HUB_OFFLINE"] = "1"
         quiet_libraries()

@@ -99,7 +99,7 @@ def export(
         packages.require("fastory export", "onnx", "onnx", "onnxscript", "onnxruntime")
         from fastory import door
 
-        door.check_paths({"--output": output})
+        door.check_export(output, dtype, groups, bind)
         bounds = checked_engines(rtx, size or []) if trt else {}
         opened = open_model(
             model, config, ip_adapter, image_encoder, adapter, lora or [], "cpu", dtype, "off", offline
@@ -119,8 +119,7 @@ def export_events(model: Any, output: Path | None, groups: int, bind: str, overw
 
 def checked_engines(rtx: str | None, sizes: list[str]) -> dict[str, tuple[int, int]]:
     """The bounds of --size. Raises InputError for those and for a target before anything is exported."""
-    from fastory.export.profiles import parse_sizes
-    from fastory.export.tensorrt import check_target
+    from fastory.export.choices import check_target, parse_sizes
 
     if rtx is not None:
         check_target(rtx)

@@ -29,9 +29,15 @@ def show(events: Iterator[Event], *, quiet: bool, json_lines: bool) -> None:
             screen.show(event)
 
 
+BETWEEN_LINES = 10.0  # seconds, of a tuning's progress where there is no bar
+
+
 def show_tuning(events: Iterator[Any], quiet: bool) -> None:
-    """A bar over the steps of a tuning and its losses; the adapter's path on stdout."""
+    """A bar over the steps of a tuning and its losses, outside a terminal a line now and then; the adapter on stdout."""
     from fastory.tuning import loop
+
+    lines = not quiet and not stderr.is_terminal
+    told = float("-inf")  # when the last line was printed
 
     columns = (
         TextColumn("  {task.description}"),
@@ -40,18 +46,27 @@ def show_tuning(events: Iterator[Any], quiet: bool) -> None:
         TimeRemainingColumn(),
         TextColumn("left"),
     )
-    with Progress(*columns, console=stderr, disable=quiet, speed_estimate_period=120) as bar:
+    hidden = quiet or lines
+    with Progress(*columns, console=stderr, disable=hidden, speed_estimate_period=120) as bar:
         task = bar.add_task("", total=None)
         for event in events:
             match event:
                 case loop.Encoded():
                     bar.update(task, description="encoding frames", completed=event.done, total=event.frames)
+                    if lines and (event.done == event.frames or time.monotonic() - told >= BETWEEN_LINES):
+                        told = time.monotonic()
+                        bar.console.print(f"  frames encoded: {event.done} of {event.frames}", soft_wrap=True)
                 case loop.Stepped():
                     said = None if event.loss is None else f"loss {event.loss:.4f}"
                     bar.update(task, completed=event.step, total=event.steps, description=said)
+                    due = event.step == event.steps or time.monotonic() - told >= BETWEEN_LINES
+                    if lines and said and due:
+                        told = time.monotonic()
+                        bar.console.print(f"  step {event.step} of {event.steps}: {said}", soft_wrap=True)
                 case loop.Validated():
                     said = "pictures drawn" if event.loss is None else f"validation loss {event.loss:.4f}"
-                    bar.console.print(f"  step {event.step}: {said}", soft_wrap=True)
+                    if not quiet:
+                        bar.console.print(f"  step {event.step}: {said}", soft_wrap=True)
                 case loop.Tuned():
                     bar.update(task, visible=False)
                     say(str(event.adapter))

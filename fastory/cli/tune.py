@@ -128,16 +128,10 @@ def tune(
         packages.require("fastory tune", "tune", "tensorboard")
         from fastory import door
         from fastory.settings import check_placement
+        from fastory.tuning.sizes import HistorySizes, Tuning
 
         check_placement(device, "auto", "auto")
         door.check_paths({"STORIES": stories, "--output": output})
-        door.check_model(model, ip_adapter=ip_adapter, image_encoder=image_encoder, adapter=adapter)
-        quiet_libraries()
-        if offline:
-            os.environ["HF_HUB_OFFLINE"] = "1"
-        from fastory.tuning.loop import tune as start
-        from fastory.tuning.sizes import HistorySizes, Tuning
-
         tuning = Tuning(
             steps=steps,
             batch_size=batch_size,
@@ -163,6 +157,14 @@ def tune(
             width=width,
             height=height,
         )
+        encoder = HistorySizes(history_size, frame_tokens, positions, local_heads, bottleneck)
+        door.check_tuning(stories, output, tuning, encoder)
+        door.check_model(model, ip_adapter=ip_adapter, image_encoder=image_encoder, adapter=adapter)
+        quiet_libraries()
+        if offline:
+            os.environ["HF_HUB_OFFLINE"] = "1"
+        from fastory.tuning.loop import tune as start
+
         events = start(
             stories,
             output,
@@ -171,7 +173,7 @@ def tune(
             ip_adapter=ip_adapter,
             image_encoder=image_encoder,
             tuning=tuning,
-            sizes=HistorySizes(history_size, frame_tokens, positions, local_heads, bottleneck),
+            sizes=encoder,
             held_out=validation,
             device=device,
             overwrite=overwrite,

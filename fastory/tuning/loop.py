@@ -20,7 +20,7 @@ from fastory.tuning.batches import Batches
 from fastory.tuning.imitation import Teacher
 from fastory.tuning.preservation import Base
 from fastory.tuning.siblings import check_families, families_of
-from fastory.tuning.sizes import HistorySizes, Tuning
+from fastory.tuning.sizes import HistorySizes, Tuning, tuning_folder
 from fastory.tuning.state import HINT, KEPT, Learner, Progress, is_adapter, write_tensors
 from fastory.tuning.stories import Example, digest_of, read_examples
 from fastory.tuning.tables import Tables, encode_examples, open_tables
@@ -169,7 +169,7 @@ def begin(
         opened, sizes, tuning.rank, max(window, 1), tuning.seed, tuning.self_attention, tuning.freeze_encoder
     )
     check_window(opened.require_history().encoder.config.positions, tuning, longest)
-    progress = Progress(output.with_suffix(".tuning"), identity)
+    progress = Progress(tuning_folder(output), identity)
     check_output(output, progress, overwrite)
     return Job(
         opened,

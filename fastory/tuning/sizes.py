@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from fastory.checkpoints.history_encoder import HistoryConfig
 from fastory.errors import InputError
+
+if TYPE_CHECKING:  # what is asked for is checked before PyTorch is imported
+    from fastory.checkpoints.history_encoder import HistoryConfig
 
 # vision: width, layers, heads, picture's side, patch; text: layers. The text width is always the base's.
 SIZES: Mapping[str, tuple[tuple[int, int, int, int, int], int]] = {
@@ -113,11 +116,21 @@ class HistorySizes:
     local_heads: int | None = None
     bottleneck: int | None = None
 
+    def check(self) -> None:
+        """InputError for a name that no size has, and for numbers that no encoder has."""
+        if self.size is not None and self.size not in SIZES:
+            raise InputError(f"--history-size: wanted one of {', '.join(SIZES)}, got {self.size!r}")
+        for name, least in (("frame_tokens", 1), ("positions", 1), ("local_heads", 0), ("bottleneck", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise InputError(f"{_flag(name)}: wanted {least} or more, got {value}")
+
     def new(self, width: int, vocabulary: int, text_limit: int, longest: int) -> HistoryConfig:
         """The configuration of a new encoder for text width C_x. longest: frames of the longest window trained."""
+        from fastory.checkpoints.history_encoder import HistoryConfig
+
+        self.check()
         name = self.size or "small"
-        if name not in SIZES:
-            raise InputError(f"--history-size: wanted one of {', '.join(SIZES)}, got {name!r}")
         (hidden, layers, heads, side, patch), text_layers = SIZES[name]
         tokens = self.frame_tokens or text_limit
         vision = {
@@ -144,6 +157,8 @@ class HistorySizes:
 
     def over(self, config: HistoryConfig) -> HistoryConfig:
         """The base's own encoder, with a local causal attention and an adapter added where it has none."""
+        from fastory.checkpoints.history_encoder import HistoryConfig
+
         for name in ("frame_tokens", "positions"):
             wanted, own = getattr(self, name), getattr(config, name)
             if wanted not in (None, own):
@@ -159,6 +174,11 @@ class HistorySizes:
         return HistoryConfig.read(values, "the sizes asked for")
 
 
+def tuning_folder(output: Path) -> Path:
+    """Where a tuning that writes `output` is kept."""
+    return output.with_suffix(".tuning")
+
+
 def heads_of(width: int) -> int:
     """Attention heads for a width: of 64 in wide models, four in small ones."""
     return width // 64 if width >= 512 else 4
@@ -166,6 +186,8 @@ def heads_of(width: int) -> int:
 
 def checked(config: HistoryConfig) -> HistoryConfig:
     """`config`, or InputError for sizes that the kernels and the Blip classes cannot have."""
+    from fastory.checkpoints.history_encoder import HistoryConfig
+
     if config.width % config.text["num_attention_heads"]:
         raise InputError(
             f"the base's text width {config.width} is not a multiple of 4: it cannot have a history encoder"

@@ -126,6 +126,7 @@ def full(*arguments: str) -> tuple[int, str]:
     "arguments",
     [
         ["words"],
+        ["doctor"],
         ["--help"],
         ["generate", "good.txt", *QUICK, "--json"],
     ],

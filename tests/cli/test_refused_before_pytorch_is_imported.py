@@ -171,3 +171,59 @@ def test_words_and_help_import_no_library(server: Server) -> None:
         assert word in stdout
     code, _, heavy, stdout = server.run("--help")
     assert (code, heavy) == (0, []) and "--debug" in stdout
+
+
+# -- export, tune and convert
+
+EXPORT = {
+    "dtype": (["--dtype", "int8"], "--dtype"),
+    "bind": (["--bind", "cuda"], "--bind"),
+    "groups": (["--groups", "0"], "--groups: wanted 1 or more, got 0"),
+    "size": (["--trt", "--size", "depth=3"], "--size depth=3: wanted NAME=LEAST:MOST"),
+    "size-order": (["--trt", "--size", "batch=3:2"], "the least first"),
+    "rtx": (["--trt", "--rtx", "sm90"], "builds for sm75"),
+    "output-file": (["-o", "good.txt"], "good.txt is a file"),
+    "pickle": (["--ip-adapter", "good.bin"], "fastory convert good.bin"),
+}
+TUNE = {
+    "stories": (["good.txt", "-o", "a.safetensors"], "wanted a folder of story folders"),
+    "output": ([".", "-o", "a.bin"], "wanted a file ADAPTER.safetensors"),
+    "steps": ([".", "-o", "a.safetensors", "--steps", "0"], "--steps: wanted 1 or more, got 0"),
+    "dropout": ([".", "-o", "a.safetensors", "--dropout", "1"], "--dropout: wanted 0 or more"),
+    "window": ([".", "-o", "a.safetensors", "--window", "many"], "--window: wanted random, all"),
+    "history-size": ([".", "-o", "a.safetensors", "--history-size", "huge"], "--history-size"),
+    "positions": ([".", "-o", "a.safetensors", "--positions", "0"], "--positions: wanted 1 or more, got 0"),
+    "pickle": ([".", "-o", "a.safetensors", "--adapter", "good.bin"], "fastory convert good.bin"),
+}
+
+
+@pytest.mark.parametrize(("options", "wanted"), EXPORT.values(), ids=EXPORT)
+def test_an_option_of_export(server: Server, options: list[str], wanted: str) -> None:
+    (server.folder / "good.bin").write_bytes(b"")
+    assert wanted in server.refuse("export", *options)
+
+
+@pytest.mark.parametrize(("options", "wanted"), TUNE.values(), ids=TUNE)
+def test_an_option_of_tune(server: Server, options: list[str], wanted: str) -> None:
+    (server.folder / "good.bin").write_bytes(b"")
+    assert wanted in server.refuse("tune", *options)
+
+
+@pytest.mark.parametrize("option", ["--adapter", "--lora", "--ip-adapter"])
+def test_a_pickle_is_named_with_its_command(server: Server, option: str) -> None:
+    (server.folder / "good.bin").write_bytes(b"")
+    assert "fastory convert good.bin" in server.refuse("generate", "good.txt", option, "good.bin")
+
+
+def test_what_another_process_is_writing(server: Server) -> None:
+    """Told before the model is read: the other process may take an hour."""
+    from fastory.files import locked_folder, unfinished
+
+    (server.folder / "good.bin").write_bytes(b"")
+    (server.folder / "a.tuning").mkdir(exist_ok=True)
+    with locked_folder(server.folder / "a.tuning", "tunes in", "wait"):
+        message = server.refuse("tune", ".", "-o", "a.safetensors", code=1)
+    assert "another process tunes in a.tuning" in message
+    with unfinished(server.folder / "made", "exports into", "wait"):
+        assert "another process exports into made" in server.refuse("export", "-o", "made", code=1)
+        assert "another process is writing made" in server.refuse("convert", "good.bin", "made", code=1)

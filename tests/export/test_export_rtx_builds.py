@@ -15,7 +15,8 @@ import pytest
 from small_export import write_export
 
 from fastory.errors import FastoryError
-from fastory.export.tensorrt import RTX_TARGETS, Built, build_rtx, graph_name
+from fastory.export.choices import RTX_TARGETS
+from fastory.export.tensorrt import Built, build_rtx, graph_name
 from fastory.models.export_folder import MANIFEST, ExportFolder, hashes_of, write_manifest
 
 pytestmark = [

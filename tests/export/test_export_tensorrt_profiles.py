@@ -9,7 +9,8 @@ import pytest
 from small_export import write_export
 
 from fastory.errors import InputError
-from fastory.export.profiles import default_bounds, parse_sizes, profiles
+from fastory.export.choices import parse_sizes
+from fastory.export.profiles import default_bounds, profiles
 
 
 @pytest.fixture(scope="module")

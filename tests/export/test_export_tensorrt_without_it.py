@@ -16,6 +16,7 @@ from small_export import write_export
 from fastory.errors import FastoryError, InputError
 from fastory.export import build_engines
 from fastory.export.tensorrt import NotBuiltError, build, build_rtx
+from fastory.files import unfinished
 from fastory.models.tensorrt_packages import MissingError, load
 
 needs_absence = pytest.mark.skipif(
@@ -84,6 +85,18 @@ def test_a_crash_of_the_builder_is_a_message(
 def test_other_targets_are_refused_by_name(export: Path, target: str) -> None:
     with pytest.raises(InputError, match="builds for sm75, sm80, sm86, sm89, sm120, sm121"):
         build_rtx(export, target)
+
+
+def test_a_folder_that_another_process_exports_into_gets_no_engine(export: Path) -> None:
+    """Its graphs may be replaced at any moment."""
+    before = sorted(export.iterdir())
+    for events in (build(export), build_rtx(export, "sm89")):
+        with (
+            unfinished(export, "exports into", "wait"),
+            pytest.raises(FastoryError, match=f"another process exports into {export}"),
+        ):
+            next(events)
+    assert sorted(export.iterdir()) == before
 
 
 def test_bad_sizes_are_refused_before_anything_is_written(export: Path) -> None:

@@ -1,0 +1,65 @@
+"""What `fastory export` is asked for, told without PyTorch: bindings, targets and sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from fastory.errors import InputError
+
+Bounds = tuple[int, int]
+
+BINDINGS = ("ort", "portable", "trt")  # what computes an attention node
+
+SIDES = ("height", "width")
+NAMES = ("batch", *SIDES, "text", "references", "keys")
+
+# TensorRT for RTX 1.7 builds for GeForce and RTX cards: Turing, Ampere, Ada and Blackwell.
+RTX_TARGETS = {
+    "sm75": "7.5",
+    "sm80": "8.0",
+    "sm86": "8.6",
+    "sm89": "8.9",
+    "sm120": "12.0",
+    "sm121": "12.1",
+}
+
+
+def parse_sizes(given: Iterable[str]) -> dict[str, Bounds]:
+    """`["batch=1:8", "width=512"]` -> {"batch": (1, 8), "width": (512, 512)}; height and width in pixels.
+
+    Raises InputError for another form, an unknown name, a name that comes twice, and numbers that are no range.
+    """
+    sizes: dict[str, Bounds] = {}
+    for text in given:
+        name, equals, bounds = text.partition("=")
+        low, colon, high = bounds.partition(":")
+        if not equals or name not in NAMES:
+            raise InputError(f"--size {text}: wanted NAME=LEAST:MOST, NAME one of {', '.join(NAMES)}")
+        if name in sizes:
+            raise InputError(f"--size {text}: {name} was given before; give it once")
+        try:
+            sizes[name] = (int(low), int(high if colon else low))
+        except ValueError:
+            raise InputError(
+                f"--size {text}: wanted whole numbers, {name}=LEAST:MOST, got {bounds!r}"
+            ) from None
+        if not 1 <= sizes[name][0] <= sizes[name][1]:
+            raise InputError(f"--size {text}: wanted 1 or more, and the least first")
+    return sizes
+
+
+def check_target(target: str) -> None:
+    """InputError for a GPU that TensorRT for RTX does not build for."""
+    if target.lower() not in RTX_TARGETS:
+        raise InputError(
+            f"--rtx {target}: TensorRT for RTX builds for {', '.join(RTX_TARGETS)}; for other GPUs build with --trt "
+            "on a machine that has one"
+        )
+
+
+def check_binding(binding: str, groups: int) -> None:
+    """InputError for what computes no attention node, and for less than one group of references."""
+    if binding not in BINDINGS:
+        raise InputError(f"--bind: wanted one of {', '.join(BINDINGS)}, got {binding!r}")
+    if groups < 1:
+        raise InputError(f"--groups: wanted 1 or more, got {groups}")
