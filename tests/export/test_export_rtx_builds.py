@@ -47,6 +47,7 @@ def test_the_builtin_unet_builds_for_one_to_a_hundred_references(engines: Path) 
     ExportFolder.open(engines)  # is whole still
 
 
+@pytest.mark.slow
 def test_every_other_component_builds(engines: Path) -> None:
     names = [name for name in ExportFolder.open(engines).components if name != "unet"]
     assert {"text_encoder", "image_encoder", "vae_decoder", "unet_causal", "history_attention"} <= set(names)
