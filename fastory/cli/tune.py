@@ -88,7 +88,7 @@ def tune(
         option(METHOD, help="Weight of what tells stories with the same captions apart (default 0)."),
     ] = 0.0,
     patches: Annotated[
-        float, option(METHOD, help="Share of frames with patches of such a story, to be mended (default 0).")
+        float, option(METHOD, help="Share of frames with patches of such a story, to be removed (default 0).")
     ] = 0.0,
     first_frames: Annotated[
         float, option(METHOD, help="Share of frames trained as a story's first (default 0).")

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from fastory.checkpoints.history import History
-from fastory.tuning.siblings import LEAST_NOISE, Families, paired_rows, patches_of
+from fastory.tuning.paired_stories import LEAST_NOISE, PairedStories, paired_rows, patches_of
 from fastory.tuning.sizes import Tuning
 from fastory.tuning.tables import Tables, history_pixels
-from fastory.tuning.trainee import Batch
+from fastory.tuning.training_module import Batch
 
 
 class Batches:
@@ -26,13 +26,13 @@ class Batches:
         tuning: Tuning,
         history: History,
         timesteps: int,
-        families: Families = (),
+        paired: PairedStories = (),
     ) -> None:
-        """timesteps: of the base's noise schedule. families: stories of the same captions, for what siblings.py adds."""
+        """timesteps: of the base's noise schedule. paired: stories of the same captions, for what paired_stories.py adds."""
         self.tables, self.stories, self.tuning, self.timesteps = tables, list(stories), tuning, timesteps
         self.positions, self.processor = history.encoder.config.positions, history.image_processor
-        self.families = [np.array(family) for family in families]
-        self.family_of = {story: family for family in self.families for story in family.tolist()}
+        self.groups = [np.array(group) for group in paired]
+        self.group_of = {story: group for group in self.groups for story in group.tolist()}
 
     def draw(self, *key: int, references: bool = False) -> Batch:
         """The batch of a step. key: what it depends on beside the tuning's seed, such as step and process.
@@ -51,12 +51,12 @@ class Batches:
             if not (paired and number % 2):  # the second of a pair takes the same stretch
                 first = int(rng.integers(self.tables.length(story) - length + 1))
             stretches.append(np.arange(starts[story] + first, starts[story] + first + length))
-        return self.of(stretches, rng, references, chosen.tolist() if self.families else ())
+        return self.of(stretches, rng, references, chosen.tolist() if self.groups else ())
 
     def _pairs(self, rng: np.random.Generator) -> np.ndarray:
-        """Two stories of a family, then two of another, .."""
-        families = np.resize(rng.permutation(len(self.families)), self.tuning.batch_size // 2)
-        return np.concatenate([rng.choice(self.families[n], 2, replace=False) for n in families])
+        """Two stories of one group, then two of another, .."""
+        chosen = np.resize(rng.permutation(len(self.groups)), self.tuning.batch_size // 2)
+        return np.concatenate([rng.choice(self.groups[n], 2, replace=False) for n in chosen])
 
     def of(
         self,
@@ -72,18 +72,18 @@ class Batches:
         timesteps = self._timesteps(rng, len(rows))
         dropped = torch.from_numpy(rng.random(len(rows)) < self.tuning.dropout)
         window = self._window(rng, max(map(len, stretches)) - 1)
-        place = torch.from_numpy(np.concatenate([np.arange(len(s)) for s in stretches]))
+        index = torch.from_numpy(np.concatenate([np.arange(len(s)) for s in stretches]))
         if self.tuning.first_frames:
-            place[torch.from_numpy(rng.random(len(rows)) < self.tuning.first_frames)] = 0
+            index[torch.from_numpy(rng.random(len(rows)) < self.tuning.first_frames)] = 0
         pairs = None
         if self.tuning.contrast:
             pairs = paired_rows([len(s) for s in stretches])
-            one, two = pairs.unbind(1)
-            for values in (timesteps, dropped, place):
-                values[two] = values[one]
-            pairs = pairs[(place[one] > 0) & ~dropped[one]]
+            first, second = pairs.unbind(1)
+            for values in (timesteps, dropped, index):
+                values[second] = values[first]
+            pairs = pairs[(index[first] > 0) & ~dropped[first]]
             noise[pairs[:, 1]] = noise[pairs[:, 0]]
-        preserved = (place == 0) | dropped if self.tuning.preserve else None
+        preserved = (index == 0) | dropped if self.tuning.preserve else None
         patches = None
         if self.tuning.patches and stories:
             owners = np.repeat(stories, [len(s) for s in stretches])
@@ -93,12 +93,12 @@ class Batches:
                 seen &= ~preserved
             others = latents.clone()
             for row in torch.where(seen)[0].tolist():
-                others[row] = self._sibling(int(owners[row]), int(rows[row]), rng)
+                others[row] = self._paired_latents(int(owners[row]), int(rows[row]), rng)
             patches = patches_of(latents, others, seen, pairs, rng)
         return Batch(
             **self._history(stretches, references),
             story=torch.from_numpy(np.repeat(np.arange(len(stretches)), [len(s) for s in stretches])),
-            place=place,
+            index=index,
             latents=latents,
             noise=noise,
             timesteps=timesteps,
@@ -111,9 +111,9 @@ class Batches:
             preserved=preserved,
         )
 
-    def _sibling(self, story: int, row: int, rng: np.random.Generator) -> Tensor:
-        """The latents of the same frame in another story of the family; its own where it has none."""
-        others = [one for one in self.family_of.get(story, ()) if one != story]
+    def _paired_latents(self, story: int, row: int, rng: np.random.Generator) -> Tensor:
+        """The latents of the same frame in a story of the same captions; its own where there is none."""
+        others = [other for other in self.group_of.get(story, ()) if other != story]
         if others:
             row += self.tables.starts[int(rng.choice(others))] - self.tables.starts[story]
         return self.tables.take("latents", np.array([row]))[0]

@@ -24,7 +24,7 @@ from fastory.conditioning.references import Group, References
 from fastory.models.torch_model import StoryModel
 from fastory.processors.projected import CrossAttentionLayers
 
-Lesson = dict[str, tuple[Tensor, Tensor, Tensor]]
+DistillationTarget = dict[str, tuple[Tensor, Tensor, Tensor]]
 """Layer -> what went in, what came out, and what would have for other references, (R, L, C) each."""
 
 
@@ -39,7 +39,7 @@ class Teacher:
         self.tokens_per_ref, self.scale = model.tokens_per_ref, scale
 
     @torch.no_grad()
-    def lesson(
+    def target(
         self,
         noisy: Tensor,
         timesteps: Tensor,
@@ -47,7 +47,7 @@ class Teacher:
         references: Tensor,
         visible: Tensor,
         others: Tensor,
-    ) -> Lesson:
+    ) -> DistillationTarget:
         """What the cross-attentions of one call take and give.
 
         noisy (R, c, h, w), captions (R, Lt, C_x), references (n, T, C_x); visible (R, n + 1) bool, whether a row sees
@@ -55,7 +55,7 @@ class Teacher:
         """
         text = self.layers.project_text(captions)
         shared = References.of(
-            [Group([one[None] for one in references], self.scale, lambda frame, n: True)],
+            [Group([reference[None] for reference in references], self.scale, lambda frame, n: True)],
             lambda: self.null.to(references),
             self.layers.project_references,
             tokens_per_ref=self.tokens_per_ref,
@@ -87,19 +87,21 @@ class Teacher:
         }
 
 
-def difference(layers: CrossAttentionLayers, lesson: Lesson, context: Context, another: Context) -> Tensor:
-    """How far the layers are from the lesson where they see `context`, and `another` in its place: 0 is equal.
+def difference(
+    layers: CrossAttentionLayers, target: DistillationTarget, context: Context, another: Context
+) -> Tensor:
+    """How far the layers are from the target where they see `context`, and `another` in its place: 0 is equal.
 
     The sum of both shares of variance (see above), mean over the layers.
     """
     shares = []
     for layer in layers.layers:
-        taken, *wanted = lesson[layer.name]
-        given = [layer.attn(taken, context=c).float() for c in (context, another)]
-        told = [tensor.float() for tensor in wanted]
-        shares.append(nn.functional.mse_loss(given[0], told[0]) / told[0].var())
-        change = told[0] - told[1]
+        taken, *targets = target[layer.name]
+        outputs = [layer.attn(taken, context=c).float() for c in (context, another)]
+        wanted = [tensor.float() for tensor in targets]
+        shares.append(nn.functional.mse_loss(outputs[0], wanted[0]) / wanted[0].var())
+        change = wanted[0] - wanted[1]
         shares.append(
-            nn.functional.mse_loss(given[0] - given[1], change) / change.square().mean().clamp(min=1e-12)
+            nn.functional.mse_loss(outputs[0] - outputs[1], change) / change.square().mean().clamp(min=1e-12)
         )
     return 2 * torch.stack(shares).mean()

@@ -18,13 +18,13 @@ from fastory.errors import FastoryError, InputError
 from fastory.models.torch_model import StoryModel
 from fastory.tuning.batches import Batches
 from fastory.tuning.imitation import Teacher
-from fastory.tuning.preservation import Base
-from fastory.tuning.siblings import check_families, families_of
+from fastory.tuning.paired_stories import check_paired_stories, paired_stories_of
+from fastory.tuning.preservation import Untuned
 from fastory.tuning.sizes import HistorySizes, Tuning, tuning_folder
 from fastory.tuning.state import HINT, KEPT, Learner, Progress, is_adapter, write_tensors
 from fastory.tuning.stories import Example, digest_of, read_examples
 from fastory.tuning.tables import Tables, encode_examples, open_tables
-from fastory.tuning.trainee import Trainee, adapter_file, prepare
+from fastory.tuning.training_module import TrainingModule, adapter_file, prepare
 from fastory.tuning.validation import Validation
 from fastory.wording import counted
 
@@ -42,7 +42,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Stepped:
-    """A step was made. loss: the mean since it was told last, at every tenth step, else None."""
+    """A step was made. loss: the mean since the last one, at every tenth step, else None."""
 
     step: int
     steps: int
@@ -69,10 +69,10 @@ Event = Encoded | Stepped | Validated | Tuned
 
 
 @dataclass
-class Job:
+class TuningRun:
     """A tuning whose input is good. held_out: stories, the last ones by name, that are not trained.
 
-    base: weights of the history encoder that the base brings.
+    of_base: weights of the history encoder that the base brings.
     """
 
     model: StoryModel
@@ -85,8 +85,8 @@ class Job:
     accelerator: Accelerator
     writer_class: Any
     teacher: Teacher | None
-    untuned: Base | None
-    base: Collection[str]
+    untuned: Untuned | None
+    of_base: Collection[str]
 
     @property
     def tables(self) -> Path:
@@ -120,9 +120,9 @@ def tune(
     Everything is checked before the first event and before anything is written: raises InputError.
     """
     files: dict[str, Any] = {"adapter": adapter, "ip_adapter": ip_adapter, "image_encoder": image_encoder}
-    job = begin(Path(stories), Path(output), model, files, tuning or Tuning(), sizes or HistorySizes(), held_out,
+    run = begin(Path(stories), Path(output), model, files, tuning or Tuning(), sizes or HistorySizes(), held_out,
                 device, overwrite, offline)  # fmt: skip
-    return run(job, overwrite)
+    return events_of(run, overwrite)
 
 
 def begin(
@@ -136,7 +136,7 @@ def begin(
     device: str,
     overwrite: bool,
     offline: bool,
-) -> Job:
+) -> TuningRun:
     """Open and check everything; writes nothing."""
     tuning.check()
     writer_class = summary_writer()
@@ -152,26 +152,26 @@ def begin(
         device = str(accelerator.device) if accelerator.device.type == "cuda" else "cpu"
     opened = StoryModel.open(model, **files, device=device, dtype="float32", graphs="off", offline=offline)
     teacher = teacher_of(opened, tuning)
-    untuned = Base(opened, tuning.preserve) if tuning.preserve else None  # before there are updates
+    untuned = Untuned(opened, tuning.preserve) if tuning.preserve else None  # before there are updates
     size = trained_size(opened, tuning)
     examples = read_examples(stories, size)
     if not 0 <= held_out < len(examples):
         raise InputError(
             f"--validation: wanted 0 to {len(examples) - 1} of the {len(examples)} stories, got {held_out}"
         )
-    check_families(families_of(examples[: len(examples) - held_out]), tuning)
-    asked = {name: value for name, value in asdict(tuning).items() if name not in NO_RESULT}
-    identity = {**asked, **{f"history {k}": v for k, v in asdict(sizes).items()}, "size": size,
+    check_paired_stories(paired_stories_of(examples[: len(examples) - held_out]), tuning)
+    requested = {name: value for name, value in asdict(tuning).items() if name not in NO_RESULT}
+    identity = {**requested, **{f"history {k}": v for k, v in asdict(sizes).items()}, "size": size,
                 "validation": held_out, "stories": digest_of(examples), "base": opened.hashes}  # fmt: skip
     longest = min(tuning.frames, max(len(one.prompts) for one in examples)) - 1
     window = tuning.window if isinstance(tuning.window, int) else longest
-    base = prepare(
+    of_base = prepare(
         opened, sizes, tuning.rank, max(window, 1), tuning.seed, tuning.self_attention, tuning.freeze_encoder
     )
     check_window(opened.require_history().encoder.config.positions, tuning, longest)
     progress = Progress(tuning_folder(output), identity)
     check_output(output, progress, overwrite)
-    return Job(
+    return TuningRun(
         opened,
         examples,
         tuning,
@@ -183,16 +183,16 @@ def begin(
         writer_class,
         teacher,
         untuned,
-        base,
+        of_base,
     )
 
 
 def check_output(output: Path, progress: Progress, overwrite: bool) -> None:
     """InputError for an output or a folder beside it that no tuning made, or another tuning without `overwrite`."""
-    begun = progress.check(overwrite)
+    ours = progress.check(overwrite)
     if not output.exists():
         return
-    if not (begun or overwrite):
+    if not (ours or overwrite):
         raise InputError(
             f"{output} exists and no tuning beside it made it; choose another --output, or --overwrite"
         )
@@ -235,9 +235,9 @@ def precision(device: str) -> str:
 
 def trained_size(model: StoryModel, tuning: Tuning) -> tuple[int, int]:
     """(width, height) of the trained pictures: as asked for, or as the model's folder or its UNet says."""
-    asked = {"width": tuning.width, "height": tuning.height}
-    own = dict(zip(asked, model.native_size, strict=True))
-    width, height = (asked[name] or int(model.defaults.get(name) or own[name]) for name in asked)
+    requested = {"width": tuning.width, "height": tuning.height}
+    own = dict(zip(requested, model.native_size, strict=True))
+    width, height = (requested[name] or int(model.defaults.get(name) or own[name]) for name in requested)
     for name, value in (("--width", width), ("--height", height)):
         if value < model.size_factor or value % model.size_factor:
             raise InputError(
@@ -256,25 +256,25 @@ def check_window(positions: int, tuning: Tuning, longest: int) -> None:
         )
 
 
-def run(job: Job, overwrite: bool) -> Iterator[Event]:
+def events_of(run: TuningRun, overwrite: bool) -> Iterator[Event]:
     """Encode the stories, train, write the adapter. Holds the folder's lock meanwhile."""
-    with files.disk_errors(job.progress.folder, KEPT), ExitStack() as stack:
-        if job.accelerator.is_main_process:
-            claim(job, overwrite, stack)
-        state = None if overwrite else job.progress.read()
-        if state and is_written(job.output, state.get("adapter")):
-            if job.accelerator.is_main_process:
-                job.progress.clear()  # a kill may have left some of it
-            yield Tuned(job.output, state["step"])
+    with files.disk_errors(run.progress.folder, KEPT), ExitStack() as stack:
+        if run.accelerator.is_main_process:
+            claim(run, overwrite, stack)
+        state = None if overwrite else run.progress.read()
+        if state and is_written(run.output, state.get("adapter")):
+            if run.accelerator.is_main_process:
+                run.progress.clear()  # a kill may have left some of it
+            yield Tuned(run.output, state["step"])
             return
-        if job.accelerator.is_main_process:
+        if run.accelerator.is_main_process:
             for done, frames in encode_examples(
-                job.model, job.examples, job.size, job.tables, job.teacher is not None
+                run.model, run.examples, run.size, run.tables, run.teacher is not None
             ):
                 yield Encoded(done, frames)
-        job.accelerator.wait_for_everyone()
-        tables = open_tables(job.model, job.examples, job.size, job.tables)
-        yield from train(job, tables, state, stack)
+        run.accelerator.wait_for_everyone()
+        tables = open_tables(run.model, run.examples, run.size, run.tables)
+        yield from train(run, tables, state, stack)
 
 
 def is_written(output: Path, digest: str | None) -> bool:
@@ -282,61 +282,63 @@ def is_written(output: Path, digest: str | None) -> bool:
     return digest is not None and output.is_file() and files.sha256_of(output) == digest
 
 
-def claim(job: Job, overwrite: bool, stack: ExitStack) -> None:
+def claim(run: TuningRun, overwrite: bool, stack: ExitStack) -> None:
     """Make and lock the tuning's folder; with `overwrite` remove what a tuning left there."""
-    folder = job.progress.folder
+    folder = run.progress.folder
     files.folder_for(folder, HINT)
     stack.enter_context(files.locked_folder(folder, "tunes in", HINT))
-    job.progress.check(overwrite)  # by another process since the door
-    job.progress.begin(anew=overwrite)
+    run.progress.check(overwrite)  # by another process since the door
+    run.progress.begin(anew=overwrite)
 
 
-def train(job: Job, tables: Tables, state: dict[str, Any] | None, stack: ExitStack) -> Iterator[Event]:
+def train(run: TuningRun, tables: Tables, state: dict[str, Any] | None, stack: ExitStack) -> Iterator[Event]:
     """All steps, from the last checkpoint on, then the file of averaged weights."""
-    tuning, accelerator = job.tuning, job.accelerator
-    trainee = Trainee(job.model, tables.nothing, job.teacher, tuning.contrast, job.untuned).to(
-        job.model.device
+    tuning, accelerator = run.tuning, run.accelerator
+    module = TrainingModule(run.model, tables.nothing, run.teacher, tuning.contrast, run.untuned).to(
+        run.model.device
     )
-    learner = Learner(trainee.learning(), tuning.learning_rate, tuning.ema_decay)
+    learner = Learner(module.learning(), tuning.learning_rate, tuning.ema_decay)
     if state and "file" in state:
-        job.progress.resume(learner, state)
-    count = len(job.examples)
-    source = batches_of(job, trainee, tables, range(count - job.held_out), tuning)
+        run.progress.resume(learner, state)
+    count = len(run.examples)
+    source = batches_of(run, module, tables, range(count - run.held_out), tuning)
     plain = replace(tuning, contrast=0.0, patches=0.0, first_frames=0.0, preserve=0.0)
     judge = Validation(
-        job.model, trainee, batches_of(job, trainee, tables, range(count - job.held_out, count), plain)
+        run.model, module, batches_of(run, module, tables, range(count - run.held_out, count), plain)
     )
     writer = None
     if accelerator.is_main_process:
-        writer = job.writer_class(str(job.progress.folder / "tensorboard"), purge_step=learner.step)
+        writer = run.writer_class(str(run.progress.folder / "tensorboard"), purge_step=learner.step)
         stack.callback(writer.close)
-    parallel, optimizer = accelerator.prepare(trainee, learner.optimizer, device_placement=[False, False])
+    parallel, optimizer = accelerator.prepare(module, learner.optimizer, device_placement=[False, False])
     losses: list[torch.Tensor] = []
     while learner.step < tuning.steps:
         imitated = learner.step < tuning.imitate
         batch = source.draw(learner.step, accelerator.process_index, references=imitated)
-        losses.append(one_step(accelerator, parallel, optimizer, learner, batch.to(job.model.device), tuning))
+        losses.append(one_step(accelerator, parallel, optimizer, learner, batch.to(run.model.device), tuning))
         loss = log(writer, losses, learner) if learner.step % LOG_EVERY == 0 else None
         yield Stepped(learner.step, tuning.steps, loss)
         if not accelerator.is_main_process:
             continue
         if learner.step % tuning.save_every == 0 or learner.step == tuning.steps:
-            job.progress.save(learner)
+            run.progress.save(learner)
         if tuning.validate_every and (
             learner.step % tuning.validate_every == 0 or learner.step == tuning.steps
         ):
             with learner.averaged():
-                found = judge.show(writer, learner.step, job.examples[-1], job.size)
+                found = judge.show(writer, learner.step, run.examples[-1], run.size)
             yield Validated(learner.step, found)
     if accelerator.is_main_process:
-        yield finish(job, trainee, learner)
+        yield finish(run, module, learner)
 
 
-def batches_of(job: Job, trainee: Trainee, tables: Tables, stories: range, tuning: Tuning) -> Batches:
+def batches_of(
+    run: TuningRun, module: TrainingModule, tables: Tables, stories: range, tuning: Tuning
+) -> Batches:
     """The batches of some of the stories."""
-    timesteps = int(trainee.scheduler.config.num_train_timesteps)
-    families = families_of(job.examples[: stories.stop]) if tuning.contrast or tuning.patches else ()
-    return Batches(tables, stories, tuning, job.model.require_history(), timesteps, families)
+    timesteps = int(module.scheduler.config.num_train_timesteps)
+    paired = paired_stories_of(run.examples[: stories.stop]) if tuning.contrast or tuning.patches else ()
+    return Batches(tables, stories, tuning, run.model.require_history(), timesteps, paired)
 
 
 def one_step(
@@ -381,9 +383,9 @@ def log(writer: Any, losses: list[torch.Tensor], learner: Learner) -> float:
     return loss
 
 
-def finish(job: Job, trainee: Trainee, learner: Learner) -> Tuned:
+def finish(run: TuningRun, module: TrainingModule, learner: Learner) -> Tuned:
     """Write the averaged weights as an adapter; tables and state are not needed any more."""
     with learner.averaged():
-        digest = write_tensors(job.output, *adapter_file(trainee, job.base))
-    job.progress.finish(learner.step, digest)
-    return Tuned(job.output, learner.step)
+        digest = write_tensors(run.output, *adapter_file(module, run.of_base))
+    run.progress.finish(learner.step, digest)
+    return Tuned(run.output, learner.step)

@@ -7,7 +7,7 @@ unconditional row, it is known what should come out: what the base gives, withou
 loss = weight * |prediction - the base's prediction|^2
 
 takes the place of the noise loss, as "Learning without Forgetting" (Li and Hoiem, ECCV 2016, section 3) has it. No
-patches are mended there: the base does not mend them.
+patches are removed there: the base does not remove them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fastory.models.torch_model import StoryModel
 from fastory.processors.projected import CrossAttentionLayers
 
 
-class Base:
+class Untuned:
     """The base as it is before the tuning, weights shared, low-rank updates not. weight: of the loss, see above."""
 
     def __init__(self, model: StoryModel, weight: float) -> None:

@@ -44,8 +44,8 @@ class Tuning:
     trained as the unconditional row. high_noise: share of frames whose noise is drawn from the upper half.
     imitate: steps at the beginning that learn from the base's IP-Adapter (imitation.py; its second term wants two stories a
     step), where its references have the weight imitate_scale.
-    contrast: where stories share their captions and show other characters, weight of the second term of siblings.py.
-    patches: share of frames that are seen with patches of such a story, to be mended (siblings.py).
+    contrast: where stories share their captions and show other characters, weight of the second term of paired_stories.py.
+    patches: share of frames that are seen with patches of such a story, to be removed (paired_stories.py).
     first_frames: share of frames trained without their history, as the first one of a story.
     preserve: weight of staying with the base where there is no history (preservation.py), 0 for the noise loss there as well.
     ema_decay: of the averaged weights, which are the result. clip: most of the gradient's norm. warmup: steps.

@@ -75,14 +75,14 @@ def digest_of(examples: Sequence[Example]) -> str:
 
 def _pictures(folder: Path, count: int) -> tuple[Path, ...]:
     """frame-000.png .. of a story with `count` captions."""
-    place = folder / "frames" if (folder / "frames").is_dir() else folder
-    paths = tuple(place / f"frame-{i:03d}.png" for i in range(count))
+    inside = folder / "frames" if (folder / "frames").is_dir() else folder
+    paths = tuple(inside / f"frame-{i:03d}.png" for i in range(count))
     for i, path in enumerate(paths):
         if not path.is_file():
             raise InputError(
                 f"{folder}: {count} captions, and no picture {path.name} for frame {i}; wanted {path}"
             )
-    if extra := sorted(set(place.glob("frame-*.png")) - set(paths)):
+    if extra := sorted(set(inside.glob("frame-*.png")) - set(paths)):
         raise InputError(
             f"{folder}: {count} captions, and a picture {extra[0].name}; wanted one picture a caption"
         )

@@ -61,7 +61,9 @@ def encode_examples(
     partial = files.partial_of(folder)
     files.remove(partial)
     files.make_folder(partial)
-    frames = [(p, file) for one in examples for p, file in zip(one.prompts, one.pictures, strict=True)]
+    frames = [
+        (p, file) for example in examples for p, file in zip(example.prompts, example.pictures, strict=True)
+    ]
     tables: Arrays = {}
     for number, (prompt, path) in enumerate(frames):
         for name, row in encode(model, prompt, _open(path, size), references).items():
@@ -88,7 +90,7 @@ def open_tables(
 ) -> Tables:
     """The tables that `encode_examples` left in `folder`."""
     arrays: Arrays = {file.stem: np.load(file, mmap_mode="r") for file in sorted(folder.glob("*.npy"))}
-    starts = np.cumsum([0, *(len(one.prompts) for one in examples)])
+    starts = np.cumsum([0, *(len(example.prompts) for example in examples)])
     return Tables(arrays, encode(model, "", Image.new("RGB", size)), tuple(int(n) for n in starts))
 
 

@@ -18,7 +18,7 @@ from fastory.settings import resolve
 from fastory.story import Story
 from fastory.tuning.batches import Batches
 from fastory.tuning.stories import Example
-from fastory.tuning.trainee import Trainee
+from fastory.tuning.training_module import TrainingModule
 
 STEPS = 25  # of denoising
 FRAMES = 8  # of the story, from its first on
@@ -28,17 +28,17 @@ LOSSES = 4  # batches of the loss; noise, stretches and windows are the same eve
 class Validation:
     """Judges the weights as they are; the caller puts the averages in place."""
 
-    def __init__(self, model: StoryModel, trainee: Trainee, held_out: Batches) -> None:
-        self.model, self.trainee, self.held_out = model, trainee, held_out
+    def __init__(self, model: StoryModel, module: TrainingModule, held_out: Batches) -> None:
+        self.model, self.module, self.held_out = model, module, held_out
 
     def show(self, writer: Any, step: int, example: Example, size: tuple[int, int]) -> float | None:
         """Write the loss and the pictures of `example`, the given ones above the drawn ones. Returns the loss."""
         loss = self.loss()
         if loss is not None:
             writer.add_scalar("validation loss", loss, step)
-        given = [ImageOps.fit(open_picture(path), size) for path in example.pictures[:FRAMES]]
+        pictures = [ImageOps.fit(open_picture(path), size) for path in example.pictures[:FRAMES]]
         drawn = draw(self.model, example.prompts[:FRAMES], size)
-        sheet = np.concatenate([np.concatenate([np.asarray(p) for p in row], 1) for row in (given, drawn)])
+        sheet = np.concatenate([np.concatenate([np.asarray(p) for p in row], 1) for row in (pictures, drawn)])
         writer.add_image(f"story {example.name}", sheet, step, dataformats="HWC")
         return loss
 
@@ -48,7 +48,7 @@ class Validation:
         if not self.held_out.stories:
             return None
         batches = (self.held_out.draw(n, 0) for n in range(LOSSES))
-        return float(np.mean([float(self.trainee(batch.to(self.model.device))) for batch in batches]))
+        return float(np.mean([float(self.module(batch.to(self.model.device))) for batch in batches]))
 
 
 def draw(model: StoryModel, prompts: tuple[str, ...], size: tuple[int, int]) -> list[Image.Image]:

@@ -11,7 +11,7 @@ from PIL import Image
 from fastory.builtin.training.drawn_stories import main
 from fastory.builtin.words import words
 from fastory.builtin.world.drawing import COLOURS, HATS, SCARVES, SIZE
-from fastory.tuning.siblings import families_of
+from fastory.tuning.paired_stories import paired_stories_of
 from fastory.tuning.stories import digest_of, read_examples
 
 
@@ -25,11 +25,11 @@ def test_stories_are_read_as_they_were_written(tmp_path: Path) -> None:
     assert not said & {*COLOURS, *HATS, *SCARVES, "hat", "scarf"}
 
 
-def test_siblings_have_the_same_captions_and_places_and_six_colours(tmp_path: Path) -> None:
-    main([str(tmp_path / "a"), "--stories", "13", "--frames", "4", "--seed", "5", "--siblings", "6"])
+def test_paired_stories_have_the_same_captions_and_places_and_six_colours(tmp_path: Path) -> None:
+    main([str(tmp_path / "a"), "--stories", "13", "--frames", "4", "--seed", "5", "--paired", "6"])
     main([str(tmp_path / "b"), "--stories", "3", "--frames", "4", "--seed", "5"])
     examples, alone = (read_examples(tmp_path / name, (SIZE, SIZE)) for name in "ab")
-    assert families_of(examples) == [list(range(6)), list(range(6, 12))]
+    assert paired_stories_of(examples) == [list(range(6)), list(range(6, 12))]
     assert [examples[n].prompts for n in (0, 6, 12)] == [one.prompts for one in alone]
     assert [examples[n].digest for n in (0, 6, 12)] == [
         one.digest for one in alone
@@ -46,10 +46,14 @@ def test_siblings_have_the_same_captions_and_places_and_six_colours(tmp_path: Pa
             assert len({tuple(p[~same].mean(0).round()) for p in pictures}) == 6
 
 
-def test_siblings_beyond_the_colours_are_refused(tmp_path: Path) -> None:
-    for number in ("0", "7"):
+def test_more_paired_stories_than_colours_are_refused(tmp_path: Path) -> None:
+    for flag, number in (
+        ("--paired", "0"),
+        ("--paired", "7"),
+        ("--siblings", "7"),
+    ):  # the last is its old name
         with pytest.raises(SystemExit):
-            main([str(tmp_path / "new"), "--siblings", number])
+            main([str(tmp_path / "new"), flag, number])
     assert not list(tmp_path.iterdir())
 
 

@@ -32,18 +32,18 @@ def write_stories(folder: Path, side: int = 64) -> Path:
     return folder
 
 
-def write_siblings(folder: Path, side: int = 64) -> Path:
+def write_paired_stories(folder: Path, side: int = 64) -> Path:
     """Beside the stories of `write_stories` others of the same captions: 0 gets two, 1 one, and 2 none."""
     rng = np.random.default_rng(3)
-    for own, sibling in ((0, 3), (0, 4), (1, 5)):
-        shutil.copytree(folder / f"story-{own}", folder / f"story-{sibling}")
-        for file in (folder / f"story-{sibling}").rglob("*.png"):
+    for own, copy in ((0, 3), (0, 4), (1, 5)):
+        shutil.copytree(folder / f"story-{own}", folder / f"story-{copy}")
+        for file in (folder / f"story-{copy}").rglob("*.png"):
             blocks = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
             Image.fromarray(blocks).resize((side, side)).save(file)
     return folder
 
 
-def encoded(job: loop.Job, folder: Path, references: bool = False) -> Tables:
-    """The tables of a job's stories, in `folder`, as a tuning has them when it begins to train."""
-    list(loop.encode_examples(job.model, job.examples, job.size, folder / "tables", references))
-    return loop.open_tables(job.model, job.examples, job.size, folder / "tables")
+def encoded(run: loop.TuningRun, folder: Path, references: bool = False) -> Tables:
+    """The tables of a run's stories, in `folder`, as a tuning has them when it begins to train."""
+    list(loop.encode_examples(run.model, run.examples, run.size, folder / "tables", references))
+    return loop.open_tables(run.model, run.examples, run.size, folder / "tables")

@@ -27,7 +27,7 @@ from fastory.tuning.batches import Batches
 from fastory.tuning.sizes import HistorySizes, Tuning
 from fastory.tuning.stories import read_examples
 from fastory.tuning.tables import Tables, encode_examples, encode_picture, open_tables
-from fastory.tuning.trainee import Batch, Trainee, adapter_file, prepare
+from fastory.tuning.training_module import Batch, TrainingModule, adapter_file, prepare
 
 TOLERANCE = 1e-5  # float32; the outputs are about 1. B A added to a weight rounds otherwise than two products
 SIZE = (64, 64)
@@ -43,13 +43,13 @@ class Tuned:
         prepare(model, sizes, 2, 3, seed=0)
         list(encode_examples(model, self.examples, SIZE, folder / "tables"))
         self.tables: Tables = open_tables(model, self.examples, SIZE, folder / "tables")
-        self.trainee = Trainee(model, self.tables.nothing)
+        self.training_module = TrainingModule(model, self.tables.nothing)
         generator = torch.Generator().manual_seed(5)
         with torch.no_grad():
-            for parameter in self.trainee.learning().values():
+            for parameter in self.training_module.learning().values():
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
         self.file = folder / "adapter.safetensors"
-        tensors, metadata = adapter_file(self.trainee, ())
+        tensors, metadata = adapter_file(self.training_module, ())
         save_file(tensors, self.file, metadata)
         self.base = base
         self.history = model.require_history()
@@ -121,7 +121,7 @@ def compare(tuned: Tuned, runtime: StoryModel, window: int, dropout: float) -> t
     """The largest difference from the runtime's rows, and the largest value."""
     batch = tuned.batch(window, dropout)
     with torch.no_grad():
-        got = tuned.trainee.predict(batch.noise, batch)
+        got = tuned.training_module.predict(batch.noise, batch)
     differences = []
     for i, row in enumerate(tuned.rows(runtime, window)):
         inputs = row.unconditional if batch.dropped[i] else row.conditional
@@ -146,7 +146,9 @@ def test_dropped_rows_are_the_unconditional_ones(tuned: Tuned, runtime: StoryMod
 
 def test_unlimited_is_the_window_of_the_whole_story(tuned: Tuned) -> None:
     with torch.no_grad():
-        every, three = (tuned.trainee.predict(b.noise, b) for b in (tuned.batch("all"), tuned.batch(3)))
+        every, three = (
+            tuned.training_module.predict(b.noise, b) for b in (tuned.batch("all"), tuned.batch(3))
+        )
     assert torch.equal(every, three)
 
 
@@ -177,7 +179,9 @@ def test_an_encoder_of_the_base_learns_in_parts(sd15_folder: Path, stories: Path
     """A base with its own encoder: only its projections of cross-attention, embeddings and added parts are in the file."""
     base = write_causal_folder(sd15_folder, tmp_path / "base", local_heads=0, bottleneck=0)
     tuned = Tuned(base, stories, tmp_path, HistorySizes())
-    names = {name.split(".", 1)[1] for name in tuned.trainee.learning() if name.startswith("encoder.")}
+    names = {
+        name.split(".", 1)[1] for name in tuned.training_module.learning() if name.startswith("encoder.")
+    }
     assert not any(name.startswith("vision.") or ".attention.self." in name for name in names)
     assert {"type_embeddings.weight", "time_embeddings.weight", "local_attention.to_q.weight"} < names
     assert "text.encoder.layer.0.crossattention.self.key.weight" in names and "adapter.up.weight" in names

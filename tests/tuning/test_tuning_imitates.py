@@ -1,4 +1,4 @@
-"""A tuning that begins by imitating an IP-Adapter: the lesson is the base's own, of the right frames, and it is learned."""
+"""A tuning that begins by imitating an IP-Adapter: the target is the base's own, of the right frames, and it is learned."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastory.tuning import loop
 from fastory.tuning.imitation import difference
 from fastory.tuning.loop import Stepped, tune
 from fastory.tuning.sizes import HistorySizes, Tuning
-from fastory.tuning.trainee import Batch, Trainee, visible_references
+from fastory.tuning.training_module import Batch, TrainingModule, visible_references
 
 SMALL = HistorySizes(positions=3, local_heads=4, bottleneck=8, frame_tokens=12)
 SHORT = Tuning(
@@ -44,61 +44,61 @@ def stories(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Class:
-    """A job with its tables, and a trainee with random updates, as the middle of a training has them."""
+    """A run with its tables, and a training module with random updates, as the middle of a training has them."""
 
     def __init__(self, base: Path, adapter: Path, stories: Path, folder: Path) -> None:
         files = {"ip_adapter": str(adapter)}
         output = folder / "a.safetensors"
-        self.job = loop.begin(stories, output, str(base), files, SHORT, SMALL, 0, "cpu", False, True)
-        self.tables = encoded(self.job, folder, references=True)
-        self.trainee = Trainee(self.job.model, self.tables.nothing, self.job.teacher)
+        self.run = loop.begin(stories, output, str(base), files, SHORT, SMALL, 0, "cpu", False, True)
+        self.tables = encoded(self.run, folder, references=True)
+        self.module = TrainingModule(self.run.model, self.tables.nothing, self.run.teacher)
         generator = torch.Generator().manual_seed(5)
         with torch.no_grad():
-            for parameter in self.trainee.learning().values():
+            for parameter in self.module.learning().values():
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
         self.base, self.adapter = base, adapter
 
     def batch(self, window: int, dropped: tuple[int, ...] = ()) -> Batch:
         """All frames of the first two stories, of 3 and 4 frames; these rows are dropped."""
         tuning = Tuning(window=window or "all", dropout=0.0)
-        source = loop.Batches(self.tables, [0, 1], tuning, self.job.model.require_history(), 1000)
+        source = loop.Batches(self.tables, [0, 1], tuning, self.run.model.require_history(), 1000)
         batch = source.of([np.arange(3), np.arange(3, 7)], np.random.default_rng(2), references=True)
         batch.dropped[list(dropped)] = True
         return batch
 
 
 @pytest.fixture(scope="module")
-def lessons(
+def lot(
     sd15_folder: Path, sd15_adapter_base: Path, stories: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Class:
-    return Class(sd15_folder, sd15_adapter_base, stories, tmp_path_factory.mktemp("lessons"))
+    return Class(sd15_folder, sd15_adapter_base, stories, tmp_path_factory.mktemp("targets"))
 
 
 @pytest.mark.parametrize("window", [0, 1, 2])
-def test_a_row_sees_the_references_of_its_window(lessons: Class, window: int) -> None:
-    batch = lessons.batch(window, dropped=(0, 5))
+def test_a_row_sees_the_references_of_its_window(lot: Class, window: int) -> None:
+    batch = lot.batch(window, dropped=(0, 5))
     before = batch.mask.shape[1]
-    expected = torch.zeros(len(batch.place), len(batch.mask) * before + 1, dtype=torch.bool)
-    for row, (story, place) in enumerate(zip(batch.story.tolist(), batch.place.tolist(), strict=True)):
+    expected = torch.zeros(len(batch.index), len(batch.mask) * before + 1, dtype=torch.bool)
+    for row, (story, index) in enumerate(zip(batch.story.tolist(), batch.index.tolist(), strict=True)):
         if row in (0, 5):
-            expected[row, -1] = place > 0
+            expected[row, -1] = index > 0
             continue
-        for frame in range(max(0, place - (window or place)), place):
+        for frame in range(max(0, index - (window or index)), index):
             expected[row, story * before + frame] = True
     assert torch.equal(visible_references(batch), expected)
 
 
-def test_the_lesson_is_what_the_base_gives_for_these_frames_alone(lessons: Class) -> None:
+def test_the_target_is_what_the_base_gives_for_these_frames_alone(lot: Class) -> None:
     """Every row against a freshly opened base that is shown the row's references and no others."""
-    batch = lessons.batch(2, dropped=(5,))
-    assert batch.references is not None and lessons.job.teacher is not None
+    batch = lot.batch(2, dropped=(5,))
+    assert batch.references is not None and lot.run.teacher is not None
     references, visible = batch.references.flatten(0, 1), visible_references(batch)
     others = visible.roll(1, 0)
-    captions = torch.where(batch.dropped[:, None, None], lessons.trainee.no_captions, batch.captions)
-    lesson = lessons.job.teacher.lesson(batch.noise, batch.timesteps, captions, references, visible, others)
-    model = StoryModel.open(str(lessons.base), ip_adapter=str(lessons.adapter), graphs="off")
+    captions = torch.where(batch.dropped[:, None, None], lot.module.no_captions, batch.captions)
+    target = lot.run.teacher.target(batch.noise, batch.timesteps, captions, references, visible, others)
+    model = StoryModel.open(str(lot.base), ip_adapter=str(lot.adapter), graphs="off")
     every = torch.cat([references, model.null_reference()])
-    for row in range(len(batch.place)):
+    for row in range(len(batch.index)):
         context = shown(model, captions[row : row + 1], every[visible[row]])
         seen: dict[str, torch.Tensor] = {}
         hooks = [
@@ -117,7 +117,7 @@ def test_the_lesson_is_what_the_base_gives_for_these_frames_alone(lessons: Class
         assert len(seen) == len(model.layers.layers) > 1
         another = shown(model, captions[row : row + 1], every[others[row]])
         for layer in model.layers.layers:
-            taken, output, instead = lesson[layer.name]
+            taken, output, instead = target[layer.name]
             assert (output[row] - seen[layer.name][0]).abs().max() < TOLERANCE, (row, layer.name)
             with torch.inference_mode():
                 expected = layer.attn(taken[row : row + 1], context=another)
@@ -138,14 +138,14 @@ def shown(model: StoryModel, caption: torch.Tensor, references: torch.Tensor) ->
     )
 
 
-def test_the_difference_is_zero_for_the_teacher_itself_alone(lessons: Class) -> None:
-    """And the trainee with its random updates is far from it."""
-    batch = lessons.batch(0)
-    teacher = lessons.job.teacher
+def test_the_difference_is_zero_for_the_teacher_itself_alone(lot: Class) -> None:
+    """And the module with its random updates is far from it."""
+    batch = lot.batch(0)
+    teacher = lot.run.teacher
     assert batch.references is not None and teacher is not None
     references, visible = batch.references.flatten(0, 1), visible_references(batch)
     others = visible_references(replace(batch, story=1 - batch.story))
-    lesson = teacher.lesson(batch.noise, batch.timesteps, batch.captions, references, visible, others)
+    target = teacher.target(batch.noise, batch.timesteps, batch.captions, references, visible, others)
     context = ReferenceContext(
         teacher.layers.project_text(batch.captions),
         teacher.layers.project_references(torch.cat([references, teacher.null]).flatten(0, 1)[None]),
@@ -154,34 +154,34 @@ def test_the_difference_is_zero_for_the_teacher_itself_alone(lessons: Class) -> 
         torch.tensor([0, visible.shape[1] * teacher.tokens_per_ref], dtype=torch.int32),
         teacher.tokens_per_ref,
     )
-    another, trainee = replace(context, ref_visible=others), lessons.trainee
+    another, module = replace(context, ref_visible=others), lot.module
     with torch.no_grad():
-        assert difference(teacher.layers, lesson, context, another) < TOLERANCE**2
+        assert difference(teacher.layers, target, context, another) < TOLERANCE**2
         # Deaf to what the references say: all of the second term is left, and nothing of the first.
-        assert abs(float(difference(teacher.layers, lesson, context, context)) - 1) < 1e-3
-        told = trainee.context(batch), trainee.context(replace(batch, story=1 - batch.story))
-        assert difference(trainee.layers, lesson, *told) > 0.5
+        assert abs(float(difference(teacher.layers, target, context, context)) - 1) < 1e-3
+        contexts = module.context(batch), module.context(replace(batch, story=1 - batch.story))
+        assert difference(module.layers, target, *contexts) > 0.5
 
 
-def test_imitation_teaches_history_and_updates_and_leaves_base_and_adapter(lessons: Class) -> None:
+def test_imitation_teaches_history_and_updates_and_leaves_base_and_adapter(lot: Class) -> None:
     """150 steps on one batch: the difference falls to less than half."""
-    trainee, batch = lessons.trainee, lessons.batch(0)
-    frozen = {n: p.clone() for n, p in trainee.named_parameters() if not p.requires_grad}
-    projections = [weight.clone() for weight in lessons.job.model.layers.key_weights]
-    optimizer = torch.optim.Adam(trainee.learning().values(), 3e-3)
+    module, batch = lot.module, lot.batch(0)
+    frozen = {n: p.clone() for n, p in module.named_parameters() if not p.requires_grad}
+    projections = [weight.clone() for weight in lot.run.model.layers.key_weights]
+    optimizer = torch.optim.Adam(module.learning().values(), 3e-3)
     losses = []
     for _ in range(150):
         optimizer.zero_grad()
-        loss = trainee(batch)
+        loss = module(batch)
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0] / 2, losses[::10]
-    # What is not asked anything by a lesson: self-attention.
-    assert all(".attn1." in n for n, p in trainee.learning().items() if p.grad is None)
-    assert any(".attn2." in n for n in trainee.learning())
-    assert all(torch.equal(p, frozen[n]) for n, p in trainee.named_parameters() if n in frozen)
-    assert all(map(torch.equal, projections, lessons.job.model.layers.key_weights))
+    # What is not asked anything by a target: self-attention.
+    assert all(".attn1." in n for n, p in module.learning().items() if p.grad is None)
+    assert any(".attn2." in n for n in module.learning())
+    assert all(torch.equal(p, frozen[n]) for n, p in module.named_parameters() if n in frozen)
+    assert all(map(torch.equal, projections, lot.run.model.layers.key_weights))
 
 
 def run(base: Path, adapter: Path, stories: Path, output: Path, **options: Any) -> Iterator[Any]:

@@ -15,7 +15,7 @@ from small_stories import encoded, write_stories
 from fastory.tuning import loop
 from fastory.tuning.sizes import HistorySizes, Tuning
 from fastory.tuning.state import Learner
-from fastory.tuning.trainee import Trainee, adapter_file
+from fastory.tuning.training_module import TrainingModule, adapter_file
 
 FLAGS = (
     "--steps=4 --batch-size=2 --frames=4 --rank=2 --self-attention --warmup=1 --learning-rate=1e-3 --imitate=2 "
@@ -34,19 +34,19 @@ def stories(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def one_process(base: Path, adapter: Path, stories: Path, folder: Path) -> dict[str, torch.Tensor]:
     """The same steps, the loss being the mean over the batches of process 0 and of process 1."""
-    job = loop.begin(
+    run = loop.begin(
         stories, folder / "one.safetensors", str(base), {"ip_adapter": str(adapter)}, TUNING, SMALL, 0, "cpu", False, True
     )  # fmt: skip
-    tables = encoded(job, folder, references=True)
-    trainee = Trainee(job.model, tables.nothing, job.teacher)
-    learner = Learner(trainee.learning(), TUNING.learning_rate, TUNING.ema_decay)
-    source = loop.batches_of(job, trainee, tables, range(3), job.tuning)
+    tables = encoded(run, folder, references=True)
+    module = TrainingModule(run.model, tables.nothing, run.teacher)
+    learner = Learner(module.learning(), TUNING.learning_rate, TUNING.ema_decay)
+    source = loop.batches_of(run, module, tables, range(3), run.tuning)
     for step in range(TUNING.steps):
         for group in learner.optimizer.param_groups:
             group["lr"] = TUNING.learning_rate * loop.learning_rate_factor(step, TUNING)
         learner.optimizer.zero_grad()
         for process in (0, 1):
-            (trainee(source.draw(step, process, references=step < 2)) / 2).backward()
+            (module(source.draw(step, process, references=step < 2)) / 2).backward()
         for parameter in learner.named.values():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -55,7 +55,7 @@ def one_process(base: Path, adapter: Path, stories: Path, folder: Path) -> dict[
         learner.average.step(learner.named.values())
         learner.step += 1
     with learner.averaged():
-        return adapter_file(trainee, ())[0]
+        return adapter_file(module, ())[0]
 
 
 def test_two_processes_are_one_with_both_batches(

@@ -23,7 +23,7 @@ from fastory.tuning.loop import Stepped, tune
 from fastory.tuning.sizes import HistorySizes, Tuning
 from fastory.tuning.state import write_tensors
 from fastory.tuning.tables import encode
-from fastory.tuning.trainee import Trainee, adapter_file
+from fastory.tuning.training_module import TrainingModule, adapter_file
 
 SMALL = HistorySizes(positions=3, local_heads=4, bottleneck=8, frame_tokens=12)
 SHORT = Tuning(
@@ -59,17 +59,17 @@ def digests(module: torch.nn.Module) -> dict[str, str]:
 
 def test_the_base_is_frozen_and_all_else_learns(sd15_folder: Path, stories: Path, tmp_path: Path) -> None:
     output = tmp_path / "adapter.safetensors"
-    job = loop.begin(stories, output, str(sd15_folder), {}, SHORT, SMALL, 0, "cpu", False, True)
+    prepared = loop.begin(stories, output, str(sd15_folder), {}, SHORT, SMALL, 0, "cpu", False, True)
     files = {p: p.read_bytes() for p in sd15_folder.rglob("*.safetensors")}
-    parts = {name: getattr(job.model.pipeline, name) for name in ("unet", "vae", "text_encoder")}
+    parts = {name: getattr(prepared.model.pipeline, name) for name in ("unet", "vae", "text_encoder")}
     before = {name: digests(part) for name, part in parts.items()}
-    trained = {n: p.detach().clone() for part in (parts["unet"], job.model.require_history().encoder)
+    trained = {n: p.detach().clone() for part in (parts["unet"], prepared.model.require_history().encoder)
                for n, p in part.named_parameters() if p.requires_grad}  # fmt: skip
-    list(loop.run(job, overwrite=False))
+    list(loop.events_of(prepared, overwrite=False))
     assert {name: digests(part) for name, part in parts.items()} == before
     assert {p: p.read_bytes() for p in sd15_folder.rglob("*.safetensors")} == files
     assert digests(parts["unet"]) == digests(StoryModel.open(str(sd15_folder)).unet)
-    after = dict(job.model.require_history().encoder.named_parameters()) | dict(
+    after = dict(prepared.model.require_history().encoder.named_parameters()) | dict(
         parts["unet"].named_parameters()
     )
     still = [name for name, tensor in trained.items() if torch.equal(after[name], tensor)]
@@ -82,21 +82,23 @@ def test_the_base_is_frozen_and_all_else_learns(sd15_folder: Path, stories: Path
 def test_gradients_reach_every_trained_tensor_and_nothing_else(
     sd15_folder: Path, stories: Path, tmp_path: Path
 ) -> None:
-    job = loop.begin(
+    prepared = loop.begin(
         stories, tmp_path / "a.safetensors", str(sd15_folder), {}, SHORT, SMALL, 0, "cpu", False, True
     )
-    tables = encoded(job, tmp_path)
-    trainee = Trainee(job.model, tables.nothing)
+    tables = encoded(prepared, tmp_path)
+    training_module = TrainingModule(prepared.model, tables.nothing)
     with torch.no_grad():  # what begins at zero lets no gradient through
-        for parameter in trainee.learning().values():
+        for parameter in training_module.learning().values():
             parameter.add_(torch.randn_like(parameter) * 0.05)
-    trainee(loop.batches_of(job, trainee, tables, range(3), job.tuning).draw(0, 0)).backward()
-    named = dict(trainee.named_parameters())
-    assert {n for n, p in named.items() if p.grad is not None} == trainee.learning().keys()
-    assert all(n.startswith("encoder.") or ".lora_" in n for n in trainee.learning())
-    blind = [n for n, p in trainee.learning().items() if not p.grad.any()]
+    training_module(
+        loop.batches_of(prepared, training_module, tables, range(3), prepared.tuning).draw(0, 0)
+    ).backward()
+    named = dict(training_module.named_parameters())
+    assert {n for n, p in named.items() if p.grad is not None} == training_module.learning().keys()
+    assert all(n.startswith("encoder.") or ".lora_" in n for n in training_module.learning())
+    blind = [n for n, p in training_module.learning().items() if not p.grad.any()]
     assert [n for n in blind if not n.endswith("key.bias")] == []
-    assert all(p.grad is None for p in job.model.vae.parameters())
+    assert all(p.grad is None for p in prepared.model.vae.parameters())
 
 
 @pytest.mark.parametrize("stop", [1, 3])
@@ -134,7 +136,7 @@ def test_a_tuning_goes_on_from_an_adapter(
     """It begins with that adapter's weights, updates included, and all of its encoder goes on learning."""
     output = tmp_path / "further.safetensors"
     further = Tuning(**{**vars(SHORT), "rank": None})
-    job = loop.begin(
+    prepared = loop.begin(
         stories,
         output,
         str(sd15_folder),
@@ -146,8 +148,8 @@ def test_a_tuning_goes_on_from_an_adapter(
         False,
         True,
     )
-    nothing = encode(job.model, "", Image.new("RGB", job.size))
-    tensors, metadata = adapter_file(Trainee(job.model, nothing), ())
+    nothing = encode(prepared.model, "", Image.new("RGB", prepared.size))
+    tensors, metadata = adapter_file(TrainingModule(prepared.model, nothing), ())
     given = load_file(whole)
     assert tensors.keys() == given.keys() and all(torch.equal(tensors[k], given[k]) for k in given)
     assert json.loads(metadata["history"])["local_heads"] == 4
@@ -188,10 +190,12 @@ def test_updates_of_self_attention_are_asked_for_and_kept(
         assert not torch.equal(plain, tuned)
     further = Tuning(**{**vars(SHORT), "rank": None})
     files = {"adapter": str(output)}
-    job = loop.begin(
+    prepared = loop.begin(
         stories, tmp_path / "b.safetensors", str(sd15_folder), files, further, HistorySizes(), 0, "cpu", False, True
     )  # fmt: skip
-    learning = Trainee(job.model, encode(job.model, "", Image.new("RGB", job.size))).learning()
+    learning = TrainingModule(
+        prepared.model, encode(prepared.model, "", Image.new("RGB", prepared.size))
+    ).learning()
     assert len([name for name in learning if ".attn1." in name]) == 2 * len(updates)
 
 

@@ -3,7 +3,7 @@
 python -m fastory.builtin.training.drawn_stories DIR --stories 1000 --frames 8 --seed 0
 fastory tune DIR --model builtin --output ADAPTER.safetensors
 
-With --siblings N, N stories in a row have the same captions and places and other looks: what `--contrast` and
+With --paired N, N stories in a row have the same captions and places and other looks: what `--contrast` and
 `--patches` learn from.
 
 No story shows a held-out scene, so fastory.builtin.evaluation measures what was never trained. Every third story went through
@@ -30,15 +30,15 @@ from fastory.builtin.world.corpus import HELD_OUT_LOOKS, sample_character, sampl
 from fastory.builtin.world.drawing import COLOURS, Character, draw
 
 
-def write_story(folder: Path, frames: int, seed: int, index: int, vae: Network, sibling: int = 0) -> None:
+def write_story(folder: Path, frames: int, seed: int, index: int, vae: Network, variant: int = 0) -> None:
     """One story as `fastory tune` reads it: story.yaml and frame-000.png .. in a new folder.
 
-    sibling: above 0 another story of the same captions and places, with each character in another of the six colours.
+    variant: above 0 another story of the same captions and places, with each character in another of the six colours.
     """
     rng = stream("drawn story", seed, 0, index)
     tale = sample_training_tale(rng, frames)
-    if sibling:
-        tale = replace(tale, cast=other_looks(tale.cast, sibling, stream("sibling", seed, sibling, index)))
+    if variant:
+        tale = replace(tale, cast=other_looks(tale.cast, variant, stream("sibling", seed, variant, index)))
     names = sample_names(rng, len(tale.cast))
     captions = [caption(rng, tale.cast, scene, names) for scene in tale.scenes]
     folder.mkdir(parents=True)
@@ -49,11 +49,11 @@ def write_story(folder: Path, frames: int, seed: int, index: int, vae: Network, 
         picture.save(folder / f"frame-{number:03d}.png")
 
 
-def other_looks(cast: Sequence[Character], sibling: int, rng: np.random.Generator) -> tuple[Character, ...]:
-    """The same species in other colours, hats and scarves; six siblings, 0 to 5, have six colours."""
+def other_looks(cast: Sequence[Character], variant: int, rng: np.random.Generator) -> tuple[Character, ...]:
+    """The same species in other colours, hats and scarves; six variants, 0 to 5, have six colours."""
     looks = []
     for character in cast:
-        colour = COLOURS[(COLOURS.index(character.colour) + sibling) % len(COLOURS)]
+        colour = COLOURS[(COLOURS.index(character.colour) + variant) % len(COLOURS)]
         while True:
             look = replace(sample_character(rng, character.species), colour=colour)
             if (look.species, look.colour, look.hat, look.scarf) not in HELD_OUT_LOOKS:
@@ -80,17 +80,21 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--stories", type=int, default=1000)
     parser.add_argument("--frames", type=int, default=8, help="of every story, 4 to 40")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--siblings", type=int, default=1, help="stories of the same captions, 1 to 6")
+    parser.add_argument("--paired", type=int, default=1, help="stories of the same captions, 1 to 6")
+    # Its name of before.
+    parser.add_argument(
+        "--siblings", dest="paired", type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS
+    )
     options = parser.parse_args(arguments)
-    if not 1 <= options.siblings <= len(COLOURS):
-        parser.error(f"--siblings: wanted 1 to {len(COLOURS)}, got {options.siblings}")
+    if not 1 <= options.paired <= len(COLOURS):
+        parser.error(f"--paired: wanted 1 to {len(COLOURS)}, got {options.paired}")
     if not 4 <= options.frames <= 40:
         parser.error(f"--frames: wanted 4 to 40, got {options.frames}")
     vae: Network = AutoencoderKL.from_pretrained(WEIGHTS / "vae").eval()
     for number in range(options.stories):
-        index, sibling = divmod(number, options.siblings)
+        index, variant = divmod(number, options.paired)
         folder = options.folder / f"story-{number:05d}"
-        write_story(folder, options.frames, options.seed, index, vae, sibling)
+        write_story(folder, options.frames, options.seed, index, vae, variant)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ so that the second term is 1 for a history that nobody listens to and 0 for one 
 
 Patches. A first frame has no history: its caption leaves open what its characters look like, and denoising, which begins
 with the mean of all of them, may end in a body with patches of several. Such pictures are nowhere in the training data, so
-nothing ever taught the UNet to mend them. Here a noisy picture has patches of a sibling, and what is wanted is the picture
-itself: the larger part, or where a pair looks the same, what the history says. It is the cure of "Input Perturbation
+nothing ever taught the UNet to remove them. Here a noisy picture has patches of a paired story, and what is wanted is the
+picture itself: the larger part, or where a pair looks the same, what the history says. It is the cure of "Input Perturbation
 Reduces Exposure Bias in Diffusion Models" (Ning et al., ICML 2023), with errors of the kind that are made in place of
 Gaussian ones. (MODEL_CARD.md has what came of it: much for frames with a history, nothing for first frames.) For x0 with
 patches d
@@ -36,12 +36,12 @@ from fastory.errors import InputError
 from fastory.tuning.sizes import Tuning
 from fastory.tuning.stories import Example
 
-Families = Sequence[Sequence[int]]
+PairedStories = Sequence[Sequence[int]]
 LEAST_NOISE = 0.25  # of the schedule's steps: below, there are no patches
 SMALLER_PART = 0.4  # most of a picture that is another's, where it should be told from the rest of it
 
 
-def families_of(examples: Sequence[Example]) -> Families:
+def paired_stories_of(examples: Sequence[Example]) -> PairedStories:
     """The stories, by number, that have the same captions in the same order; a story without such others is left out.
 
     So is a copy: nothing tells it apart, and the contrast is a share of what does.
@@ -49,13 +49,13 @@ def families_of(examples: Sequence[Example]) -> Families:
     found: dict[tuple[str, ...], dict[str, int]] = {}
     for number, example in enumerate(examples):
         found.setdefault(example.prompts, {}).setdefault(example.digest, number)
-    return [list(family.values()) for family in found.values() if len(family) > 1]
+    return [list(group.values()) for group in found.values() if len(group) > 1]
 
 
-def check_families(families: Families, tuning: Tuning) -> None:
+def check_paired_stories(paired: PairedStories, tuning: Tuning) -> None:
     """InputError where a setting needs stories with the same captions and there are none."""
-    for flag, asked in (("--contrast", tuning.contrast), ("--patches", tuning.patches)):
-        if asked and not families:
+    for flag, value in (("--contrast", tuning.contrast), ("--patches", tuning.patches)):
+        if value and not paired:
             raise InputError(
                 f"{flag} wants stories that share their captions and show other characters, and no two of these do; "
                 f"add such stories, or leave {flag} out"
@@ -92,11 +92,11 @@ def patches_of(
     for row in torch.where(seen)[0].tolist():
         change = others[row] - latents[row]
         patches[row] = patch_shares(change.square().sum(0), SMALLER_PART, rng) * change
-    for one, two in pairs.tolist() if pairs is not None else ():
-        if seen[one] and rng.random() < 0.5:
-            change = latents[two] - latents[one]
-            patches[one] = patch_shares(change.square().sum(0), 1.0, rng) * change
-            patches[two] = patches[one] - change
+    for first, second in pairs.tolist() if pairs is not None else ():
+        if seen[first] and rng.random() < 0.5:
+            change = latents[second] - latents[first]
+            patches[first] = patch_shares(change.square().sum(0), 1.0, rng) * change
+            patches[second] = patches[first] - change
     return patches
 
 
@@ -110,12 +110,12 @@ def contrast(errors: Tensor, wanted: Tensor, pairs: Tensor) -> Tensor:
     """The second term, without its weight; 0 where no pair has a history. errors, wanted (R, c, h, w), pairs (P, 2)."""
     if not len(pairs):
         return errors.sum() * 0
-    one, two = pairs.unbind(1)
-    change = (wanted[one] - wanted[two]).square().mean()
-    return (errors[one] - errors[two]).square().mean() / change.clamp(min=1e-12)
+    first, second = pairs.unbind(1)
+    change = (wanted[first] - wanted[second]).square().mean()
+    return (errors[first] - errors[second]).square().mean() / change.clamp(min=1e-12)
 
 
-def mending(errors: Tensor, patches: Tensor) -> Tensor:
+def patch_loss(errors: Tensor, patches: Tensor) -> Tensor:
     """The third term, without its weight: 0 where patches are gone, 1 where they stay. errors: of x0 (R, c, h, w)."""
     left = (errors * patches).flatten(1).sum(1).square()
     size = patches.square().flatten(1).sum(1)

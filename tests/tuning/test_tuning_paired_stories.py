@@ -10,25 +10,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_stories import encoded, write_siblings, write_stories
+from small_stories import encoded, write_paired_stories, write_stories
 
 from fastory.checkpoints.history import History
 from fastory.files import sha256_of
 from fastory.tuning import loop
 from fastory.tuning.batches import Batches
 from fastory.tuning.loop import Stepped, tune
-from fastory.tuning.siblings import (
+from fastory.tuning.paired_stories import (
     contrast,
-    families_of,
-    mending,
     paired_rows,
+    paired_stories_of,
+    patch_loss,
     patch_shares,
     patched_noise,
     patches_of,
 )
 from fastory.tuning.sizes import HistorySizes, Tuning
 from fastory.tuning.stories import read_examples
-from fastory.tuning.trainee import Trainee
+from fastory.tuning.training_module import TrainingModule
 
 SMALL = HistorySizes(positions=3, local_heads=4, bottleneck=8, frame_tokens=12)
 OPTIONS: dict[str, Any] = {
@@ -39,21 +39,21 @@ OPTIONS: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def stories(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_siblings(write_stories(tmp_path_factory.mktemp("siblings")))
+    return write_paired_stories(write_stories(tmp_path_factory.mktemp("paired")))
 
 
 class Lot:
     """The stories' tables and what draws from them."""
 
     def __init__(self, base: Path, stories: Path, folder: Path) -> None:
-        self.job = loop.begin(stories, folder / "a.safetensors", str(base), {}, Tuning(**OPTIONS), SMALL, 0,
+        self.run = loop.begin(stories, folder / "a.safetensors", str(base), {}, Tuning(**OPTIONS), SMALL, 0,
                               "cpu", False, True)  # fmt: skip
-        self.tables = encoded(self.job, folder)
+        self.tables = encoded(self.run, folder)
 
     def batches(self, **options: Any) -> Batches:
         tuning = Tuning(**{**OPTIONS, **options})
-        history: History = self.job.model.require_history()
-        return Batches(self.tables, range(6), tuning, history, 1000, families_of(self.job.examples))
+        history: History = self.run.model.require_history()
+        return Batches(self.tables, range(6), tuning, history, 1000, paired_stories_of(self.run.examples))
 
     def story_of(self, latents: torch.Tensor) -> int:
         """Whose frame these latents are."""
@@ -72,12 +72,15 @@ def lot(sd15_folder: Path, stories: Path, tmp_path_factory: pytest.TempPathFacto
     return Lot(sd15_folder, stories, tmp_path_factory.mktemp("lot"))
 
 
-def test_families_have_the_same_captions_in_the_same_order(stories: Path) -> None:
+def test_paired_stories_have_the_same_captions_in_the_same_order(stories: Path) -> None:
     examples = read_examples(stories, (64, 64))
-    assert families_of(examples) == [[0, 3, 4], [1, 5]]
-    assert families_of([*examples, examples[2], examples[4]]) == [[0, 3, 4], [1, 5]]  # copies are no siblings
+    assert paired_stories_of(examples) == [[0, 3, 4], [1, 5]]
+    assert paired_stories_of([*examples, examples[2], examples[4]]) == [
+        [0, 3, 4],
+        [1, 5],
+    ]  # copies are not paired
     other_order = [*examples[:3], type(examples[0])("x", examples[0].prompts[::-1], (), "")]
-    assert families_of(other_order) == []
+    assert paired_stories_of(other_order) == []
 
 
 def test_a_pair_differs_in_its_pictures_alone(lot: Lot) -> None:
@@ -90,14 +93,14 @@ def test_a_pair_differs_in_its_pictures_alone(lot: Lot) -> None:
             for name in ("noise", "captions", "unseen"):
                 assert torch.equal(getattr(batch, name)[one], getattr(batch, name)[two]), name
             assert batch.timesteps[one] == batch.timesteps[two]
-            assert batch.place[one] == batch.place[two] > 0
+            assert batch.index[one] == batch.index[two] > 0
             assert not batch.dropped[one] and not batch.dropped[two]
             whose = lot.story_of(batch.latents[one]), lot.story_of(batch.latents[two])
             assert whose[0] != whose[1] and batch.story[one] != batch.story[two]
             met.add(tuple(sorted(whose)))
         every, kept = paired_rows(batch.story.bincount().tolist()).tolist(), batch.pairs.tolist()
-        assert kept == [[a, b] for a, b in every if batch.place[a] > 0 and not batch.dropped[a]]
-    assert met == {(0, 3), (0, 4), (3, 4), (1, 5)}  # and story 2, which has no sibling, never
+        assert kept == [[a, b] for a, b in every if batch.index[a] > 0 and not batch.dropped[a]]
+    assert met == {(0, 3), (0, 4), (3, 4), (1, 5)}  # and story 2, which is paired with none, never
 
 
 def test_rows_of_pairs_are_the_same_frame_of_both() -> None:
@@ -124,27 +127,29 @@ def test_the_loss_is_the_noise_loss_and_the_weighted_contrast(lot: Lot) -> None:
     assert batch.pairs is not None and len(batch.pairs)
     losses = []
     for weight in (0.0, 1.0, 3.0):
-        trainee = Trainee(lot.job.model, lot.tables.nothing, contrast=weight)
+        module = TrainingModule(lot.run.model, lot.tables.nothing, contrast=weight)
         with torch.no_grad():
-            losses.append(float(trainee(batch)))
+            losses.append(float(module(batch)))
     assert losses[1] > losses[0] + 0.1
     assert abs((losses[2] - losses[0]) - 3 * (losses[1] - losses[0])) < 1e-4
 
 
-def test_patches_are_those_of_a_sibling_and_the_picture_stays_what_is_wanted(lot: Lot) -> None:
-    """Every patched latent lies between its own picture's and one sibling's, and no row but those asked for has any."""
+def test_patches_are_those_of_a_paired_story_and_the_picture_stays_what_is_wanted(lot: Lot) -> None:
+    """Every patched latent lies between its own picture's and one paired story's, and no row but those asked for has any."""
     seen = 0
     for step in range(6):
         batch = lot.batches(contrast=0.0, batch_size=6).draw(step)
         plain = lot.batches(contrast=0.0, batch_size=6, patches=0.0).draw(step)
         assert batch.patches is not None and plain.patches is None
         assert torch.equal(batch.latents, plain.latents) and torch.equal(batch.noise, plain.noise)
-        assert torch.equal(batch.place, plain.place)
+        assert torch.equal(batch.index, plain.index)
         for row in torch.where(batch.patches.flatten(1).any(1))[0].tolist():
             assert batch.timesteps[row] >= 250 and not batch.dropped[row]
             own = lot.story_of(batch.latents[row])
-            family = next(f for f in ((0, 3, 4), (1, 5)) if own in f)  # story 2 has no sibling: no patches
-            assert any(between(batch.latents[row], frames(lot, one), batch.patches[row]) for one in family)
+            group = next(
+                f for f in ((0, 3, 4), (1, 5)) if own in f
+            )  # story 2 is paired with none: no patches
+            assert any(between(batch.latents[row], frames(lot, one), batch.patches[row]) for one in group)
             seen += 1
     assert seen > 10
 
@@ -201,7 +206,7 @@ def test_patches_are_seen_and_not_wanted(lot: Lot) -> None:
     """x_t is the patched picture under the drawn noise, and x0 of what is wanted is the picture: in float64."""
     batch = lot.batches().draw(2)
     assert batch.patches is not None
-    scheduler = Trainee(lot.job.model, lot.tables.nothing).scheduler
+    scheduler = TrainingModule(lot.run.model, lot.tables.nothing).scheduler
     alphas = scheduler.alphas_cumprod[batch.timesteps].double()
     latents, patches, noise = batch.latents.double(), batch.patches.double(), batch.noise.double()
     other = patched_noise(noise, patches, alphas)
@@ -212,7 +217,7 @@ def test_patches_are_seen_and_not_wanted(lot: Lot) -> None:
     assert (a * seen - s * velocity - latents).abs().max() < 1e-12
 
 
-def test_mending_is_what_is_left_of_the_patches() -> None:
+def test_patch_loss_is_what_is_left_of_the_patches() -> None:
     """Against the equation, row by row in float64; 1 for patches that stay, 0 for an error beside them."""
     errors, patches = torch.randn(
         2, 5, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(6)
@@ -220,27 +225,27 @@ def test_mending_is_what_is_left_of_the_patches() -> None:
     patches[2] = 0
     rows = [(e.numpy().ravel(), d.numpy().ravel()) for e, d in zip(errors, patches, strict=True)]
     left = sum((e @ d) ** 2 / (d @ d) for e, d in rows if d.any())
-    assert abs(float(mending(errors, patches)) - left / sum(d @ d for _, d in rows)) < 1e-12
-    assert abs(float(mending(patches, patches)) - 1) < 1e-12
+    assert abs(float(patch_loss(errors, patches)) - left / sum(d @ d for _, d in rows)) < 1e-12
+    assert abs(float(patch_loss(patches, patches)) - 1) < 1e-12
     beside = errors - (errors * patches).flatten(1).sum(1).view(
         -1, 1, 1, 1
     ) * patches / patches.square().flatten(1).sum(1).clamp(min=1e-12).view(-1, 1, 1, 1)
-    assert float(mending(beside, patches)) < 1e-24 and float(mending(errors, patches * 0)) == 0
+    assert float(patch_loss(beside, patches)) < 1e-24 and float(patch_loss(errors, patches * 0)) == 0
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_an_error_of_the_prediction_is_one_of_the_picture(lot: Lot, prediction: str) -> None:
     """x0 of a right and of a wrong prediction, by the scheduler's own equations."""
-    trainee = Trainee(lot.job.model, lot.tables.nothing)
-    trainee.prediction = prediction
+    module = TrainingModule(lot.run.model, lot.tables.nothing)
+    module.prediction = prediction
     latents, noise, wrong = torch.randn(3, 4, 4, 8, 8, generator=torch.Generator().manual_seed(8)).unbind(0)
     timesteps = torch.tensor([10, 300, 700, 990])
-    noisy = trainee.scheduler.add_noise(latents, noise, timesteps)
-    alphas = trainee.scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+    noisy = module.scheduler.add_noise(latents, noise, timesteps)
+    alphas = module.scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
     a, s = alphas.sqrt(), (1 - alphas).sqrt()
-    right = noise if prediction == "epsilon" else trainee.scheduler.get_velocity(latents, noise, timesteps)
+    right = noise if prediction == "epsilon" else module.scheduler.get_velocity(latents, noise, timesteps)
     pictures = [(noisy - s * p) / a if prediction == "epsilon" else a * noisy - s * p for p in (right, wrong)]
-    found = trainee.picture_errors(wrong - right, timesteps)
+    found = module.picture_errors(wrong - right, timesteps)
     expected = pictures[1] - pictures[0]
     assert (pictures[0] - latents).abs().max() < 1e-3
     assert ((found - expected).abs() <= 1e-4 * expected.abs().amax((1, 2, 3), keepdim=True)).all()
@@ -249,47 +254,47 @@ def test_an_error_of_the_prediction_is_one_of_the_picture(lot: Lot, prediction: 
 def test_the_trained_loss_is_of_the_patched_noise(lot: Lot) -> None:
     batch = lot.batches().draw(2)
     assert batch.patches is not None
-    trainee = Trainee(lot.job.model, lot.tables.nothing)
-    alphas = trainee.scheduler.alphas_cumprod[batch.timesteps]
+    module = TrainingModule(lot.run.model, lot.tables.nothing)
+    alphas = module.scheduler.alphas_cumprod[batch.timesteps]
     same = replace(batch, noise=patched_noise(batch.noise, batch.patches, alphas), patches=None)
     with torch.no_grad():
-        assert torch.equal(trainee(batch), trainee(same))
-        assert not torch.equal(trainee(batch), trainee(replace(batch, patches=None)))
-        trainee.contrast = 2.0
-        assert trainee(batch) > trainee(same) + 0.01  # what is left of the patches is the third term
+        assert torch.equal(module(batch), module(same))
+        assert not torch.equal(module(batch), module(replace(batch, patches=None)))
+        module.contrast = 2.0
+        assert module(batch) > module(same) + 0.01  # what is left of the patches is the third term
 
 
 def test_a_first_frame_sees_no_history(lot: Lot) -> None:
     batch = lot.batches(first_frames=0.9).draw(1)
-    hidden = Trainee(lot.job.model, lot.tables.nothing).context(batch).padding
+    hidden = TrainingModule(lot.run.model, lot.tables.nothing).context(batch).padding
     text = batch.captions.shape[1]
-    assert (batch.place == 0).float().mean() > 0.7
-    for row, place in enumerate(batch.place.tolist()):
-        assert bool(hidden[row, text:].all()) == (place == 0)
+    assert (batch.index == 0).float().mean() > 0.7
+    for row, index in enumerate(batch.index.tolist()):
+        assert bool(hidden[row, text:].all()) == (index == 0)
 
 
 def test_a_pair_imitates_with_each_other_s_references(lot: Lot, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What another story's references would change is, in a pair, what its sibling's would."""
+    """What another story's references would change is, in a pair, what the other one's would."""
     shown: list[torch.Tensor] = []
 
     class Asked(Exception):
         pass
 
     class Listening:
-        def lesson(self, *inputs: torch.Tensor) -> None:
+        def target(self, *inputs: torch.Tensor) -> None:
             shown.extend(inputs[-2:])
             raise Asked
 
     batch = lot.batches(first_frames=0.0, dropout=0.0).draw(4)
-    references = torch.zeros(*batch.mask.shape[:2], 4, lot.job.model.cross_attention_dim)
-    trainee = Trainee(lot.job.model, lot.tables.nothing)
-    monkeypatch.setattr(trainee, "teacher", Listening())
+    references = torch.zeros(*batch.mask.shape[:2], 4, lot.run.model.cross_attention_dim)
+    module = TrainingModule(lot.run.model, lot.tables.nothing)
+    monkeypatch.setattr(module, "teacher", Listening())
     for pairs in (batch.pairs, None):
         with pytest.raises(Asked):
-            trainee(replace(batch, references=references, patches=None, pairs=pairs))
+            module(replace(batch, references=references, patches=None, pairs=pairs))
     before = batch.mask.shape[1]
-    for row, (story, place) in enumerate(zip(batch.story.tolist(), batch.place.tolist(), strict=True)):
-        if place == 0:
+    for row, (story, index) in enumerate(zip(batch.story.tolist(), batch.index.tolist(), strict=True)):
+        if index == 0:
             continue
         sees = [{int(i) // before for i in torch.where(mask[row])[0]} for mask in shown]
         assert sees == [{story}, {story ^ 1}, {story}, {(story + 1) % 4}]
@@ -299,7 +304,7 @@ def run(base: Path, stories: Path, output: Path) -> Iterator[Any]:
     return tune(stories, output, model=str(base), tuning=Tuning(**OPTIONS), sizes=SMALL, device="cpu")
 
 
-def test_a_killed_tuning_of_siblings_ends_in_the_same_bytes(
+def test_a_killed_tuning_of_paired_stories_ends_in_the_same_bytes(
     sd15_folder: Path, stories: Path, tmp_path: Path
 ) -> None:
     whole, output = tmp_path / "whole.safetensors", tmp_path / "adapter.safetensors"

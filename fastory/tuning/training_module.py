@@ -25,8 +25,8 @@ from fastory.conditioning.history import HistoryContext
 from fastory.errors import InputError
 from fastory.models.torch_model import StoryModel
 from fastory.tuning.imitation import Teacher, difference
-from fastory.tuning.preservation import Base
-from fastory.tuning.siblings import contrast, mending, patched_noise
+from fastory.tuning.paired_stories import contrast, patch_loss, patched_noise
+from fastory.tuning.preservation import Untuned
 from fastory.tuning.sizes import HistorySizes
 from fastory.tuning.tables import Arrays, history_pixels
 
@@ -41,8 +41,8 @@ PREDICTIONS = ("epsilon", "v_prediction")
 class Batch:
     """B stretches of stories with up to N frames each, and R frames to draw among them.
 
-    ids, mask (B, N - 1, S), pixels (B, N - 1, 3, s, s): what can become history. story, place (R,): which stretch a
-    drawn frame is in, and how many frames of it come before. latents, noise (R, c, h, w); timesteps (R,);
+    ids, mask (B, N - 1, S), pixels (B, N - 1, 3, s, s): what can become history. story, index (R,): which stretch a
+    drawn frame is in, and its index there, the number of frames before it. latents, noise (R, c, h, w); timesteps (R,);
     captions (R, Lt, C_x), unseen (R, Lt); dropped (R,) True for a row without conditions. window: L_M, 0 is all.
     references (B, N - 1, T, C_x): the history for an IP-Adapter, in a step that imitates it. pairs (P, 2): rows with a
     history that have the same caption and noise, of two stories. patches (R, c, h, w): what is added to the latents of a
@@ -53,7 +53,7 @@ class Batch:
     mask: Tensor
     pixels: Tensor
     story: Tensor
-    place: Tensor
+    index: Tensor
     latents: Tensor
     noise: Tensor
     timesteps: Tensor
@@ -72,7 +72,7 @@ class Batch:
         return replace(self, **moved)
 
 
-class Trainee(nn.Module):
+class TrainingModule(nn.Module):
     """The UNet, its low-rank updates, and the history encoder of a StoryModel; forward gives the loss."""
 
     encoder: HistoryEncoder
@@ -88,16 +88,16 @@ class Trainee(nn.Module):
         nothing: Arrays,
         teacher: Teacher | None = None,
         contrast: float = 0.0,
-        base: Base | None = None,
+        untuned: Untuned | None = None,
     ) -> None:
         """nothing: an empty caption and a black picture, a row of Tables. teacher: for batches with references.
 
-        contrast: weight of siblings.py's further terms, for batches with pairs and patches. base: for batches with preserved
-        rows.
+        contrast: weight of paired_stories.py's further terms, for batches with pairs and patches. untuned: for
+        batches with preserved rows.
         """
         super().__init__()
         self.contrast = contrast
-        self.teacher, self.base = teacher, base
+        self.teacher, self.untuned = teacher, untuned
         self.unet, self.encoder = model.unet, model.require_history().encoder
         self.layers = model.layers
         self.scheduler = DDPMScheduler.from_config(model.pipeline.scheduler.config)
@@ -110,9 +110,9 @@ class Trainee(nn.Module):
             self.register_buffer(f"no_{name}", row, persistent=False)
 
     def forward(self, batch: Batch) -> Tensor:
-        """The mean square error of the prediction, epsilon or v as the base's scheduler says; siblings.py has what is added.
+        """The mean square error of the prediction, epsilon or v as the base's scheduler says.
 
-        Of a batch with references instead how far the layers are from imitating the teacher.
+        paired_stories.py has what is added. Of a batch with references instead how far the layers are from the teacher's.
         """
         if batch.patches is not None:
             alphas = self.scheduler.alphas_cumprod.to(batch.noise)[batch.timesteps]
@@ -125,22 +125,24 @@ class Trainee(nn.Module):
             wanted = self.scheduler.get_velocity(batch.latents, batch.noise, batch.timesteps)
         weight: float | Tensor = 1.0
         if batch.preserved is not None:
-            assert self.base is not None
+            assert self.untuned is not None
             wanted = self.preserve(noisy, batch, wanted, batch.preserved)
-            weight = torch.where(batch.preserved, self.base.weight, 1.0).view(-1, 1, 1, 1)
+            weight = torch.where(batch.preserved, self.untuned.weight, 1.0).view(-1, 1, 1, 1)
         errors = self.predict(noisy, batch).float() - wanted.float()
         loss = (weight * errors.square()).mean()
         if batch.pairs is not None:
             loss = loss + self.contrast * contrast(errors, wanted.float(), batch.pairs)
         if batch.patches is not None:
-            loss = loss + self.contrast * mending(self.picture_errors(errors, batch.timesteps), batch.patches)
+            loss = loss + self.contrast * patch_loss(
+                self.picture_errors(errors, batch.timesteps), batch.patches
+            )
         return loss
 
     def preserve(self, noisy: Tensor, batch: Batch, wanted: Tensor, rows: Tensor) -> Tensor:
         """`wanted` (R, c, h, w) with the base's prediction in these rows (R,)."""
-        assert self.base is not None
-        told = self.base.predict(noisy[rows], batch.timesteps[rows], self.captions(batch)[rows])
-        return wanted.masked_scatter(rows.view(-1, 1, 1, 1), told.to(wanted))
+        assert self.untuned is not None
+        predicted = self.untuned.predict(noisy[rows], batch.timesteps[rows], self.captions(batch)[rows])
+        return wanted.masked_scatter(rows.view(-1, 1, 1, 1), predicted.to(wanted))
 
     def picture_errors(self, errors: Tensor, timesteps: Tensor) -> Tensor:
         """Errors of a prediction (R, c, h, w) as errors of the latents that it amounts to."""
@@ -168,7 +170,7 @@ class Trainee(nn.Module):
         assert self.teacher is not None
         another = (batch.story + 1) % len(batch.mask) if batch.pairs is None else batch.story ^ 1
         other = replace(batch, story=another)
-        lesson = self.teacher.lesson(
+        target = self.teacher.target(
             noisy,
             batch.timesteps,
             self.captions(batch),
@@ -177,7 +179,7 @@ class Trainee(nn.Module):
             visible_references(other),
         )
         frames = self.frames(batch)
-        return difference(self.layers, lesson, self.context(batch, frames), self.context(other, frames))
+        return difference(self.layers, target, self.context(batch, frames), self.context(other, frames))
 
     def context(self, batch: Batch, frames: tuple[Tensor, Tensor] | None = None) -> HistoryContext:
         """What the drawn frames attend to, dropped ones to the unconditional row of modes/causal.py.
@@ -211,8 +213,8 @@ class Trainee(nn.Module):
         places = min(batch.window or before, before)
         # The frame in each place of each row's window; where there is none, any, since it is padded.
         at = torch.arange(places, device=kv.device)[None]
-        frame = (batch.place[:, None] - places).clamp(min=0) + at
-        empty = frame >= batch.place[:, None]
+        frame = (batch.index[:, None] - places).clamp(min=0) + at
+        empty = frame >= batch.index[:, None]
         story = torch.where(batch.dropped, stories, batch.story)[:, None]
         chosen = kv[story, frame.clamp(max=before - 1)]
         hidden = padding[story, frame.clamp(max=before - 1)] | empty[..., None]
@@ -225,8 +227,8 @@ class Trainee(nn.Module):
         ids = torch.cat([batch.ids.flatten(0, 1), self.no_ids])
         mask = torch.cat([batch.mask.flatten(0, 1), self.no_mask])
         m = self.encoder.multimodal(ids, mask, torch.cat([batch.pixels.flatten(0, 1), self.no_pixels]))
-        told, alone = m[:-1].reshape(stories, before * size, -1), m[-1:]
-        h = self.encoder(told, batch.mask.reshape(stories, -1) == 0, batch.window)
+        frames, alone = m[:-1].reshape(stories, before * size, -1), m[-1:]
+        h = self.encoder(frames, batch.mask.reshape(stories, -1) == 0, batch.window)
         null = self.encoder(alone, self.no_mask == 0, batch.window)
         every = torch.cat([h.reshape(-1, size, h.shape[-1]), null.expand(before, -1, -1)])
         return every, torch.cat([batch.mask.flatten(0, 1), self.no_mask.expand(before, -1)]) == 0
@@ -239,11 +241,11 @@ class Trainee(nn.Module):
 def visible_references(batch: Batch) -> Tensor:
     """(R, B * (N - 1) + 1) bool: a row sees the frames of its window; dropped, the null reference in their place."""
     stories, before = batch.mask.shape[:2]
-    frame, place = torch.arange(before, device=batch.place.device), batch.place[:, None]
-    within = (frame < place) & (frame >= place - (batch.window or before))
+    frame, index = torch.arange(before, device=batch.index.device), batch.index[:, None]
+    within = (frame < index) & (frame >= index - (batch.window or before))
     own = batch.story[:, None, None] == torch.arange(stories, device=frame.device)[None, :, None]
     kept = (own & within[:, None] & ~batch.dropped[:, None, None]).flatten(1)
-    return torch.cat([kept, (batch.dropped & (batch.place > 0))[:, None]], 1)
+    return torch.cat([kept, (batch.dropped & (batch.index > 0))[:, None]], 1)
 
 
 def prepare(
@@ -262,7 +264,7 @@ def prepare(
     """
     if model.family != "sd15":
         raise InputError(f"{model.name} is an SDXL model; wanted a UNet of the SD1.5 family for causal mode")
-    history, given = start(model, sizes)
+    history, tensors = start(model, sizes)
     if freeze_encoder and history is None:
         raise InputError(
             "--freeze-encoder: the history encoder would be new and stay as it is; wanted --adapter, or a base that has one"
@@ -271,37 +273,37 @@ def prepare(
         torch.manual_seed(seed)
         encoder = history.encoder if history else None
         grown = new_encoder(model, sizes, longest) if encoder is None else extended(encoder, sizes)
-        base = brought(history, given)
-        teach(grown, whole=not base and not freeze_encoder, within=not freeze_encoder)
-        rank = rank_of(given, rank)
+        of_base = brought(history, tensors)
+        teach(grown, whole=not of_base and not freeze_encoder, within=not freeze_encoder)
+        rank = rank_of(tensors, rank)
         model.unet.requires_grad_(False)
         if rank:
-            add_updates(model.unet, rank, given, self_attention)
+            add_updates(model.unet, rank, tensors, self_attention)
     tokenizer = history.tokenizer if history else model.pipeline.tokenizer
     attached = History(grown.to(model.device), tokenizer, image_processor(grown.config), {}, ())
     model.checkpoint = replace(model.checkpoint, history=attached)
-    return base
+    return of_base
 
 
 def start(model: StoryModel, sizes: HistorySizes) -> tuple[History | None, dict[str, Tensor]]:
     """The history to begin with, None for a new one, and the tensors of the adapter it was opened with, if any."""
     history = model.checkpoint.history
-    given: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for source in history.sources if history else ():
-        given |= {k: v for k, v in load_file(source).items() if k.startswith(("history.", "unet."))}
+        tensors |= {k: v for k, v in load_file(source).items() if k.startswith(("history.", "unet."))}
     if not sizes.size:
-        return history, given
-    if brought(history, given):
+        return history, tensors
+    if brought(history, tensors):
         raise InputError(
             f"--history-size: {model.name} has a history encoder of its own, which an adapter cannot replace"
         )
     return None, {}
 
 
-def brought(history: History | None, given: Mapping[str, Tensor]) -> set[str]:
+def brought(history: History | None, tensors: Mapping[str, Tensor]) -> set[str]:
     """Weights of the encoder that the base itself has and the adapter does not."""
     own = set(history.encoder.state_dict()) if history else set()
-    return own - {name.removeprefix("history.") for name in given}
+    return own - {name.removeprefix("history.") for name in tensors}
 
 
 def new_encoder(model: StoryModel, sizes: HistorySizes, longest: int) -> HistoryEncoder:
@@ -338,9 +340,9 @@ def teach(encoder: HistoryEncoder, whole: bool, within: bool = True) -> None:
         parameter.requires_grad_(part or whole)
 
 
-def rank_of(given: Mapping[str, Tensor], rank: int | None) -> int:
+def rank_of(tensors: Mapping[str, Tensor], rank: int | None) -> int:
     """The rank of the updates. Raises InputError where it is not that of the adapter the tuning starts from."""
-    ranks = {tensor.shape[0] for name, tensor in given.items() if name.endswith(".lora_A")}
+    ranks = {tensor.shape[0] for name, tensor in tensors.items() if name.endswith(".lora_A")}
     if not ranks:
         return RANK if rank is None else rank
     if len(ranks) > 1 or rank not in (None, *ranks):
@@ -349,33 +351,35 @@ def rank_of(given: Mapping[str, Tensor], rank: int | None) -> int:
     return ranks.pop()
 
 
-def add_updates(unet: Any, rank: int, given: Mapping[str, Tensor], self_attention: bool = False) -> None:
+def add_updates(unet: Any, rank: int, tensors: Mapping[str, Tensor], self_attention: bool = False) -> None:
     """Low-rank updates (peft) of every cross-attention's four matrices, beginning with the given ones, else at zero.
 
     self_attention: of the self-attentions' as well; always where the given ones have some.
     """
     # alpha = rank: peft's scaling is 1, and B A is what is added to the weight.
-    both = self_attention or any(".attn1." in name for name in given)
+    both = self_attention or any(".attn1." in name for name in tensors)
     pattern = r"\.(to_q|to_k|to_v|to_out\.0)"
     layers = r".*\.attn[12]" if both else r".*\.attn2"
     unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=layers + pattern))
     parameters = dict(unet.named_parameters())
     with torch.no_grad():
-        for name, tensor in given.items():
+        for name, tensor in tensors.items():
             if name.startswith("unet."):
                 parameters[f"{name.removeprefix('unet.')}.default.weight"].copy_(tensor)
 
 
-def adapter_file(trainee: Trainee, base: Collection[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def adapter_file(
+    module: TrainingModule, of_base: Collection[str]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of the file that --adapter opens (fastory/checkpoints/history.py).
 
-    What learned, and of the encoder also what did not but is not among the `base`'s weights.
+    What learned, and of the encoder also what did not but is not in `of_base`, the base's own.
     A second key of metadata would stand before or behind the first by chance, and equal weights must be equal bytes.
     """
     tensors: dict[str, Tensor] = {}
-    kept = {f"encoder.{n}": p for n, p in trainee.encoder.named_parameters() if n not in base}
-    for name, parameter in {**kept, **trainee.learning()}.items():
+    kept = {f"encoder.{n}": p for n, p in module.encoder.named_parameters() if n not in of_base}
+    for name, parameter in {**kept, **module.learning()}.items():
         part, rest = name.split(".", 1)
         key = f"history.{rest}" if part == "encoder" else f"unet.{rest.removesuffix('.default.weight')}"
         tensors[key] = parameter.detach().cpu().contiguous().clone()
-    return tensors, {"history": json.dumps(trainee.encoder.config.as_dict())}
+    return tensors, {"history": json.dumps(module.encoder.config.as_dict())}
