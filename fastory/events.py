@@ -14,7 +14,10 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class StoryStarted:
-    """A story begins (or is taken up again: `finished` pictures of `total` lie in the run folder). place: in the call."""
+    """A story begins (or is taken up again: `finished` pictures of `total` lie in the run folder).
+
+    steps: of a picture of the last round. steps_left: of all pictures that are missing. place: in the call.
+    """
 
     story: str
     frames: int
@@ -24,6 +27,7 @@ class StoryStarted:
     total: int
     folder: Path | None
     place: int = 0
+    steps_left: int = 0
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,10 @@ class ModeTraits:
 
 MODES: dict[str, ModeTraits] = {
     "iterative": ModeTraits(
-        ("iterations", "reference_scale", "references", "reference_fit", "reference_start")
+        (
+            *("iterations", "inner_steps", "reference_scale"),
+            *("references", "reference_fit", "reference_start"),
+        )
     ),
     "causal": ModeTraits(("window", "drafts")),
 }
@@ -69,7 +72,8 @@ MODES: dict[str, ModeTraits] = {
 class Settings:
     """Every value that changes a picture. The defaults are the paper's (Story-Adapter, arXiv 2410.06244).
 
-    width, height: pixels; None is the model's own size. reference_scale: l_1 and l_K of the linear weighting.
+    width, height: pixels; None is the model's own size. inner_steps: of every round but the last, 0 for `steps`: pictures of
+    inner rounds are read by the image encoder alone. reference_scale: l_1 and l_K of the linear weighting.
     reference_start: the first round in which pictures given for a character are references. window: L_M of causal mode,
     the frames before it that a frame sees, or "all" (AR-LDM). drafts: how often frame 0 of causal mode is drawn before it is
     kept, each time from the one before; see modes/causal.py.
@@ -92,6 +96,7 @@ class Settings:
     height: int | None = None
     window: int | str = "all"
     drafts: int = 0
+    inner_steps: int = 0
 
     @property
     def rounds(self) -> int:
@@ -100,8 +105,15 @@ class Settings:
 
     def identity(self) -> dict[str, Any]:
         """The values that this mode reads, as a manifest holds them."""
-        others = foreign(self.mode)
+        others = {
+            *foreign(self.mode),
+            *(name for name, none in _LATER.items() if getattr(self, name) == none),
+        }
         return {name: value for name, value in asdict(self).items() if name not in others}
+
+    def steps_of(self, round: int) -> int:
+        """Denoising steps of a picture of this round."""
+        return self.inner_steps if self.inner_steps and round < self.rounds - 1 else self.steps
 
     def reference_scale_of(self, round: int) -> float:
         """l_k of round k >= 1: linear from l_1 to l_K; K = 1 uses l_1 (Story-Adapter, section 3.3)."""
@@ -114,6 +126,7 @@ class Settings:
 _STORY_ADAPTER: Mapping[str, Any] = {
     "mode": "iterative",
     "iterations": 10,
+    "inner_steps": 0,
     "reference_scale": (0.3, 0.5),
     "references": "all",
     "reference_fit": "pad",
@@ -157,10 +170,22 @@ _CHOICES = {
     "scheduler": SCHEDULERS,
     "noise": NOISES,
 }
-_LEAST = {"iterations": 0, "steps": 1, "reference_start": 0, "drafts": 0, "seed": 0, "width": 8, "height": 8}
+# Settings that came later, with the value under which a run is what it was before there were any.
+_LATER = {"inner_steps": 0}
+_LEAST = {
+    "iterations": 0,
+    "steps": 1,
+    "inner_steps": 0,
+    "reference_start": 0,
+    "drafts": 0,
+    "seed": 0,
+    "width": 8,
+    "height": 8,
+}
 _MOST = {
     "iterations": 1000,
     "steps": 1000,
+    "inner_steps": 1000,
     "reference_start": 1000,
     "drafts": 100,
     "seed": SEED_LIMIT - 1,

@@ -85,6 +85,9 @@ def generate(
     ] = False,
     offline: Offline = False,
     steps: Annotated[int | None, option(SAMPLING, help="Denoising steps.")] = None,
+    inner_steps: Annotated[
+        int | None, option(SAMPLING, help="Steps of every round but the last (default: as many).")
+    ] = None,
     guidance_scale: Annotated[float | None, option(SAMPLING, help="Classifier-free guidance.")] = None,
     scheduler: Annotated[
         str | None,
@@ -140,6 +143,7 @@ def generate(
         "window": window,
         "drafts": drafts,
         "steps": steps,
+        "inner_steps": inner_steps,
         "guidance_scale": guidance_scale,
         "scheduler": scheduler,
         "seed": seed,

@@ -131,7 +131,7 @@ class Screen:
                 rounds = f", {counted(event.rounds - 1, 'round')}" if event.rounds > 1 else ""
                 self.note(f"[bold]{plain(event.story)}[/]: {counted(event.frames, 'frame')}{rounds}{state}")
                 self.drawn[event.place] = (event.finished, event.total)
-                self.total += (event.total - event.finished) * event.steps
+                self.total += event.steps_left
                 if self.titles:  # drawn side by side with others
                     self.progress.update(self.task, total=self.total, visible=self.total > 0)
                 else:

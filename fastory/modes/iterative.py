@@ -27,6 +27,7 @@ from fastory.sampling.noise import frame_seed
 from fastory.sampling.sampler import Row, Sampler
 from fastory.settings import MODES, Settings
 from fastory.story import Story
+from fastory.wording import counted
 
 
 @dataclass
@@ -126,6 +127,7 @@ def draw_round(
     yield RoundStarted(k, settings.iterations, settings.reference_scale_of(k) if k else 0.0, len(todo))
     references = references_of(run, k, last)
     sampler = run.sampler_of(size)
+    sampler.set_steps(settings.steps_of(k))
     sampler.set_round(references)
     # A frame always has the same place among the same others, finished ones included: where a library's rounding
     # depends on the place, a resumed run still gives the same bytes.
@@ -149,7 +151,7 @@ def report_steps(sampler: Sampler, rows: Sequence[Row], k: int, todo: Container[
     """Denoise a micro-batch, with an event a step that names the frames it is for."""
     frames = tuple(row.frame for row in rows if row.frame in todo)
     for step, seconds in sampler.denoise(rows):
-        yield StepDone(k, frames, step, sampler.settings.steps, seconds)
+        yield StepDone(k, frames, step, sampler.steps, seconds)
 
 
 def groups_of(run: IterativeRun, k: int, last: dict[int, Tensor | None]) -> list[Group]:
@@ -249,6 +251,7 @@ class Iterative:
         reasons: dict[str, str] = {}
         pictures = has_pictures(story)
         if not settings.iterations:
+            reasons["inner_steps"] = "without iterations there is one round, the last"
             reasons["references"] = "without iterations no frame sees another one"
             if not pictures or settings.reference_start > 0:
                 why = "without iterations nothing is a reference"
@@ -289,7 +292,12 @@ class Iterative:
         """Rounds and references."""
         first, last = settings.reference_scale
         scale = f"reference scale {first:g} to {last:g}"
-        return {"Rounds": f"{settings.iterations}, {scale}, references {settings.references}"}
+        inner = (
+            ""
+            if settings.inner_steps is None
+            else f", {counted(settings.inner_steps, 'step')} before the last"
+        )
+        return {"Rounds": f"{settings.iterations}, {scale}, references {settings.references}{inner}"}
 
     def picture_values(self, settings: Settings, round: int) -> dict[str, Any]:
         """The weight of the references in this round, and which frames they were."""

@@ -34,11 +34,11 @@ def draw_group(group: Sequence[StoryRun]) -> Generator[Event, None, None]:
     for run in group:
         started[run.index] = time.monotonic()
         rounds, count = run.settings.rounds, len(run.story.frames)
-        done = run.folder.count(rounds, count) if run.folder else 0
         path = run.folder.path if run.folder else None
-        yield StoryStarted(
-            run.story.title, count, rounds, run.settings.steps, done, rounds * count, path, run.index
-        )
+        counts = run.folder.counts(rounds, count) if run.folder else [0] * rounds
+        done, steps = sum(counts), run.settings.steps
+        left = sum((count - there) * run.settings.steps_of(k) for k, there in enumerate(counts))
+        yield StoryStarted(run.story.title, count, rounds, steps, done, rounds * count, path, run.index, left)
         for notice in [*run.notices, *story_notices(run.model, run.story, run.settings, run.prompts)]:
             yield Notice(notice)
         if done < rounds * count:

@@ -325,9 +325,9 @@ class RunFolder:
         """Frames at once in round 0, 1, .., or stories at once at frame 0, 1, ..; the last entry stands for all later ones."""
         return list(self.manifest["batch_sizes"])
 
-    def count(self, rounds: int, frames: int) -> int:
-        """How many pictures of all rounds are finished."""
-        return sum(self.has(k, i) for k in range(rounds) for i in range(frames))
+    def counts(self, rounds: int, frames: int) -> list[int]:
+        """How many pictures of each round are finished."""
+        return [sum(self.has(k, i) for i in range(frames)) for k in range(rounds)]
 
     def seeds(self) -> dict[int, int]:
         """Frames drawn from another seed (--redraw-seed), which counts before the frame's own and the run's."""

@@ -28,7 +28,7 @@ def png_chunks(
     if settings.negative_prompt:
         lines.append(f"Negative prompt: {settings.negative_prompt}")
     lines.append(
-        f"Steps: {settings.steps}, Sampler: {settings.scheduler}, CFG scale: {settings.guidance_scale:g}, "
+        f"Steps: {settings.steps_of(drawn.round)}, Sampler: {settings.scheduler}, CFG scale: {settings.guidance_scale:g}, "
         f"Seed: {drawn.seed}, Size: {settings.width}x{settings.height}, Model: {Path(model.name).name}"
     )
     values = {

@@ -50,13 +50,7 @@ class Sampler:
         self.guided = is_guided(model, settings)
         self.rows = batch_size * rows_per_frame(model, settings)
         self.scheduler = make_scheduler(model, settings.scheduler)
-        self.scheduler.set_timesteps(settings.steps, device="cpu")
-        self.timesteps = self.scheduler.timesteps.to(placement.device)
-        # DDIM and PNDM index their tables by a Python int; the others keep a step index and take the tensor.
-        by_index = hasattr(self.scheduler, "set_begin_index")
-        self.host_timesteps: list[Any] = (
-            list(self.scheduler.timesteps) if by_index else self.scheduler.timesteps.tolist()
-        )
+        self.set_steps(settings.steps)
         factor = model.vae_factor
         self.latent_shape = (sizes.latent_channels, height // factor, width // factor)
         options: dict[str, Any] = {"device": placement.device, "dtype": placement.dtype}
@@ -74,6 +68,17 @@ class Sampler:
         self.model_input = torch.zeros(self.rows, *self.latent_shape, **options)
         self.inputs: UnetInputs | None = None
         self.denoiser = denoiser_of(model)
+
+    def set_steps(self, steps: int) -> None:
+        """Denoise in this many steps from now on. What a UNet call reads keeps its place, so captured graphs stay good."""
+        self.steps = steps
+        self.scheduler.set_timesteps(steps, device="cpu")
+        self.timesteps = self.scheduler.timesteps.to(self.model.placement.device)
+        # DDIM and PNDM index their tables by a Python int; the others keep a step index and take the tensor.
+        by_index = hasattr(self.scheduler, "set_begin_index")
+        self.host_timesteps: list[Any] = (
+            list(self.scheduler.timesteps) if by_index else self.scheduler.timesteps.tolist()
+        )
 
     @property
     def context(self) -> Context | None:
@@ -123,9 +128,7 @@ class Sampler:
         Raises what PyTorch raises when memory runs out.
         """
         within = SchedulerStep(self.model.placement.device, self._load(rows))
-        self.scheduler.set_timesteps(
-            self.settings.steps, device="cpu"
-        )  # clears what multi-step schedulers remember
+        self.scheduler.set_timesteps(self.steps, device="cpu")  # clears what multi-step schedulers remember
         if hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(0)
         steps = map(partial(self._step, within), range(len(self.host_timesteps)))
