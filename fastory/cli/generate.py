@@ -86,7 +86,7 @@ def generate(
     offline: Offline = False,
     steps: Annotated[int | None, option(SAMPLING, help="Denoising steps.")] = None,
     inner_steps: Annotated[
-        int | None, option(SAMPLING, help="Steps of every round but the last (default: as many).")
+        int | None, option(SAMPLING, help="Steps of every round but the last (default 0: as many).")
     ] = None,
     guidance_scale: Annotated[float | None, option(SAMPLING, help="Classifier-free guidance.")] = None,
     scheduler: Annotated[

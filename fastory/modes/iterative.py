@@ -292,11 +292,8 @@ class Iterative:
         """Rounds and references."""
         first, last = settings.reference_scale
         scale = f"reference scale {first:g} to {last:g}"
-        inner = (
-            ""
-            if settings.inner_steps is None
-            else f", {counted(settings.inner_steps, 'step')} before the last"
-        )
+        steps = settings.inner_steps
+        inner = f", {counted(steps, 'step')} before the last" if steps else ""
         return {"Rounds": f"{settings.iterations}, {scale}, references {settings.references}{inner}"}
 
     def picture_values(self, settings: Settings, round: int) -> dict[str, Any]:

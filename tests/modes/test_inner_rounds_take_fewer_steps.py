@@ -90,5 +90,5 @@ def test_where_there_is_one_round_it_is_said_to_decide_nothing(model: StoryModel
     story = Story.from_captions(SHORT[:1])
     events = generate(story, model=model, iterations=0, steps=1, inner_steps=3)
     assert any("`inner_steps` is not used" in str(event) for event in events)
-    with pytest.raises(InputError, match=r"inner_steps .*wanted 1 to 1000, got 0"):
-        list(generate(story, model=model, iterations=1, inner_steps=0))
+    with pytest.raises(InputError, match=r"inner_steps .*wanted 0 to 1000, got -1"):
+        list(generate(story, model=model, iterations=1, inner_steps=-1))
