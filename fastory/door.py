@@ -30,6 +30,15 @@ def check_flags(flags: Mapping[str, Any], preset: str | None) -> None:
             settings.check(name, value, "--" + name.replace("_", "-"))
 
 
+def check_placement(
+    device: str, dtype: str = "auto", graphs: str = "auto", batch_size: int | None = None
+) -> None:
+    """InputError for words that --device, --dtype, --graphs and --batch-size do not take."""
+    settings.check_placement(device, dtype, graphs)
+    if batch_size is not None and batch_size < 1:
+        raise InputError(f"--batch-size: wanted 1 or more, got {batch_size}")
+
+
 def check_stories(stories: Sequence[Story], style: str | None) -> None:
     """InputError, by file and line, for a story's settings; and for a style that is none."""
     for story in stories:

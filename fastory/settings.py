@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, get_args, get_type_hints
 
@@ -43,6 +43,7 @@ REFERENCES = ("all", "others", "cast")
 REFERENCE_FITS = ("pad", "squash", "crop")
 NOISES = ("shared", "per-frame")
 DTYPES = ("float32", "float16", "bfloat16")
+GRAPHS = ("auto", "off")
 SEED_LIMIT = 2**63
 MOST_SCALE = 10  # of references; an IP-Adapter is trained at 1
 
@@ -163,12 +164,16 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     },
 }
 
-_CHOICES = {
+# What takes one word of a table: settings, and options of the command line.
+_CHOICES: Mapping[str, Collection[str]] = {
     "mode": MODES,
     "references": REFERENCES,
     "reference_fit": REFERENCE_FITS,
     "scheduler": SCHEDULERS,
     "noise": NOISES,
+    "preset": PRESETS,
+    "dtype": ("auto", *DTYPES),
+    "graphs": GRAPHS,
 }
 # Settings that came later, with the value under which a run is what it was before there were any.
 _LATER = {"inner_steps": 0}
@@ -259,6 +264,22 @@ def _of_mode(folder_defaults: Mapping[str, Any], mode: Any) -> Mapping[str, Any]
     return own
 
 
+def choices(name: str) -> tuple[str, ...]:
+    """The words that `name`, a setting or an option, takes: its table's, and those that plug-ins say they bring.
+
+    No plug-in is imported for it: see fastory.plugins.
+    """
+    return tuple(dict.fromkeys((*_CHOICES[name], *plugins.names(name))))
+
+
+def check_choice(name: str, value: str, what: str) -> None:
+    """InputError, which begins with `what`, for a word that `name` does not take. Plug-ins are asked for one not of ours."""
+    if value not in _CHOICES[name] and name in plugins.KINDS:
+        plugins.load()
+    if value not in _CHOICES[name]:
+        raise InputError(f"{what}: wanted one of {', '.join(_CHOICES[name])}, got {shown(value)}")
+
+
 def check_preset(preset: str | None) -> None:
     """InputError for a name that is no preset's."""
     if preset is not None and preset not in PRESETS:
@@ -285,10 +306,8 @@ def check(name: str, value: Any, origin: str) -> Any:
         value = _float(value)
     if not isinstance(value, kinds) or isinstance(value, bool):
         raise InputError(f"{what}: wanted {kinds[0].__name__}, got {shown(value)}")
-    if name in _CHOICES and value not in _CHOICES[name]:
-        plugins.load()
-    if name in _CHOICES and value not in _CHOICES[name]:
-        raise InputError(f"{what}: wanted one of {', '.join(_CHOICES[name])}, got {shown(value)}")
+    if name in _CHOICES:
+        check_choice(name, value, what)
     if name in _LEAST and not _LEAST[name] <= value <= _MOST[name]:
         raise InputError(f"{what}: wanted {_LEAST[name]} to {_MOST[name]}, got {shown(value)}")
     if name == "guidance_scale" and not 0 <= value <= 100:
@@ -302,10 +321,8 @@ def check_placement(device: str, dtype: str, graphs: str) -> None:
     """InputError for words that --device, --dtype and --graphs do not take; whether a device is there, PyTorch knows."""
     if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", device):
         raise InputError(f"--device: wanted auto, cpu, cuda or cuda:N, got {shown(device)}")
-    if dtype not in ("auto", *DTYPES):
-        raise InputError(f"--dtype: wanted auto, {', '.join(DTYPES)}, got {shown(dtype)}")
-    if graphs not in ("auto", "off"):
-        raise InputError(f"--graphs: wanted auto or off, got {shown(graphs)}")
+    check_choice("dtype", dtype, "--dtype")
+    check_choice("graphs", graphs, "--graphs")
 
 
 def _refuse_broken_text(text: str, what: str) -> None:

@@ -63,13 +63,13 @@ backends.register(replace(sdpa, name="mine", run={name: counted(run) for name, r
 '''
 
 
-def installed(folder: Path, source: str) -> Path:
+def installed(folder: Path, source: str, points: str = "[fastory]\nstories = story_plug_in\n") -> Path:
     """A package beside its metadata, as pip lays them out."""
     (folder / "story_plug_in.py").write_text(source, encoding="utf-8")
     metadata = folder / "story_plug_in-1.0.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: story-plug-in\nVersion: 1.0\n")
-    (metadata / "entry_points.txt").write_text("[fastory]\nstories = story_plug_in\n")
+    (metadata / "entry_points.txt").write_text(points)
     return folder
 
 
@@ -108,3 +108,21 @@ def test_a_plug_in_that_cannot_be_imported_is_named(flag: str, tmp_path: Path) -
 def test_without_a_plug_in_a_wrong_name_is_met_as_before(tmp_path: Path) -> None:
     refused = fastory(tmp_path, tmp_path, "--mode", "captions-alone")
     assert refused.returncode == 2 and "wanted one of iterative, causal" in refused.stderr
+
+
+def test_names_of_the_metadata_are_in_the_help_and_draw(tmp_path: Path) -> None:
+    (tmp_path / "site").mkdir()
+    points = (
+        "[fastory.mode]\ncaptions-alone = story_plug_in\n[fastory.scheduler]\neuler-karras = story_plug_in\n"
+    )
+    site = installed(tmp_path / "site", PLUG_IN, points)
+    helped = fastory(
+        tmp_path, site, "--help", COLUMNS="250", TERMINAL_WIDTH="250", PYTHONPROFILEIMPORTTIME="1"
+    )
+    assert "[iterative|causal|captions-alone]" in helped.stdout and "|pndm|euler-karras]" in helped.stdout
+    assert "story_plug_in" not in helped.stderr and "| torch" not in helped.stderr
+    assert "fastory.settings" in helped.stderr  # imports are told of
+    (tmp_path / "story.txt").write_text("a fox is sleeping in the snow\n")
+    flags = ("--mode", "captions-alone", "--scheduler", "euler-karras", "--steps", "1", "-o", "run")
+    done = fastory(tmp_path, site, "story.txt", *flags)
+    assert done.returncode == 0 and "this is a plug-in's mode" in done.stderr

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,32 +13,67 @@ from fastory.cli.options import (
     TENSORRT,
     Adapter,
     Config,
+    Dtype,
     ImageEncoder,
     IpAdapter,
     Loras,
     ModelName,
+    ModelOptions,
     Offline,
-    open_model,
+    Quiet,
+    among,
+    choice,
+    flag,
     option,
 )
-from fastory.cli.progress import show_engines, show_export
-from fastory.cli.reporting import reported, say
+from fastory.cli.progress import show_export
+from fastory.cli.reporting import reported
 from fastory.errors import InputError
+from fastory.export.choices import BINDINGS, RTX_TARGETS, check_target, parse_sizes
+
+Onnx = Annotated[bool, option(OUTPUT, "--onnx", help="ONNX graphs (the default).")]
+Trt = Annotated[
+    bool, option(OUTPUT, "--trt", help="TensorRT engines from the graphs, for this machine's GPU.")
+]
+Output = Annotated[
+    Path | None,
+    option(OUTPUT, "--output", "-o", help="Folder (default: ./engines/<model>-<hash>)."),
+]
+Overwrite = Annotated[bool, option(OUTPUT, "--overwrite", help="Replace the export that is there.")]
+Groups = Annotated[
+    int,
+    option(METHOD, help="Groups of references: 1 for the frames, and 1 for every character with pictures."),
+]
+Bind = Annotated[str, choice(METHOD, BINDINGS, help="What computes attention (default ort, ONNX Runtime).")]
+Rtx = Annotated[
+    str | None,
+    option(
+        TENSORRT,
+        metavar="SM",
+        autocompletion=among(RTX_TARGETS),
+        help="TensorRT for RTX, for another machine's GPU, such as sm89.",
+    ),
+]
+Size = Annotated[
+    list[str] | None,
+    option(TENSORRT, metavar="NAME=LEAST:MOST", help="Sizes that an engine takes; repeatable."),
+]
+Component = Annotated[list[str] | None, option(TENSORRT, help="Build only this component; repeatable.")]
+Refit = Annotated[bool, option(TENSORRT, "--refit", help="Engines that take other weights later.")]
+VersionCompatible = Annotated[
+    bool, option(TENSORRT, "--version-compatible", help="Engines for later TensorRT versions as well.")
+]
+HardwareCompatible = Annotated[
+    bool, option(TENSORRT, "--hardware-compatible", help="Engines for every GPU from Ampere on.")
+]
 
 
 def export(
-    onnx: Annotated[bool, option(OUTPUT, "--onnx", help="ONNX graphs (the default).")] = False,
-    trt: Annotated[
-        bool, option(OUTPUT, "--trt", help="TensorRT engines from the graphs, for this machine's GPU.")
-    ] = False,
-    output: Annotated[
-        Path | None,
-        option(OUTPUT, "--output", "-o", help="Folder (default: ./engines/<model>-<hash>)."),
-    ] = None,
-    overwrite: Annotated[
-        bool, option(OUTPUT, "--overwrite", help="Replace the export that is there.")
-    ] = False,
-    quiet: Annotated[bool, option(OUTPUT, "--quiet", help="Print the folder and nothing else.")] = False,
+    onnx: Onnx = False,
+    trt: Trt = False,
+    output: Output = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
     model: ModelName = "builtin",
     config: Config = None,
     ip_adapter: IpAdapter = None,
@@ -46,37 +81,15 @@ def export(
     adapter: Adapter = None,
     lora: Loras = None,
     offline: Offline = False,
-    dtype: Annotated[str, option(METHOD, help="float32 (the default), float16 or bfloat16.")] = "float32",
-    groups: Annotated[
-        int,
-        option(
-            METHOD, help="Groups of references: 1 for the frames, and 1 for every character with pictures."
-        ),
-    ] = 1,
-    bind: Annotated[
-        str,
-        option(METHOD, help="What computes attention: ort (ONNX Runtime, the default), portable or trt."),
-    ] = "ort",
-    rtx: Annotated[
-        str | None,
-        option(TENSORRT, metavar="SM", help="TensorRT for RTX, for another machine's GPU, such as sm89."),
-    ] = None,
-    size: Annotated[
-        list[str] | None,
-        option(TENSORRT, metavar="NAME=LEAST:MOST", help="Sizes that an engine takes; repeatable."),
-    ] = None,
-    component: Annotated[
-        list[str] | None, option(TENSORRT, help="Build only this component; repeatable.")
-    ] = None,
-    refit: Annotated[
-        bool, option(TENSORRT, "--refit", help="Engines that take other weights later.")
-    ] = False,
-    version_compatible: Annotated[
-        bool, option(TENSORRT, "--version-compatible", help="Engines for later TensorRT versions as well.")
-    ] = False,
-    hardware_compatible: Annotated[
-        bool, option(TENSORRT, "--hardware-compatible", help="Engines for every GPU from Ampere on.")
-    ] = False,
+    dtype: Dtype = "float32",
+    groups: Groups = 1,
+    bind: Bind = "ort",
+    rtx: Rtx = None,
+    size: Size = None,
+    component: Component = None,
+    refit: Refit = False,
+    version_compatible: VersionCompatible = False,
+    hardware_compatible: HardwareCompatible = False,
 ) -> None:
     """Write a model as ONNX graphs, each compared with torch, for `fastory generate --engine FOLDER`.
 
@@ -84,58 +97,56 @@ def export(
     --bind changes the small graph files of a finished export alone. With --trt engines are built beside them; where
     TensorRT or a GPU is missing, the graphs and a build script are written, and the exit code is 3.
     """
+    given = locals()
     with reported():
-        flags = {
-            "refit": refit,
-            "version_compatible": version_compatible,
-            "hardware_compatible": hardware_compatible,
-        }
-        wanted = [f"--{name.replace('_', '-')}" for name, given in flags.items() if given]
-        wanted += ["--rtx"] * (rtx is not None) + ["--size"] * bool(size) + ["--component"] * bool(component)
-        if wanted and not trt:
-            raise InputError(f"{wanted[0]} is about engines; give --trt as well")
-        if rtx is not None and any(flags.values()):
-            raise InputError(f"TensorRT for RTX has no {wanted[0]}; leave it out")
-        packages.require("fastory export", "onnx", "onnx", "onnxscript", "onnxruntime")
-        from fastory import door
-
-        door.check_export(output, dtype, groups, bind)
-        bounds = checked_engines(rtx, size or []) if trt else {}
-        opened = open_model(
-            model, config, ip_adapter, image_encoder, adapter, lora or [], "cpu", dtype, "off", offline
-        )
-        folder = show_export(export_events(opened, output, groups, bind, overwrite), quiet)
-        if trt:
-            show_engines(engine_events(folder, rtx, component or [], bounds, flags), quiet)
-        say(str(folder))
+        show_export(exported(given), quiet)
 
 
-def export_events(model: Any, output: Path | None, groups: int, bind: str, overwrite: bool) -> Iterator[Any]:
-    """The events of an export."""
-    from fastory.export.onnx import export_onnx
+def exported(given: Mapping[str, Any]) -> Iterator[Any]:
+    """The events of the export that these options name, and with --trt of its engines. Raises InputError before the first."""
+    flags = {name: given[name] for name in ("refit", "version_compatible", "hardware_compatible")}
+    check_engine_options(given, flags)
+    packages.require("fastory export", "onnx", "onnx", "onnxscript", "onnxruntime")
+    from fastory import door
 
-    return export_onnx(model, output, groups=groups, binding=bind, overwrite=overwrite)
+    door.check_export(given["output"], given["dtype"], given["groups"], given["bind"])
+    bounds = engine_bounds(given["rtx"], given["size"] or []) if given["trt"] else {}
+    model = ModelOptions.among(given).open("cpu", given["dtype"], "off")
+    return export_and_build(model, given, bounds, flags)
 
 
-def checked_engines(rtx: str | None, sizes: list[str]) -> dict[str, tuple[int, int]]:
+def export_and_build(
+    model: Any, given: Mapping[str, Any], bounds: Mapping[str, tuple[int, int]], flags: Mapping[str, Any]
+) -> Iterator[Any]:
+    """The events of the graphs, and with --trt of the engines beside them. flags: of the builder."""
+    from fastory.export.onnx import Finished, export_onnx
+    from fastory.export.tensorrt import build, build_rtx
+
+    how = {"groups": given["groups"], "binding": given["bind"], "overwrite": given["overwrite"]}
+    for event in export_onnx(model, given["output"], **how):
+        yield event
+    if given["trt"]:
+        assert isinstance(event, Finished)
+        which: dict[str, Any] = {"components": given["component"] or [], "sizes": bounds}
+        if given["rtx"] is not None:
+            yield from build_rtx(event.folder, given["rtx"], **which)
+        else:
+            yield from build(event.folder, **which, **flags)
+
+
+def check_engine_options(given: Mapping[str, Any], flags: Mapping[str, bool]) -> None:
+    """InputError for options of engines without --trt, and for those that TensorRT for RTX does not have."""
+    said = [
+        flag(name) for name in (*flags, "rtx", "size", "component") if given[name] not in (None, False, [])
+    ]
+    if said and not given["trt"]:
+        raise InputError(f"{said[0]} is about engines; give --trt as well")
+    if given["rtx"] is not None and any(flags.values()):
+        raise InputError(f"TensorRT for RTX has no {said[0]}; leave it out")
+
+
+def engine_bounds(rtx: str | None, sizes: list[str]) -> dict[str, tuple[int, int]]:
     """The bounds of --size. Raises InputError for those and for a target before anything is exported."""
-    from fastory.export.choices import check_target, parse_sizes
-
     if rtx is not None:
         check_target(rtx)
     return parse_sizes(sizes)
-
-
-def engine_events(
-    folder: Path,
-    rtx: str | None,
-    components: list[str],
-    bounds: dict[str, tuple[int, int]],
-    flags: dict[str, bool],
-) -> Iterator[Any]:
-    """The events of building engines of an exported folder."""
-    from fastory.export.tensorrt import build, build_rtx
-
-    if rtx is not None:
-        return build_rtx(folder, rtx, components=components, sizes=bounds)
-    return build(folder, components=components, sizes=bounds, **flags)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,187 +19,217 @@ from fastory.cli.options import (
     Adapter,
     Config,
     Device,
+    Dtype,
     ImageEncoder,
     IpAdapter,
+    JsonLines,
     Loras,
     ModelName,
+    ModelOptions,
     Offline,
+    Quiet,
+    among,
+    choice,
     open_engine,
-    open_model,
     option,
 )
 from fastory.cli.progress import show
 from fastory.cli.reporting import reported
 from fastory.errors import InputError
+from fastory.settings import choices
+
+if TYPE_CHECKING:
+    from fastory.events import Event
+
+
+def styles(incomplete: str) -> list[str]:
+    """Names that --style may be completed with."""
+    from fastory.story import STYLES
+
+    return among(STYLES)(incomplete)
+
+
+Stories = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="Story files (.txt, .yaml, .json), or names of bundled examples. None: the first example.",
+        show_default=False,
+    ),
+]
+Mode = Annotated[
+    str | None, choice(METHOD, choices("mode"), help="How the story is drawn (default iterative).")
+]
+Preset = Annotated[
+    str | None,
+    choice(
+        METHOD, choices("preset"), help="Settings of a published method; other options count before them."
+    ),
+]
+Iterations = Annotated[int | None, option(METHOD, help="Rounds after round 0.")]
+ReferenceScale = Annotated[
+    str | None,
+    option(METHOD, metavar="FIRST:LAST", help="Weight of the references, first to last round."),
+]
+References = Annotated[
+    str | None,
+    choice(METHOD, choices("references"), help="Frames of the last round that a frame sees."),
+]
+ReferenceFit = Annotated[
+    str | None,
+    choice(METHOD, choices("reference_fit"), help="How a reference that is not square is fitted."),
+]
+ReferenceStart = Annotated[
+    int | None, option(METHOD, help="First round that sees the pictures of characters (default 1).")
+]
+Window = Annotated[
+    str | None,
+    option(
+        METHOD,
+        metavar="L_M",
+        autocompletion=among(["all"]),
+        help="Causal: earlier frames that a frame sees, or all.",
+    ),
+]
+Drafts = Annotated[
+    int | None, option(METHOD, help="Causal: how often frame 0 is drawn before it is kept (default 0).")
+]
+FirstFrame = Annotated[
+    Path | None, option(METHOD, help="Causal: the picture that the story goes on from, as its frame 0.")
+]
+Engine = Annotated[Path | None, option(MODEL, help="What `fastory export` wrote, in place of a model.")]
+TrustCache = Annotated[
+    bool,
+    option(
+        MODEL,
+        "--trust-cache",
+        help="With --engine: hash no file again that is as it was when it was hashed.",
+    ),
+]
+Steps = Annotated[int | None, option(SAMPLING, help="Denoising steps.")]
+InnerSteps = Annotated[
+    int | None, option(SAMPLING, help="Steps of every round but the last (default 0: as many).")
+]
+GuidanceScale = Annotated[float | None, option(SAMPLING, help="Classifier-free guidance.")]
+Scheduler = Annotated[str | None, choice(SAMPLING, choices("scheduler"), help="Sampler.")]
+Seed = Annotated[int | None, option(SAMPLING, help="Seed of the initial noise.")]
+Noise = Annotated[
+    str | None,
+    choice(SAMPLING, choices("noise"), help="Initial noise: the same for all frames, or each its own."),
+]
+Style = Annotated[
+    str | None,
+    option(PICTURE, autocompletion=styles, help="comic, film, realistic, none, or any text with {prompt}."),
+]
+NegativePrompt = Annotated[str | None, option(PICTURE, help="What the pictures should not show.")]
+Width = Annotated[int | None, option(PICTURE, help="Pixels.")]
+Height = Annotated[int | None, option(PICTURE, help="Pixels.")]
+Graphs = Annotated[
+    str, choice(RUN, choices("graphs"), help="A CUDA graph around a UNet call (default auto: on CUDA).")
+]
+BatchSize = Annotated[int | None, option(RUN, help="Frames at once (default: chosen from free memory).")]
+Output = Annotated[
+    Path | None, option(OUTPUT, "--output", "-o", help="Run folder (default: under ./stories).")
+]
+Overwrite = Annotated[bool, option(OUTPUT, "--overwrite", help="Draw anew what the run folder holds.")]
+Frames = Annotated[
+    str | None,
+    option(
+        OUTPUT,
+        metavar="3,7-9",
+        help="Redraw only these frames of a finished run; counted from 0. 5- is all from 5 on.",
+    ),
+]
+RedrawSeed = Annotated[int | None, option(OUTPUT, help="Another seed for the frames of --frames.")]
 
 
 def generate(
-    stories: Annotated[
-        list[str] | None,
-        typer.Argument(
-            help="Story files (.txt, .yaml, .json), or names of bundled examples. None: the first example.",
-            show_default=False,
-        ),
-    ] = None,
-    mode: Annotated[str | None, option(METHOD, help="iterative (the default) or causal.")] = None,
-    preset: Annotated[
-        str | None, option(METHOD, help="paper, story-iter, story-iter-fast or ar-ldm.")
-    ] = None,
-    iterations: Annotated[int | None, option(METHOD, help="Rounds after round 0.")] = None,
-    reference_scale: Annotated[
-        str | None,
-        option(METHOD, metavar="FIRST:LAST", help="Weight of the references, first to last round."),
-    ] = None,
-    references: Annotated[
-        str | None, option(METHOD, help="Frames of the last round that a frame sees: all, others or cast.")
-    ] = None,
-    reference_fit: Annotated[
-        str | None, option(METHOD, help="How a reference that is not square is fitted: pad, squash or crop.")
-    ] = None,
-    reference_start: Annotated[
-        int | None, option(METHOD, help="First round that sees the pictures of characters (default 1).")
-    ] = None,
-    window: Annotated[
-        str | None, option(METHOD, metavar="L_M", help="Causal: earlier frames that a frame sees, or all.")
-    ] = None,
-    drafts: Annotated[
-        int | None, option(METHOD, help="Causal: how often frame 0 is drawn before it is kept (default 0).")
-    ] = None,
-    first_frame: Annotated[
-        Path | None, option(METHOD, help="Causal: the picture that the story goes on from, as its frame 0.")
-    ] = None,
+    stories: Stories = None,
+    mode: Mode = None,
+    preset: Preset = None,
+    iterations: Iterations = None,
+    reference_scale: ReferenceScale = None,
+    references: References = None,
+    reference_fit: ReferenceFit = None,
+    reference_start: ReferenceStart = None,
+    window: Window = None,
+    drafts: Drafts = None,
+    first_frame: FirstFrame = None,
     model: ModelName = "builtin",
     config: Config = None,
     ip_adapter: IpAdapter = None,
     image_encoder: ImageEncoder = None,
     adapter: Adapter = None,
     lora: Loras = None,
-    engine: Annotated[
-        Path | None, option(MODEL, help="What `fastory export` wrote, in place of a model.")
-    ] = None,
-    trust_cache: Annotated[
-        bool,
-        option(
-            MODEL,
-            "--trust-cache",
-            help="With --engine: hash no file again that is as it was when it was hashed.",
-        ),
-    ] = False,
+    engine: Engine = None,
+    trust_cache: TrustCache = False,
     offline: Offline = False,
-    steps: Annotated[int | None, option(SAMPLING, help="Denoising steps.")] = None,
-    inner_steps: Annotated[
-        int | None, option(SAMPLING, help="Steps of every round but the last (default 0: as many).")
-    ] = None,
-    guidance_scale: Annotated[float | None, option(SAMPLING, help="Classifier-free guidance.")] = None,
-    scheduler: Annotated[
-        str | None,
-        option(SAMPLING, help="ddim, ddim-leading, lcm, euler, euler-ancestral, dpm++, unipc or pndm."),
-    ] = None,
-    seed: Annotated[int | None, option(SAMPLING, help="Seed of the initial noise.")] = None,
-    noise: Annotated[str | None, option(SAMPLING, help="shared by all frames, or per-frame.")] = None,
-    style: Annotated[
-        str | None, option(PICTURE, help="comic, film, realistic, none, or any text with {prompt}.")
-    ] = None,
-    negative_prompt: Annotated[str | None, option(PICTURE, help="What the pictures should not show.")] = None,
-    width: Annotated[int | None, option(PICTURE, help="Pixels.")] = None,
-    height: Annotated[int | None, option(PICTURE, help="Pixels.")] = None,
-    dtype: Annotated[str, option(RUN, help="auto, float32, float16 or bfloat16.")] = "auto",
+    steps: Steps = None,
+    inner_steps: InnerSteps = None,
+    guidance_scale: GuidanceScale = None,
+    scheduler: Scheduler = None,
+    seed: Seed = None,
+    noise: Noise = None,
+    style: Style = None,
+    negative_prompt: NegativePrompt = None,
+    width: Width = None,
+    height: Height = None,
+    dtype: Dtype = "auto",
     device: Device = "auto",
-    graphs: Annotated[
-        str, option(RUN, help="auto (a CUDA graph around a UNet call, on CUDA) or off.")
-    ] = "auto",
-    batch_size: Annotated[
-        int | None, option(RUN, help="Frames at once (default: chosen from free memory).")
-    ] = None,
-    output: Annotated[
-        Path | None, option(OUTPUT, "--output", "-o", help="Run folder (default: under ./stories).")
-    ] = None,
-    overwrite: Annotated[
-        bool, option(OUTPUT, "--overwrite", help="Draw anew what the run folder holds.")
-    ] = False,
-    frames: Annotated[
-        str | None,
-        option(
-            OUTPUT,
-            metavar="3,7-9",
-            help="Redraw only these frames of a finished run; counted from 0. 5- is all from 5 on.",
-        ),
-    ] = None,
-    redraw_seed: Annotated[
-        int | None, option(OUTPUT, help="Another seed for the frames of --frames.")
-    ] = None,
-    quiet: Annotated[bool, option(OUTPUT, "--quiet", help="Print the run folder and nothing else.")] = False,
-    json_lines: Annotated[bool, option(OUTPUT, "--json", help="Print events as JSON lines.")] = False,
+    graphs: Graphs = "auto",
+    batch_size: BatchSize = None,
+    output: Output = None,
+    overwrite: Overwrite = False,
+    frames: Frames = None,
+    redraw_seed: RedrawSeed = None,
+    quiet: Quiet = False,
+    json_lines: JsonLines = False,
 ) -> None:
     """Draw stories: every picture of every round, a contact sheet and a storybook page, in a run folder.
 
     The same command goes on where a run was interrupted.
     """
-    settings = {
-        "mode": mode,
-        "iterations": iterations,
-        "reference_scale": reference_scale,
-        "references": references,
-        "reference_fit": reference_fit,
-        "reference_start": reference_start,
-        "window": window,
-        "drafts": drafts,
-        "steps": steps,
-        "inner_steps": inner_steps,
-        "guidance_scale": guidance_scale,
-        "scheduler": scheduler,
-        "seed": seed,
-        "noise": noise,
-        "style": style,
-        "negative_prompt": negative_prompt,
-        "width": width,
-        "height": height,
-    }
+    given = locals()
     with reported(resumable=True):
-        from fastory import door
-        from fastory.settings import check_placement
+        show(drawn(given), quiet=quiet, json_lines=json_lines)
 
-        if redraw_seed is not None and frames is None:
-            raise InputError("--redraw-seed wants --frames: which frames are to be redrawn?")
-        chosen = door.parse_frames(frames)
-        door.check_flags(settings, preset)
-        check_placement(device, dtype, graphs)
-        if batch_size is not None and batch_size < 1:
-            raise InputError(f"--batch-size: wanted 1 or more, got {batch_size}")
-        read = read_stories(stories or [])
-        door.check_stories(read, style)
-        if first_frame is not None:
-            door.check_first_frame(first_frame)
-        door.check_output(output, read)
-        if engine is not None:
-            beside = {"--config": config, "--ip-adapter": ip_adapter, "--image-encoder": image_encoder,
-                      "--adapter": adapter, "--lora": lora, "--model": model if model != "builtin" else None}  # fmt: skip
-            if given := [name for name, value in beside.items() if value]:
-                raise InputError(f"--engine holds the whole model; {given[0]} is given when it is exported")
-            door.check_engine(engine)
-            opened = open_engine(engine, device, dtype, trust_cache)
-        elif trust_cache:
-            raise InputError("--trust-cache is for --engine; a model's hashes are always remembered")
-        else:
-            opened = open_model(
-                model, config, ip_adapter, image_encoder, adapter, lora or [], device, dtype, graphs, offline
-            )
-        from fastory.runs.generate import generate as draw
 
-        events = draw(
-            read,
-            model=opened,
-            preset=preset,
-            output=output,
-            under=Path("stories"),
-            overwrite=overwrite,
-            frames=chosen,
-            redraw_seed=redraw_seed,
-            batch_size=batch_size,
-            first_frame=first_frame,
-            **settings,
-        )
-        show(events, quiet=quiet, json_lines=json_lines)
+def drawn(given: Mapping[str, Any]) -> Iterator[Event]:
+    """The events of the stories that these options name. Raises InputError, before PyTorch is imported where that can be."""
+    from fastory import door
+    from fastory.settings import Settings
+
+    if given["redraw_seed"] is not None and given["frames"] is None:
+        raise InputError("--redraw-seed wants --frames: which frames are to be redrawn?")
+    frames = door.parse_frames(given["frames"])
+    settings = {one.name: given[one.name] for one in fields(Settings)}
+    door.check_flags(settings, given["preset"])
+    door.check_placement(given["device"], given["dtype"], given["graphs"], given["batch_size"])
+    stories = read_stories(given["stories"] or [])
+    door.check_stories(stories, given["style"])
+    if given["first_frame"] is not None:
+        door.check_first_frame(given["first_frame"])
+    door.check_output(given["output"], stories)
+    model = opened(given)
+    from fastory.runs.generate import generate as draw
+
+    unchanged = ("preset", "output", "overwrite", "redraw_seed", "batch_size", "first_frame")
+    chosen = {name: given[name] for name in unchanged}
+    return draw(stories, model=model, under=Path("stories"), frames=frames, **chosen, **settings)
+
+
+def opened(given: Mapping[str, Any]) -> Any:
+    """The model, or the export, that these options name."""
+    from fastory import door
+
+    engine, options = given["engine"], ModelOptions.among(given)
+    if engine is not None:
+        if named := options.named():
+            raise InputError(f"--engine holds the whole model; {named[0]} is given when it is exported")
+        door.check_engine(engine)
+        return open_engine(engine, given["device"], given["dtype"], given["trust_cache"])
+    if given["trust_cache"]:
+        raise InputError("--trust-cache is for --engine; a model's hashes are always remembered")
+    return options.open(given["device"], given["dtype"], given["graphs"])
 
 
 def read_stories(names: list[str]) -> list[Any]:

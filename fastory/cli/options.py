@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import typer
 
 from fastory.cli.reporting import quiet_libraries
+from fastory.settings import choices
 
 STORY, MODEL, METHOD, SAMPLING, PICTURE, TENSORRT, RUN, OUTPUT = (
     "Story",
@@ -27,6 +30,20 @@ def option(panel: str, *names: str, **extra: Any) -> Any:
     return typer.Option(*names, rich_help_panel=panel, show_default=False, **extra)
 
 
+def choice(panel: str, words: Iterable[str], **extra: Any) -> Any:
+    """An option that takes one of `words`, the table that it is checked against.
+
+    --help shows the words and the shell completes them. Another word is met at the door, with one line, and not while the
+    command line is read: a plug-in's word may be known to its module alone.
+    """
+    return option(panel, metavar=f"[{'|'.join(words)}]", autocompletion=among(words), **extra)
+
+
+def among(words: Iterable[str]) -> Callable[[str], list[str]]:
+    """What a shell is told to complete an option with: those of `words` that begin as what was typed."""
+    return lambda incomplete: [word for word in words if word.startswith(incomplete)]
+
+
 ModelName = Annotated[
     str, option(MODEL, help="builtin, a diffusers folder, a .safetensors file (with --config), or a hub id.")
 ]
@@ -40,50 +57,56 @@ Loras = Annotated[
     list[str] | None, option(MODEL, "--lora", metavar="PATH[:WEIGHT]", help="LoRA file; repeatable.")
 ]
 Offline = Annotated[bool, option(MODEL, "--offline", help="Never ask a hub.")]
-Device = Annotated[str, option(RUN, help="auto, cpu, cuda or cuda:N.")]
+Quiet = Annotated[bool, option(OUTPUT, "--quiet", help="Print where the result is and nothing else.")]
+JsonLines = Annotated[bool, option(OUTPUT, "--json", help="Print events as JSON lines.")]
+Device = Annotated[
+    str,
+    option(RUN, autocompletion=among(("auto", "cpu", "cuda", "cuda:0")), help="auto, cpu, cuda or cuda:N."),
+]
+Dtype = Annotated[
+    str,
+    choice(
+        RUN, choices("dtype"), help="Of what is computed; auto is float16 on CUDA and float32 on the CPU."
+    ),
+]
 
 
-def open_model(
-    model: str,
-    config: Path | None,
-    ip_adapter: str | None,
-    image_encoder: str | None,
-    adapter: str | None,
-    loras: list[str],
-    device: str,
-    dtype: str,
-    graphs: str,
-    offline: bool,
-) -> Any:
-    """The StoryModel that the options name."""
-    from fastory import door
+@dataclass(frozen=True)
+class ModelOptions:
+    """What names a model on the command line."""
 
-    parsed = [parse_lora(text) for text in loras]
-    door.check_model(
-        model,
-        config=config,
-        ip_adapter=ip_adapter,
-        image_encoder=image_encoder,
-        adapter=adapter,
-        loras=[path for path, _ in parsed],
-    )
-    if offline:
-        os.environ["HF_HUB_OFFLINE"] = "1"
-    quiet_libraries()
-    from fastory.models.torch_model import StoryModel
+    model: str = "builtin"
+    config: Path | None = None
+    ip_adapter: str | None = None
+    image_encoder: str | None = None
+    adapter: str | None = None
+    lora: Sequence[str] | None = None
+    offline: bool = False
 
-    return StoryModel.open(
-        model,
-        config=config,
-        ip_adapter=ip_adapter,
-        image_encoder=image_encoder,
-        adapter=adapter,
-        loras=parsed,
-        device=device,
-        dtype=dtype,
-        graphs=graphs,
-        offline=offline,
-    )
+    @classmethod
+    def among(cls, given: Mapping[str, Any]) -> Self:
+        """Those of a command's options that name its model."""
+        return cls(**{one.name: given[one.name] for one in fields(cls)})
+
+    def named(self) -> list[str]:
+        """The options that say more than the built-in model, with their dashes."""
+        default, others = ModelOptions(), [one.name for one in fields(self) if one.name != "offline"]
+        return [flag(name) for name in others if (getattr(self, name) or None) != getattr(default, name)]
+
+    def open(self, device: str, dtype: str, graphs: str) -> Any:
+        """The StoryModel. Names are checked before PyTorch is imported, which says it in full."""
+        from fastory import door
+
+        named = {name: getattr(self, name) for name in ("config", "ip_adapter", "image_encoder", "adapter")}
+        loras = [parse_lora(text) for text in self.lora or []]
+        door.check_model(self.model, **named, loras=[path for path, _ in loras])
+        if self.offline:
+            os.environ["HF_HUB_OFFLINE"] = "1"
+        quiet_libraries()
+        from fastory.models.torch_model import StoryModel
+
+        placed = {"device": device, "dtype": dtype, "graphs": graphs}
+        return StoryModel.open(self.model, **named, loras=loras, **placed, offline=self.offline)
 
 
 def open_engine(folder: Path, device: str, dtype: str, trust_cache: bool) -> Any:
@@ -101,3 +124,8 @@ def parse_lora(text: str) -> tuple[str, float]:
         return (path, float(weight)) if colon and path else (text, 1.0)
     except ValueError:
         return text, 1.0
+
+
+def flag(name: str) -> str:
+    """The option of a parameter."""
+    return "--" + name.replace("_", "-")

@@ -179,24 +179,15 @@ class Screen:
                 say(str(event.folder))
 
 
-def show_engines(events: Iterator[Any], quiet: bool) -> None:
-    """A line for each engine."""
-    for event in events:
-        if not quiet:
-            said = f"{event.engine.name}: {event.bytes / 1e6:.0f} MB, {event.seconds:.0f} s"
-            stderr.print(f"  {said}", soft_wrap=True)
-
-
-def show_export(events: Iterator[Any], quiet: bool) -> Path:
-    """A line for each component. Returns the folder."""
-    from fastory.export import onnx
-
-    folder = Path()
+def show_export(events: Iterator[Any], quiet: bool) -> None:
+    """A line for each component and each engine; the folder on stdout."""
+    from fastory.export import onnx, tensorrt
 
     def note(text: str) -> None:
         if not quiet:
             stderr.print(f"  {text}", soft_wrap=True)
 
+    folder = Path()
     for event in events:
         match event:
             case onnx.Exported():
@@ -212,4 +203,6 @@ def show_export(events: Iterator[Any], quiet: bool) -> Path:
                 note(f"bound for {event.binding}; the weights are as they were")
             case onnx.Finished():
                 folder = event.folder
-    return folder
+            case tensorrt.Built():
+                note(f"{event.engine.name}: {event.bytes / 1e6:.0f} MB, {event.seconds:.0f} s")
+    say(str(folder))

@@ -74,10 +74,10 @@ GENERATE = {
     "mode": (["--mode", "loop"], "--mode: wanted one of iterative, causal, got 'loop'"),
     "scheduler": (["--scheduler", "heun"], "--scheduler: wanted one of ddim"),
     "preset": (["--preset", "papre"], "unknown preset 'papre'; wanted one of paper"),
-    "dtype": (["--dtype", "int8"], "wanted auto, float32, float16, bfloat16"),
+    "dtype": (["--dtype", "int8"], "--dtype: wanted one of auto, float32, float16, bfloat16"),
     "device": (["--device", "tpu"], "wanted auto, cpu, cuda or cuda:N"),
     "device-number": (["--device", "cuda:" + "9" * 5000], "wanted auto, cpu, cuda or cuda:N"),
-    "graphs": (["--graphs", "on"], "wanted auto or off, got 'on'"),
+    "graphs": (["--graphs", "on"], "--graphs: wanted one of auto, off, got 'on'"),
     "steps": (["--steps", "0"], "--steps: wanted 1 to 1000, got 0"),
     "batch-size": (["--batch-size", "0"], "wanted 1 or more"),
     "frames-range": (["--frames", "0-9999999999"], "wanted frames from 0 to 9999"),
@@ -108,6 +108,30 @@ def test_an_option_of_generate(server: Server, options: list[str], wanted: str) 
     if options[0] == "--image-encoder":
         options = ["--image-encoder", "no folder at all"]
     assert wanted in server.refuse("generate", "good.txt", *options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (["export", "--bind", "onnx"], "--bind: wanted one of ort, portable, trt, got 'onnx'"),
+        (
+            ["export", "--dtype", "int8"],
+            "--dtype: wanted one of auto, float32, float16, bfloat16, got 'int8'",
+        ),
+        (["export", "--rtx", "sm89"], "--rtx is about engines; give --trt as well"),
+        (
+            ["tune", ".", "-o", "a.safetensors", "--history-size", "huge"],
+            "wanted one of small, medium, base, got 'huge'",
+        ),
+        (
+            ["tune", ".", "-o", "a.safetensors", "--device", "tpu"],
+            "--device: wanted auto, cpu, cuda or cuda:N",
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_word_of_export_and_tune(server: Server, arguments: list[str], wanted: str) -> None:
+    assert wanted in server.refuse(*arguments)
 
 
 @pytest.mark.parametrize("path", [LONG, DEEP, NOBODY], ids=["long", "deep", "nobody"])
