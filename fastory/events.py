@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -132,12 +132,23 @@ Event = (
 )
 
 
-def as_json(event: Event) -> str:
-    """One line of JSON: `schema`, `event` (the class name) and the fields; a picture is given by its path alone."""
+def as_json(event: Any) -> str:
+    """One line of JSON: `schema`, `event` (the class name) and the fields; a picture is given by its path alone.
+
+    event: of `Event`, or a dataclass that another command reports.
+    """
     values: dict[str, Any] = {"schema": SCHEMA, "event": type(event).__name__}
     for field in fields(event):
         value = getattr(event, field.name)
-        if isinstance(value, Image.Image):
-            continue
-        values[field.name] = str(value) if isinstance(value, Path) else value
-    return json.dumps(values, ensure_ascii=False)
+        if not isinstance(value, Image.Image):
+            values[field.name] = value
+    return json.dumps(values, ensure_ascii=False, default=_jsonable)
+
+
+def _jsonable(value: Any) -> Any:
+    """What json has no form for: paths, and dataclasses within events."""
+    if isinstance(value, Path):
+        return str(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    raise TypeError(f"an event holds a {type(value).__name__}, which has no form in JSON")

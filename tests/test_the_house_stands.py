@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 # From the door down. Rooms of one line may use each other.
 ROOMS = (
     ("cli", "__main__"),
-    ("doctor", "door"),
+    ("door",),
     ("builtin.evaluation", "builtin.moved"),
     ("builtin.training",),
     ("builtin.world",),

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from fastory.cli.progress import show_json
 from fastory.cli.reporting import quiet_libraries, reported, say
 from fastory.errors import InputError
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A checkpoint is converted. output: the folder or file that was written."""
+
+    checkpoint: Path
+    output: Path
 
 
 def convert(
@@ -28,6 +38,7 @@ def convert(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at OUT.")] = False,
     offline: Annotated[bool, typer.Option("--offline", help="Never ask a hub.")] = False,
+    json_lines: Annotated[bool, typer.Option("--json", help="Print events as JSON lines.")] = False,
 ) -> None:
     """Turn a pickled checkpoint into safetensors; nothing in the file is executed (weights_only).
 
@@ -50,4 +61,4 @@ def convert(
         written = convert_checkpoint(
             checkpoint, out or output, config=config, overwrite=overwrite, offline=offline
         )
-        say(str(written))
+        show_json([Converted(checkpoint, written)]) if json_lines else say(str(written))

@@ -16,6 +16,7 @@ from fastory.cli.options import (
     Dtype,
     ImageEncoder,
     IpAdapter,
+    JsonLines,
     Loras,
     ModelName,
     ModelOptions,
@@ -26,7 +27,7 @@ from fastory.cli.options import (
     flag,
     option,
 )
-from fastory.cli.progress import show_export
+from fastory.cli.progress import show_export, show_json
 from fastory.cli.reporting import reported
 from fastory.errors import InputError
 from fastory.export.choices import BINDINGS, RTX_TARGETS, check_target, parse_sizes
@@ -74,6 +75,7 @@ def export(
     output: Output = None,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
+    json_lines: JsonLines = False,
     model: ModelName = "builtin",
     config: Config = None,
     ip_adapter: IpAdapter = None,
@@ -99,7 +101,8 @@ def export(
     """
     given = locals()
     with reported():
-        show_export(exported(given), quiet)
+        events = exported(given)
+        show_json(events) if json_lines else show_export(events, quiet)
 
 
 def exported(given: Mapping[str, Any]) -> Iterator[Any]:

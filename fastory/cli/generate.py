@@ -33,7 +33,7 @@ from fastory.cli.options import (
     open_engine,
     option,
 )
-from fastory.cli.progress import show
+from fastory.cli.progress import show_drawing, show_json
 from fastory.cli.reporting import reported
 from fastory.errors import InputError
 from fastory.settings import choices
@@ -190,7 +190,8 @@ def generate(
     """
     given = locals()
     with reported(resumable=True):
-        show(drawn(given), quiet=quiet, json_lines=json_lines)
+        events = drawn(given)
+        show_json(events) if json_lines else show_drawing(events, quiet)
 
 
 def drawn(given: Mapping[str, Any]) -> Iterator[Event]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,14 +16,16 @@ if TYPE_CHECKING:
     from fastory.events import Event, FrameDrawn
 
 
-def show(events: Iterator[Event], *, quiet: bool, json_lines: bool) -> None:
-    """Print events as JSON lines, as progress, or only the run folder."""
+def show_json(events: Iterable[Any]) -> None:
+    """Each event as a line of JSON."""
     from fastory.events import as_json
 
-    if json_lines:
-        for event in events:
-            say(as_json(event))
-        return
+    for event in events:
+        say(as_json(event))
+
+
+def show_drawing(events: Iterable[Event], quiet: bool) -> None:
+    """Progress and notes; the run folders on stdout."""
     with Screen(quiet) as screen:
         for event in events:
             screen.show(event)
@@ -32,7 +34,7 @@ def show(events: Iterator[Event], *, quiet: bool, json_lines: bool) -> None:
 BETWEEN_LINES = 10.0  # seconds, of a tuning's progress where there is no bar
 
 
-def show_tuning(events: Iterator[Any], quiet: bool) -> None:
+def show_tuning(events: Iterable[Any], quiet: bool) -> None:
     """A bar over the steps of a tuning and its losses, outside a terminal a line now and then; the adapter on stdout."""
     from fastory.tuning import loop
 
@@ -179,7 +181,7 @@ class Screen:
                 say(str(event.folder))
 
 
-def show_export(events: Iterator[Any], quiet: bool) -> None:
+def show_export(events: Iterable[Any], quiet: bool) -> None:
     """A line for each component and each engine; the folder on stdout."""
     from fastory.export import onnx, tensorrt
 

@@ -20,13 +20,14 @@ from fastory.cli.options import (
     Device,
     ImageEncoder,
     IpAdapter,
+    JsonLines,
     Offline,
     Quiet,
     among,
     choice,
     option,
 )
-from fastory.cli.progress import show_tuning
+from fastory.cli.progress import show_json, show_tuning
 from fastory.cli.reporting import quiet_libraries, reported
 from fastory.tuning.sizes import SIZES, HistorySizes, Tuning
 
@@ -148,6 +149,7 @@ def tune(
     validation: Validation = 0,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
+    json_lines: JsonLines = False,
 ) -> None:
     """Tune causal mode on stories with pictures; the base's own weights stay as they are.
 
@@ -156,7 +158,14 @@ def tune(
     """
     given = locals()
     with reported(resumable=True, kept="Checkpoints"):
-        show_tuning(tuned(given), quiet)
+        events = tuned(given)
+        if os.environ.get("RANK", "0") != "0":  # under torchrun the first process prints for all
+            for _ in events:
+                pass
+        elif json_lines:
+            show_json(events)
+        else:
+            show_tuning(events, quiet)
 
 
 def tuned(given: Mapping[str, Any]) -> Iterator[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -73,12 +74,21 @@ def test_two_processes_are_one_with_both_batches(
         str(script),
     ]
     asked = ["tune", str(stories), f"--model={sd15_folder}", f"--ip-adapter={sd15_adapter_base}"]
-    subprocess.run(
-        [*launch, *asked, *FLAGS.split(), f"--output={output}"],
+    done = subprocess.run(
+        [*launch, *asked, *FLAGS.split(), f"--output={output}", "--json"],
         check=True,
         cwd=tmp_path,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
     )
+    told = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert [event["step"] for event in told if event["event"] == "Stepped"] == [
+        1,
+        2,
+        3,
+        4,
+    ]  # one process tells
     assert len(list((tmp_path / "two.tuning" / "tensorboard").iterdir())) == 1  # one process reports
     expected = one_process(sd15_folder, sd15_adapter_base, stories, tmp_path)
     got = load_file(output)
