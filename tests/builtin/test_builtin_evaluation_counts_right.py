@@ -14,9 +14,9 @@ from fastory.builtin.evaluation.iterative import (
     chance_of_modal_share,
     held_out_stories,
     interval,
-    pixel_diversity,
     scores,
 )
+from fastory.builtin.evaluation.quality import pixel_diversity
 from fastory.builtin.training.encoders import label
 
 FREE = ("colour", "hat", "scarf")

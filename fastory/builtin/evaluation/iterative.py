@@ -9,6 +9,7 @@ import argparse
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,17 @@ from fastory.builtin.evaluation.distinct import (
     pairwise_share,
     shares_of_one_look,
 )
+from fastory.builtin.evaluation.quality import (
+    calibrate,
+    drawn_diversity,
+    pixel_diversity,
+    quality_scores,
+    restore,
+)
 from fastory.builtin.training.loop import stream
 from fastory.builtin.world.captions import caption
 from fastory.builtin.world.corpus import sample_tale
-from fastory.builtin.world.drawing import ACTIONS, PLACES, SPECIES, Scene, Tale, draw
+from fastory.builtin.world.drawing import ACTIONS, PLACES, SPECIES, Scene, Tale
 from fastory.builtin.world.looks import NOTHING, Said, sample_said
 from fastory.events import FrameDrawn
 from fastory.modes.iterative import iterative
@@ -234,11 +242,6 @@ def summary(rows: Sequence[dict[str, float]]) -> dict[str, tuple[float, float, f
     return {name: interval([row[name] for row in rows if name in row]) for name in names}
 
 
-def pixel_diversity(pictures: np.ndarray) -> float:
-    """Standard deviation over pictures (n, H, W, 3), mean over pixels, in 0..255: 0 if all are one picture."""
-    return float(pictures.astype(np.float32).std(0).mean())
-
-
 def print_rounds(title: str, by_round: Sequence[dict[str, tuple[float, float, float]]]) -> None:
     """One line a score, one column a round, with the interval of the last one; a dash where no story has the score."""
     print(f"\n{title}")
@@ -251,16 +254,27 @@ def print_rounds(title: str, by_round: Sequence[dict[str, tuple[float, float, fl
 
 
 def measure(
-    model: StoryModel, classifier: Classifier, stories: Sequence[HeldOutStory], title: str, **settings: Any
+    model: StoryModel,
+    classifier: Classifier,
+    stories: Sequence[HeldOutStory],
+    title: str,
+    patched_below: float,
+    **settings: Any,
 ) -> tuple[list[Rounds], list[dict[str, tuple[float, float, float]]]]:
-    """Draw the stories and print their scores round by round."""
+    """Draw the stories and print their scores round by round. patched_below: as `calibrate` finds it."""
     drawn = []
     for number, story in enumerate(stories):
         drawn.append(draw_rounds(model, story.captions, story.seed, **settings))
         print(f"{title}: story {number + 1} of {len(stories)}", flush=True)
     rounds = range(len(drawn[0]))
     pairs = list(zip(stories, drawn, strict=True))
-    rows = [[scores(judge(classifier, s, pictures[k])) for s, pictures in pairs] for k in rounds]
+    rows = [
+        [
+            scores(judge(classifier, s, pictures[k])) | quality_scores(s, pictures[k], patched_below)
+            for s, pictures in pairs
+        ]
+        for k in rounds
+    ]
     by_round = [summary(row) for row in rows]
     print_rounds(f"{title}, {len(stories)} stories, rounds 0..{len(drawn[0]) - 1}", by_round)
     print(f"first and last round:\n  {shares_of_one_look(rows[0])}\n  {shares_of_one_look(rows[-1])}")
@@ -281,6 +295,7 @@ def controls(
     classifier: Classifier,
     stories: Sequence[HeldOutStory],
     drawn: Sequence[Rounds],
+    patched_below: float,
     **settings: Any,
 ) -> dict[str, Any]:
     """Own last picture alone; another story's last pictures; one noise for all frames."""
@@ -294,7 +309,7 @@ def controls(
     found["another story"] = foreign_agreement(model, classifier, stories, drawn)
     print(f"\ncontrol: another story's frames as references: {found['another story']}")
     found["shared noise"] = measure(
-        model, classifier, stories, "control: shared noise", noise="shared", **settings
+        model, classifier, stories, "control: shared noise", patched_below, noise="shared", **settings
     )[1]
     return found
 
@@ -323,30 +338,14 @@ def judge_accuracies(
     classifier: Classifier, model: StoryModel, count: int = 1000
 ) -> dict[str, dict[str, float]]:
     """The judge on drawn pictures that it was not trained on, and on the same ones through the autoencoder."""
-    import torch
-
-    from fastory.builtin.training.autoencoder import to_pictures, to_tensor
-
     pictures, answers = drawn_and_labelled(np.random.default_rng(123_456), count)
-    with torch.no_grad():
-        parts = [
-            to_pictures(model.vae(part.to(model.device)).sample) for part in to_tensor(pictures).split(16)
-        ]
-    restored = np.concatenate(parts)
+    restored = restore(model, pictures)
     error = np.mean((restored.astype(np.float64) - pictures) ** 2)
     return {
         "drawn": accuracies(classifier, pictures, answers),
         "restored": accuracies(classifier, restored, answers),
         "autoencoder": {"psnr": round(float(10 * np.log10(255**2 / error)), 2)},
     }
-
-
-def drawn_diversity(stories: Sequence[HeldOutStory]) -> float:
-    """Pixel diversity of the drawn world on the same scenes: what the model's is to be held against."""
-    rng = np.random.default_rng(5)
-    return pixel_diversity(
-        np.stack([np.asarray(draw(s.tale.cast, sc, rng)) for s in stories for sc in s.tale.scenes])
-    )
 
 
 def save_sheet(drawn: Sequence[Rounds], file: Path) -> None:
@@ -377,6 +376,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--iterations", type=int, help="as shipped unless given")
     parser.add_argument("--steps", type=int, help="as shipped unless given")
+    parser.add_argument("--inner-steps", type=int, help="as shipped unless given")
     parser.add_argument("--guidance-scale", type=float, help="as shipped unless given")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--output", type=Path, help="a folder for evaluation.json and sheets of pictures")
@@ -386,7 +386,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     """Print the table; with --output also write it."""
     options = parse(arguments)
-    given = {name: getattr(options, name) for name in ("iterations", "steps", "guidance_scale")}
+    given = {
+        name: getattr(options, name) for name in ("iterations", "steps", "inner_steps", "guidance_scale")
+    }
     settings = {name: value for name, value in given.items() if value is not None}
     model, classifier = StoryModel.open(options.model), load_classifier(options.classifier)
     shipped: Settings = resolve(settings, {}, None, model.defaults)[0]
@@ -405,10 +407,15 @@ def main(arguments: list[str] | None = None) -> None:
     print(
         f"chance of agreement: {report['chance']}; pairs: { {n: round(1 / len(v), 3) for n, v in FREE.items()} }"
     )
+    quality = calibrate(stories, partial(restore, model))
+    report["quality"] = quality
+    print(
+        f"the drawn world on the same scenes: { {name: round(value, 3) for name, value in quality.items()} }"
+    )
+    below = quality["patched below"]
     for references in options.references:
-        drawn, by_round = measure(
-            model, classifier, stories, f"references {references}", references=references, **settings
-        )
+        title = f"references {references}"
+        drawn, by_round = measure(model, classifier, stories, title, below, references=references, **settings)
         ends = [round(pixel_diversity(np.concatenate([p[k] for p in drawn])), 1) for k in (0, -1)]
         print(f"pixel diversity, first and last round: {ends}; drawn world: {drawn_diversity(stories):.1f}")
         report[references] = {"rounds": by_round, "diversity": ends}
@@ -417,7 +424,7 @@ def main(arguments: list[str] | None = None) -> None:
             save_sheet(drawn, options.output / f"{references}.png")
     if options.control_stories:
         few = options.control_stories
-        report["controls"] = controls(model, classifier, stories[:few], drawn[:few], **settings)
+        report["controls"] = controls(model, classifier, stories[:few], drawn[:few], below, **settings)
     if options.output:
         (options.output / "evaluation.json").write_text(json.dumps(report, indent=1))
 

@@ -120,7 +120,7 @@ class Pen:
         self.ellipse(*end, width / 2, width / 2, fill, outlined=False)
 
 
-def _lighter(colour: Colour, share: float = 0.6) -> Colour:
+def lighter(colour: Colour, share: float = 0.6) -> Colour:
     red, green, blue = (int(value + (255 - value) * share) for value in colour)
     return red, green, blue
 
@@ -260,7 +260,7 @@ def _head(pen: Pen, species: str, y: float, colour: Colour, asleep: bool) -> Non
     elif species == "fox":
         pen.polygon([(-0.21, y + 0.06), (0, y), (0.21, y + 0.06), (0, y + 0.2)], WHITE, outlined=False)
     elif species == "bear":
-        pen.ellipse(0, y + 0.09, 0.13, 0.09, _lighter(colour), outlined=False)
+        pen.ellipse(0, y + 0.09, 0.13, 0.09, lighter(colour), outlined=False)
     for side in (-1, 1):
         if asleep:
             pen.line([(side * 0.1 - 0.06, y - 0.02), (side * 0.1 + 0.06, y - 0.02)], INK, 0.04)
@@ -317,7 +317,7 @@ def _character(pen: Pen, character: Character, action: str) -> None:
         for side in (-1, 1):
             pen.ellipse(side * pose.feet_x, -0.03, 0.1, 0.06, foot)
     pen.ellipse(0, pose.body_y, pose.body_rx, pose.body_ry, colour)
-    belly = WHITE if character.species == "penguin" else _lighter(colour)
+    belly = WHITE if character.species == "penguin" else lighter(colour)
     pen.ellipse(0, pose.body_y + 0.03, pose.body_rx * 0.6, pose.body_ry * 0.68, belly, outlined=False)
     if not asleep:
         for side, hand in zip((-1, 1), pose.hands, strict=True):
