@@ -67,7 +67,11 @@ def parse(sass: str) -> tuple[list[str], list[Loop], list[Loop]]:
     return (
         codes,
         loops,
-        [Loop(at + 1, labels[to] - 1) for at, to, asked in branches if asked and labels[to] > at + 1],
+        [
+            Loop(at + 1, labels[to] - 1)
+            for at, to, conditional in branches
+            if conditional and labels[to] > at + 1
+        ],
     )
 
 
@@ -158,7 +162,7 @@ def build_grca(cell: Cell, capability: int) -> tuple[Compiled, dict[str, Any], T
     q = _empty(cell.rows, cell.queries, cell.heads, cell.width, dtype=dtype)
     text, refs = _views(cell, cell.rows, cell.text), _views(cell, 1, cell.references * TOKENS)
     grouped = cell.groups > 1
-    arguments, piece = grca.arguments(
+    arguments, divisor = grca.arguments(
         q, *text, *refs, _empty(cell.groups, dtype=torch.float32),
         _empty(cell.groups + 1, dtype=torch.int64) if grouped else None,
         _empty(cell.rows, cell.references, dtype=torch.bool),
@@ -166,7 +170,7 @@ def build_grca(cell: Cell, capability: int) -> tuple[Compiled, dict[str, Any], T
     )  # fmt: skip
     launch = grca.settings(capability, 8 * dtype.itemsize, cell.width, cell.queries, cell.groups)
     slots = grca.slots(cell.groups, dtype, launch["BLOCK_N"])
-    fixed = grca.constants(cell.width, TOKENS, dtype, piece, slots)
+    fixed = grca.constants(cell.width, TOKENS, dtype, divisor, slots)
     built = compile_for(capability, grca.grca_kernel, arguments, fixed | launch)
     block, per_group = launch["BLOCK_N"], -(-cell.references * TOKENS // cell.groups)
     text, group = _trips(cell.text, block), _trips(per_group, block)
@@ -185,11 +189,11 @@ def build_banded(cell: Cell, capability: int) -> tuple[Compiled, dict[str, Any],
     k = _empty(cell.rows, cell.text, cell.heads, cell.width, dtype=dtype)
     padding = _empty(cell.rows, cell.text, dtype=torch.bool) if cell.padded else None
     one_group = None if cell.self_attention else 0
-    arguments, piece = banded.arguments(
+    arguments, divisor = banded.arguments(
         q, k, k, cell.group_size, cell.window, 0, one_group, padding, cell.prefix, q
     )
     launch = banded.settings(capability, 8 * dtype.itemsize, cell.width, cell.queries)
-    fixed = banded.constants(cell.width, not cell.self_attention, dtype, piece)
+    fixed = banded.constants(cell.width, not cell.self_attention, dtype, divisor)
     built = compile_for(capability, banded.banded_kernel, arguments, fixed | launch)
     band = round(cell.keys_read()) - cell.prefix
     if cell.self_attention:

@@ -41,12 +41,15 @@ def export(folder: Path) -> None:
     unet = UNet2DConditionModel(**UNET).eval().requires_grad_(False)
     torch.set_default_dtype(torch.float32)
     plain = CrossAttentionLayers(unet)
-    adapter = [one.attn.to_k.weight for one in plain.layers], [one.attn.to_v.weight for one in plain.layers]
+    adapter = (
+        [layer.attn.to_k.weight for layer in plain.layers],
+        [layer.attn.to_v.weight for layer in plain.layers],
+    )
     model.unet, model.layers = unet, CrossAttentionLayers(unet, *adapter)
     component = unets.unet(model, 1)
     folder.mkdir(parents=True, exist_ok=True)
     described = export_component(component, folder, 1, "ort")
-    parameters = sum(one.numel() for one in unet.parameters())
+    parameters = sum(parameter.numel() for parameter in unet.parameters())
     manifest = {
         "schema": 1,
         "dtype": "float16",
@@ -83,7 +86,7 @@ def main() -> None:
     )
     parser.add_argument("--target", default="sm89")
     parser.add_argument("--folder", type=Path)
-    given = parser.parse_args()
+    options = parser.parse_args()
     print(
         platform.machine(),
         "Python",
@@ -92,14 +95,14 @@ def main() -> None:
         load("tensorrt_rtx").__version__,
     )
     with tempfile.TemporaryDirectory() as aside:
-        folder = given.folder or Path(aside) / "sd15"
+        folder = options.folder or Path(aside) / "sd15"
         if not (folder / "fastory.json").is_file():
             process = multiprocessing.get_context("spawn").Process(target=export, args=(folder,))
             process.start()
             process.join()
             if process.exitcode:
                 sys.exit("the export failed")
-        for built in build_rtx(folder, given.target, sizes=parse_sizes(SIZES)):
+        for built in build_rtx(folder, options.target, sizes=parse_sizes(SIZES)):
             size = round(built.bytes / 1e9, 3)
             report("build", built.seconds, built.peak_memory, engine=built.engine.name, gb=size, sizes=SIZES)
 

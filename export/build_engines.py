@@ -59,56 +59,56 @@ def gpu(number: int = 0) -> tuple[str, str]:
     return name.value.decode(), f"{found[0].value}.{found[1].value}"
 
 
-def build(folder: Path, job: Mapping[str, Any]) -> dict[str, Any]:
+def build(folder: Path, plan: Mapping[str, Any]) -> dict[str, Any]:
     """Build one engine of `folder` and note it in engines.json; returns its record there.
 
     job: component, graph, data and engine (file names), builder (tensorrt or tensorrt_rtx), target (None, or a compute
     capability such as "8.9" that TensorRT for RTX builds for without a GPU), profile (input -> three shapes), flags, and
     the sha256 of graph and data. Raises BuildError; nothing half-written stays.
     """
-    library = load(job["builder"])
-    name, capability = (None, job["target"]) if job["target"] else gpu()
-    refuse_changed(folder, job)
+    library = load(plan["builder"])
+    name, capability = (None, plan["target"]) if plan["target"] else gpu()
+    refuse_changed(folder, plan)
     made = {"name": name, "capability": capability, "version": str(library.__version__)}
-    engine = folder / job["engine"]
-    write(engine, _serialized(library, folder, job, made))
+    engine = folder / plan["engine"]
+    write(engine, _serialized(library, folder, plan, made))
     record = {
-        "component": job["component"],
-        "builder": job["builder"],
+        "component": plan["component"],
+        "builder": plan["builder"],
         **made,
-        "profile": job["profile"],
-        "flags": sorted(job["flags"]),
-        "sha256": {**job["sha256"], job["engine"]: sha256(engine)},
+        "profile": plan["profile"],
+        "flags": sorted(plan["flags"]),
+        "sha256": {**plan["sha256"], plan["engine"]: sha256(engine)},
     }
-    note(folder, job["engine"], record)
+    note(folder, plan["engine"], record)
     return record
 
 
-def refuse_changed(folder: Path, job: Mapping[str, Any]) -> None:
+def refuse_changed(folder: Path, plan: Mapping[str, Any]) -> None:
     """BuildError for a graph or weights that are not those of the plan."""
-    for file in (job["graph"], job["data"]):
-        if sha256(folder / file) != job["sha256"][file]:
+    for file in (plan["graph"], plan["data"]):
+        if sha256(folder / file) != plan["sha256"][file]:
             raise BuildError(
                 f"{folder / file} is not the file that this build was planned for; export the model anew"
             )
 
 
-def _serialized(trt: Any, folder: Path, job: Mapping[str, Any], made: Mapping[str, Any]) -> Any:
+def _serialized(trt: Any, folder: Path, plan: Mapping[str, Any], made: Mapping[str, Any]) -> Any:
     """The engine's bytes, an IHostMemory."""
     logger = _logger(trt)
     builder: trt.Builder = trt.Builder(logger)
-    network = _parsed(trt, builder, logger, folder / job["graph"])
+    network = _parsed(trt, builder, logger, folder / plan["graph"])
     config = builder.create_builder_config()
-    _configure(trt, config, job)
+    _configure(trt, config, plan)
     profile = builder.create_optimization_profile()
-    for name, shapes in job["profile"].items():
+    for name, shapes in plan["profile"].items():
         profile.set_shape(name, *(tuple(shape) for shape in shapes))
-    if job["profile"] and config.add_optimization_profile(profile) < 0:
-        raise BuildError(f"NVIDIA's builder refuses the sizes of {job['component']}: {_said(logger)}")
-    with _timed(config, folder / timing_cache(made), job):
+    if plan["profile"] and config.add_optimization_profile(profile) < 0:
+        raise BuildError(f"NVIDIA's builder refuses the sizes of {plan['component']}: {_said(logger)}")
+    with _timed(config, folder / timing_cache(made), plan):
         serialized = builder.build_serialized_network(network, config)
     if serialized is None:
-        raise BuildError(f"NVIDIA's builder made no engine of {job['graph']}: {_said(logger)}")
+        raise BuildError(f"NVIDIA's builder made no engine of {plan['graph']}: {_said(logger)}")
     return serialized
 
 
@@ -125,24 +125,24 @@ def _parsed(trt: Any, builder: trt.Builder, logger: Any, graph: Path) -> trt.INe
     return network
 
 
-def _configure(trt: Any, config: trt.IBuilderConfig, job: Mapping[str, Any]) -> None:
+def _configure(trt: Any, config: trt.IBuilderConfig, plan: Mapping[str, Any]) -> None:
     """Flags and, for RTX, the target."""
-    if "refit" in job["flags"]:
+    if "refit" in plan["flags"]:
         config.set_flag(trt.BuilderFlag.REFIT)
-    if "version-compatible" in job["flags"]:
+    if "version-compatible" in plan["flags"]:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
-    if "hardware-compatible" in job["flags"]:
+    if "hardware-compatible" in plan["flags"]:
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
-    if job["target"]:
+    if plan["target"]:
         config.num_compute_capabilities = 1
-        capability = getattr(trt.ComputeCapability, "SM" + job["target"].replace(".", ""))
+        capability = getattr(trt.ComputeCapability, "SM" + plan["target"].replace(".", ""))
         config.set_compute_capability(capability, 0)
 
 
 @contextmanager
-def _timed(config: trt.IBuilderConfig, file: Path, job: Mapping[str, Any]) -> Iterator[None]:
+def _timed(config: trt.IBuilderConfig, file: Path, plan: Mapping[str, Any]) -> Iterator[None]:
     """Kernel timings of earlier builds on this GPU are used, and those of this one kept."""
-    if job["target"]:  # TensorRT for RTX measures nothing while it builds
+    if plan["target"]:  # TensorRT for RTX measures nothing while it builds
         yield
         return
     cache = config.create_timing_cache(file.read_bytes() if file.is_file() else b"")
@@ -229,11 +229,11 @@ def note(folder: Path, engine: str, record: Mapping[str, Any]) -> None:
 
 
 def _planned(folder: Path, components: list[str]) -> Iterator[Mapping[str, Any]]:
-    jobs = json.loads((folder / PLAN).read_text(encoding="utf-8"))["jobs"]
-    known = [job["component"] for job in jobs]
+    plans = json.loads((folder / PLAN).read_text(encoding="utf-8"))["jobs"]
+    known = [plan["component"] for plan in plans]
     if unknown := [name for name in components if name not in known]:
         raise BuildError(f"{', '.join(unknown)}: wanted some of {', '.join(known)}")
-    yield from (job for job in jobs if not components or job["component"] in components)
+    yield from (plan for plan in plans if not components or plan["component"] in components)
 
 
 def _peak_memory() -> int | None:
@@ -254,9 +254,9 @@ def main(arguments: list[str]) -> int:
             print(json.dumps({"seconds": time.monotonic() - started, "peak_memory": _peak_memory()}))
             return 0
         folder = Path(__file__).resolve().parent
-        for job in _planned(folder, arguments):
-            build(folder, job)
-            print(folder / job["engine"], flush=True)
+        for plan in _planned(folder, arguments):
+            build(folder, plan)
+            print(folder / plan["engine"], flush=True)
     except MissingError as error:
         print(error, file=sys.stderr)
         return MISSING

@@ -24,13 +24,13 @@ RTX_TARGETS = {
 }
 
 
-def parse_sizes(given: Iterable[str]) -> dict[str, Bounds]:
+def parse_sizes(texts: Iterable[str]) -> dict[str, Bounds]:
     """`["batch=1:8", "width=512"]` -> {"batch": (1, 8), "width": (512, 512)}; height and width in pixels.
 
     Raises InputError for another form, an unknown name, a name that comes twice, and numbers that are no range.
     """
     sizes: dict[str, Bounds] = {}
-    for text in given:
+    for text in texts:
         name, equals, bounds = text.partition("=")
         low, colon, high = bounds.partition(":")
         if not equals or name not in NAMES:

@@ -61,7 +61,7 @@ class Component:
     def sample(self, sizes: Mapping[str, int], seed: int) -> dict[str, Tensor]:
         """Inputs of these sizes."""
         generator = torch.Generator().manual_seed(seed)
-        return {name: one.sample(sizes, generator) for name, one in self.inputs.items()}
+        return {name: described.sample(sizes, generator) for name, described in self.inputs.items()}
 
 
 def size_of(axis: Axis, sizes: Mapping[str, int]) -> int:

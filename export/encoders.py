@@ -130,7 +130,7 @@ def reference_projector(model: StoryModel) -> Component:
 def text_projector(name: str, model: StoryModel) -> Component:
     """Tokens of captions -> K and V of all layers."""
     text = int(model.pipeline.tokenizer.model_max_length)
-    parts = [part for one in model.layers.layers for part in (one.attn.to_k, one.attn.to_v)]
+    parts = [part for layer in model.layers.layers for part in (layer.attn.to_k, layer.attn.to_v)]
     return Component(
         name,
         Reads(model.layers.project_text, parts),

@@ -48,9 +48,9 @@ def components(model: StoryModel, groups: int) -> Iterator[Component]:
         yield unet(model, groups)
     yield vae_decoder(model)
     if causal:
-        twin = model.causal
-        yield text_projector("text_projector_causal", twin)
-        yield unet_causal(twin)
+        tuned = model.causal
+        yield text_projector("text_projector_causal", tuned)
+        yield unet_causal(tuned)
         yield from history(model)
 
 

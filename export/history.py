@@ -43,12 +43,12 @@ def history(model: StoryModel) -> Iterator[Component]:
     """The history encoder (Blip), and what makes its tokens history: local causal attention and adapter."""
     encoder = model.require_history().encoder
     size, width = encoder.config.frame_tokens, encoder.config.width
-    one: tuple[Axis, ...] = ("batch", size, width)
+    shape: tuple[Axis, ...] = ("batch", size, width)
     rows: Any = {"batch": RANGES["batch"]}, {"batch": 2}, [{"batch": n} for n in (1, 2, 5)]
     rest: Any = model.dtype, {"batch": 1}
-    tokens = {"tokens": Input(one, model.dtype)}
+    tokens = {"tokens": Input(shape, model.dtype)}
     yield Component(
-        "history_encoder", Reads(encoder.multimodal, [encoder]), _seen(model), {"tokens": one}, *rows, *rest
+        "history_encoder", Reads(encoder.multimodal, [encoder]), _seen(model), {"tokens": shape}, *rows, *rest
     )
     local = encoder.local_attention
     if local is not None:
@@ -61,7 +61,7 @@ def history(model: StoryModel) -> Iterator[Component]:
             "history_attention",
             _NewestFrame(local),
             {**tokens, "keys": ring, "values": ring, "padding": padding},
-            {"history": one},
+            {"history": shape},
             {"batch": RANGES["batch"], "keys": RANGES["keys"]},
             {"batch": 2, "keys": 3 * size},
             [{"batch": n, "keys": n * size} for n in (1, 2, 5)],
@@ -69,7 +69,7 @@ def history(model: StoryModel) -> Iterator[Component]:
             {"batch": 1, "keys": 3 * size},
         )
     if encoder.adapter is not None:
-        yield Component("history_adapter", encoder.adapter, tokens, {"history": one}, *rows, *rest)
+        yield Component("history_adapter", encoder.adapter, tokens, {"history": shape}, *rows, *rest)
 
 
 def _seen(model: StoryModel) -> dict[str, Input]:

@@ -146,10 +146,10 @@ def _room_for(model: StoryModel, folder: Path) -> None:
         modules += [model.causal.unet, model.checkpoint.history.encoder]
     tensors = [p for module in modules if module is not None for p in module.parameters()]
     needed = sum(p.numel() * p.element_size() for p in tensors)
-    place = folder.absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    parent = folder.absolute()
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
     if free < 1.1 * needed:
         raise InputError(
             f"{folder}: the export takes about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there; "
@@ -163,14 +163,14 @@ def _export(
     """Everything in a folder beside its place, renamed once it is good."""
     with files.disk_errors(folder, "Nothing of it is left."):
         files.make_folder(folder.absolute().parent)
-        with files.unfinished(folder, DOING, HINT, last=MANIFEST) as place:
-            new = place / files.NEW
+        with files.unfinished(folder, DOING, HINT, last=MANIFEST) as working:
+            new = working / files.NEW
             files.make_folder(new)
             yield from _fill(model, new, identity, groups, binding)
             files.sync_tree(new)
             if folder.exists() and any(folder.iterdir()):
                 refuse_other_files(folder)
-            files.replace_folder(new, folder, place / files.OLD)
+            files.replace_folder(new, folder, working / files.OLD)
     yield Finished(folder)
 
 
@@ -188,10 +188,10 @@ def _fill(
         yield Exported(component.name, time.monotonic() - started, size)
     _write_beside(model, folder)
     found = compare(model, folder, groups)
-    yield Compared(len(found), max(found, key=lambda one: one.share) if found else None)
+    yield Compared(len(found), max(found, key=lambda parity: parity.share) if found else None)
     if runs != binding:
-        for one in described.values():
-            bind_graph(folder / one["file"], folder / one["file"], binding, groups, model.dtype)
+        for component in described.values():
+            bind_graph(folder / component["file"], folder / component["file"], binding, groups, model.dtype)
     record = _parity_record(model, found)
     manifest = _manifest(model, identity, groups, binding, described, record)
     write_manifest(folder, {**manifest, "files": hashes_of(folder)})
@@ -253,8 +253,8 @@ def describe(component: Component) -> dict[str, Any]:
         "file": f"{name}.onnx",
         "data": f"{name}.onnx.data",
         "inputs": {
-            key: {"dtype": _name(one.dtype), "shape": list(one.shape)}
-            for key, one in component.inputs.items()
+            key: {"dtype": _name(described.dtype), "shape": list(described.shape)}
+            for key, described in component.inputs.items()
         },
         "outputs": {
             key: {"dtype": _name(component.dtype), "shape": list(shape)}
@@ -274,15 +274,15 @@ def _dynamic(component: Component) -> tuple[Any, ...]:
     dims = {name: torch.export.Dim(name, min=low, max=high) for name, (low, high) in component.ranges.items()}
 
     def axes(shape: tuple[Any, ...]) -> dict[int, Any]:
-        named = {place: factored(axis) for place, axis in enumerate(shape) if isinstance(axis, str)}
+        named = {index: factored(axis) for index, axis in enumerate(shape) if isinstance(axis, str)}
         return {
-            place: dims[name] if factor == 1 else factor * dims[name]
-            for place, (factor, name) in named.items()
+            index: dims[name] if factor == 1 else factor * dims[name]
+            for index, (factor, name) in named.items()
         }
 
-    shapes = [axes(one.shape) for one in component.inputs.values()]
+    shapes = [axes(described.shape) for described in component.inputs.values()]
     named = inspect.signature(component.module.forward).parameters.values()
-    fixed = sum(one.kind is one.POSITIONAL_OR_KEYWORD for one in named)
+    fixed = sum(parameter.kind is parameter.POSITIONAL_OR_KEYWORD for parameter in named)
     rest = shapes[fixed:]
     return (*shapes[:fixed], tuple(rest)) if rest else tuple(shapes)
 
@@ -333,15 +333,15 @@ def compare(model: StoryModel, folder: Path, groups: int) -> list[Parity]:
 def _parity_record(model: StoryModel, found: list[Parity]) -> dict[str, Any]:
     """The comparisons as fastory.json holds them; in bfloat16 those of an export of the same weights in float32."""
     if model.dtype != torch.bfloat16:
-        return {"measured": [asdict(one) for one in found]}
+        return {"measured": [asdict(parity) for parity in found]}
     return {
         "measured": [],
         "not run": "no CPU runtime",
-        "float32 twin": [asdict(one) for one in _twin(model)],
+        "float32 twin": [asdict(parity) for parity in _float32_parity(model)],
     }
 
 
-def _twin(model: StoryModel) -> list[Parity]:
+def _float32_parity(model: StoryModel) -> list[Parity]:
     """Parity of the same checkpoint in float32, exported aside and thrown away."""
     import tempfile
 
@@ -423,12 +423,12 @@ def _rebind(there: ExportFolder, binding: str) -> Iterator[Event]:
         kept = "The export is as it was."
         with (
             files.disk_errors(there.path, kept),
-            files.unfinished(there.path, DOING, HINT, last=MANIFEST) as place,
+            files.unfinished(there.path, DOING, HINT, last=MANIFEST) as working,
         ):
             there = ExportFolder.open(there.path)  # as it is now that nobody else changes it
-            _write_rebound(there, place / files.NEW, binding)
-            files.replace(place / files.NEW, place / files.READY)
-            files.move_files(place / files.READY, there.path, MANIFEST)
+            _write_rebound(there, working / files.NEW, binding)
+            files.replace(working / files.NEW, working / files.READY)
+            files.move_files(working / files.READY, there.path, MANIFEST)
         yield Rebound(binding)
     yield Finished(there.path)
 

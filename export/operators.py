@@ -56,10 +56,10 @@ def register_schemas() -> None:
             DOMAIN,
             VERSION,
             "",
-            inputs=[formal(one, _TYPES.get(one, "T")) for one in inputs],
+            inputs=[formal(name, _TYPES.get(name, "T")) for name in inputs],
             outputs=[formal("out", "T")],
             type_constraints=[("T", floats, "")],
-            attributes=[defs.OpSchema.Attribute(one, integer, "", required=True) for one in attributes],
+            attributes=[defs.OpSchema.Attribute(name, integer, "", required=True) for name in attributes],
         )
         defs.register_schema(schema)
 

@@ -59,7 +59,7 @@ def measure(component: Component, session: OrtSession) -> list[Parity]:
         cases = []
         for sizes in component.checks:
             inputs = component.sample(sizes, SEED)
-            wide = [one.double() if one.is_floating_point() else one for one in inputs.values()]
+            wide = [value.double() if value.is_floating_point() else value for value in inputs.values()]
             cases.append((sizes, inputs, _tuple(exact(*wide)), _tuple(component.module(*inputs.values()))))
         del exact
     return [_compare(component, session, *case) for case in cases]
@@ -74,16 +74,16 @@ def _compare(
     own: Sequence[Tensor],
 ) -> Parity:
     """The worst output."""
-    given = session.run(inputs)
+    outputs = session.run(inputs)
     found: list[Parity] = []
     for name, exact, ours in zip(component.outputs, truth, own, strict=True):
-        got = given[name].double()
+        got = outputs[name].double()
         largest = float(exact.abs().max())
         own_error, error = _distance(ours.double(), exact), _distance(got, exact)
         allowed = FACTOR * (own_error + torch.finfo(component.dtype).eps * largest)
         apart = _distance(got, ours.double())
         found.append(Parity(component.name, dict(sizes), apart, apart / largest, error, allowed))
-    return max(found, key=lambda one: one.share)
+    return max(found, key=lambda parity: parity.share)
 
 
 def _distance(a: Tensor, b: Tensor) -> float:
@@ -118,7 +118,7 @@ def measure_apart(folder: Path, options: Mapping[str, Any], groups: int) -> list
             f"the process that compares the export with torch ended with code {process.exitcode}, perhaps for lack of "
             "memory; close other programs, or export on a machine with more memory"
         )
-    found = [Parity(**one) for one in json.loads(report.read_text(encoding="utf-8"))]
+    found = [Parity(**parity) for parity in json.loads(report.read_text(encoding="utf-8"))]
     files.remove(report)
     return found
 
@@ -126,15 +126,15 @@ def measure_apart(folder: Path, options: Mapping[str, Any], groups: int) -> list
 def _measure_and_write(folder: Path, options: Mapping[str, Any], groups: int, report: Path) -> None:
     model = StoryModel.open(**options, device="cpu")
     found = measure_folder(folder, model, groups)
-    files.atomic_write(report, json.dumps([asdict(one) for one in found]).encode())
+    files.atomic_write(report, json.dumps([asdict(parity) for parity in found]).encode())
 
 
 def refuse_apart(found: Sequence[Parity]) -> None:
     """FastoryError for the worst of what does not agree."""
-    bad = [one for one in found if not one.good]
+    bad = [parity for parity in found if not parity.good]
     if not bad:
         return
-    worst = max(bad, key=lambda one: one.share)
+    worst = max(bad, key=lambda parity: parity.share)
     raise FastoryError(
         f"the exported {worst.component} does not compute what torch computes: at {dict(worst.sizes)} it is {worst.error:.3g} "
         f"from float64, and {worst.allowed:.3g} is allowed ({len(bad)} of {len(found)} comparisons failed). Nothing was "

@@ -59,7 +59,7 @@ def _profile(name: str, manifest: Mapping[str, Any], sizes: Mapping[str, Bounds]
     for axis, (least, most) in component["ranges"].items():
         usual = component["hot"].get(axis, least)
         if axis in sizes:
-            bounds = _given(
+            bounds = _bounds(
                 name, axis, sizes[axis], (least, most), _pixels(component, axis, manifest), manifest
             )
         else:
@@ -68,9 +68,9 @@ def _profile(name: str, manifest: Mapping[str, Any], sizes: Mapping[str, Bounds]
         low[axis], high[axis] = bounds
         hot[axis] = min(max(usual, bounds[0]), bounds[1])
     return {
-        key: (_shape(one, low), _shape(one, hot), _shape(one, high))
-        for key, one in component["inputs"].items()
-        if any(isinstance(axis, str) for axis in one["shape"])
+        key: (_shape(described, low), _shape(described, hot), _shape(described, high))
+        for key, described in component["inputs"].items()
+        if any(isinstance(axis, str) for axis in described["shape"])
     }
 
 
@@ -82,21 +82,27 @@ def _pixels(component: Mapping[str, Any], axis: str, manifest: Mapping[str, Any]
     """Pixels of one step of an axis; 1 where it does not count pixels. The side of a latent is a known number of them."""
     if axis not in SIDES:
         return 1
-    expressions = [one for described in component["inputs"].values() for one in described["shape"]]
-    factors = [factored(one)[0] for one in expressions if isinstance(one, str) and factored(one)[1] == axis]
+    expressions = [
+        expression for described in component["inputs"].values() for expression in described["shape"]
+    ]
+    factors = [
+        factored(expression)[0]
+        for expression in expressions
+        if isinstance(expression, str) and factored(expression)[1] == axis
+    ]
     return int(max(factors)) * int(manifest["vae_factor"])
 
 
-def _given(
+def _bounds(
     component: str, axis: str, bounds: Bounds, allowed: Bounds, pixels: int, manifest: Mapping[str, Any]
 ) -> Bounds:
     """The user's bounds in steps of the axis."""
     unit = " pixels" if axis in SIDES else ""
-    if axis in SIDES and any(one % int(manifest["size_factor"]) for one in bounds):
+    if axis in SIDES and any(bound % int(manifest["size_factor"]) for bound in bounds):
         raise InputError(
             f"--size {axis}={bounds[0]}:{bounds[1]}: this model's sides are multiples of {manifest['size_factor']} pixels"
         )
-    low, high = (one // pixels for one in bounds)
+    low, high = (bound // pixels for bound in bounds)
     if not allowed[0] <= low <= high <= allowed[1]:
         raise InputError(
             f"--size {axis}={bounds[0]}:{bounds[1]}: {component} was exported for {allowed[0] * pixels} to "

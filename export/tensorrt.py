@@ -111,16 +111,16 @@ def _build(
 ) -> Iterator[Built]:
     """Write the graphs and, for a machine like this one, the plan; then build. Holds the lock of an export meanwhile."""
     with files.disk_errors(export.path), files.unfinished(export.path, DOING, HINT, last=MANIFEST):
-        jobs = _jobs(export, shapes, builder, target, flags)
+        plans = _plans(export, shapes, builder, target, flags)
         if target is None:
-            plan = json.dumps({"schema": tensorrt_packages.SCHEMA, "jobs": jobs}, indent=1)
-            files.atomic_write(export.path / build_engines.PLAN, (plan + "\n").encode())
+            text = json.dumps({"schema": tensorrt_packages.SCHEMA, "jobs": plans}, indent=1)
+            files.atomic_write(export.path / build_engines.PLAN, (text + "\n").encode())
             for source in (tensorrt_packages.__file__, build_engines.__file__):
                 files.atomic_write(export.path / Path(source).name, Path(source).read_bytes())
-        yield from _run(export.path, jobs)
+        yield from _run(export.path, plans)
 
 
-def _jobs(
+def _plans(
     export: ExportFolder,
     shapes: Mapping[str, Mapping[str, Shapes]],
     builder: str,
@@ -128,11 +128,11 @@ def _jobs(
     flags: Sequence[str],
 ) -> list[dict[str, Any]]:
     """What build_engines.build is given for each component; the graphs are written."""
-    jobs = []
+    plans = []
     for component, profile in shapes.items():
         graph = write_graph(export, component)
         data = export.components[component]["data"]
-        jobs.append(
+        plans.append(
             {
                 "component": component,
                 "graph": graph.name,
@@ -145,22 +145,22 @@ def _jobs(
                 "sha256": {graph.name: files.sha256_of(graph), data: export.manifest["files"][data]},
             }
         )
-    return jobs
+    return plans
 
 
-def _run(folder: Path, jobs: Sequence[Mapping[str, Any]]) -> Iterator[Built]:
-    for job in jobs:
-        done = _apart(folder, job)
-        engine = folder / job["engine"]
-        yield Built(job["component"], engine, done["seconds"], engine.stat().st_size, done["peak_memory"])
+def _run(folder: Path, plans: Sequence[Mapping[str, Any]]) -> Iterator[Built]:
+    for plan in plans:
+        done = _apart(folder, plan)
+        engine = folder / plan["engine"]
+        yield Built(plan["component"], engine, done["seconds"], engine.stat().st_size, done["peak_memory"])
 
 
-def _apart(folder: Path, job: Mapping[str, Any]) -> dict[str, Any]:
+def _apart(folder: Path, plan: Mapping[str, Any]) -> dict[str, Any]:
     """Build one engine in a process of its own, whose crash is an error here and whose memory goes back."""
     # -P: the script's folder holds modules named like the packages that it imports.
     command = [sys.executable, "-P", build_engines.__file__, "--job", str(folder)]
     done = subprocess.run(
-        command, input=json.dumps(job), capture_output=True, text=True, errors="replace", check=False
+        command, input=json.dumps(plan), capture_output=True, text=True, errors="replace", check=False
     )
     if done.returncode == 0:
         # NVIDIA's libraries print as well; ours is the last line.
@@ -168,18 +168,18 @@ def _apart(folder: Path, job: Mapping[str, Any]) -> dict[str, Any]:
         return reported
     said = done.stderr.strip()
     if done.returncode == build_engines.MISSING:
-        raise NotBuiltError(_not_built(folder, job, said))
-    files.remove(files.partial_of(folder / job["engine"]))
+        raise NotBuiltError(_not_built(folder, plan, said))
+    files.remove(files.partial_of(folder / plan["engine"]))
     if done.returncode == 1:
-        raise FastoryError(f"{job['engine']} was not built: {said}")
+        raise FastoryError(f"{plan['engine']} was not built: {said}")
     raise FastoryError(
-        f"{job['engine']} was not built: NVIDIA's builder crashed ({_ending(done.returncode)}) on {job['graph']}; other "
-        f"sizes, another --dtype or another version of {job['builder']} may build. {said[-500:]}".rstrip()
+        f"{plan['engine']} was not built: NVIDIA's builder crashed ({_ending(done.returncode)}) on {plan['graph']}; other "
+        f"sizes, another --dtype or another version of {plan['builder']} may build. {said[-500:]}".rstrip()
     )
 
 
-def _not_built(folder: Path, job: Mapping[str, Any], said: str) -> str:
-    if job["target"]:
+def _not_built(folder: Path, plan: Mapping[str, Any], said: str) -> str:
+    if plan["target"]:
         return f"no engine was built: {said}"
     wanted = tensorrt_packages.PACKAGES["tensorrt"]
     return (

@@ -141,9 +141,9 @@ def _unet_sizes(
     if is_large(model):  # the arithmetic of small pictures is the same, the time is not
         height, width = 1, 1
     usual = {"batch": 2, "height": height, "width": width, "text": text, "references": 7, "keys": 3 * text}
-    one = {"batch": 1, "height": height, "width": width, "text": text, "references": 1, "keys": text}
+    smallest = {"batch": 1, "height": height, "width": width, "text": text, "references": 1, "keys": text}
     other = {"batch": 3, "height": height + 1, "width": max(1, width - 1), "text": 2 * text, **most}
-    parts = [{name: sizes[name] for name in sorted(names)} for sizes in (traced, one, usual, other, hot)]
+    parts = [{name: sizes[name] for name in sorted(names)} for sizes in (traced, smallest, usual, other, hot)]
     return parts[0], parts[1:4], parts[4]
 
 

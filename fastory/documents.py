@@ -86,11 +86,11 @@ def validated(model: type[Model], data: Any, path: Path, *, what: str, todo: str
 
 def _first_problem(error: ValidationError) -> str:
     detail = error.errors(include_url=False, include_context=False)[0]
-    place = ".".join(str(part) for part in detail["loc"]) or "the whole file"
+    field = ".".join(str(part) for part in detail["loc"]) or "the whole file"
     if detail["type"] == "missing":
-        return f"no {place!r}"
+        return f"no {field!r}"
     shown = repr(detail["input"])
-    return f"{place}: {detail['msg'][:1].lower()}{detail['msg'][1:]}, got {shown[:60]}{'…' if len(shown) > 60 else ''}"
+    return f"{field}: {detail['msg'][:1].lower()}{detail['msg'][1:]}, got {shown[:60]}{'…' if len(shown) > 60 else ''}"
 
 
 def _whole(text: str) -> int:

@@ -16,7 +16,7 @@ SCHEMA = 1
 class StoryStarted:
     """A story begins (or is taken up again: `finished` pictures of `total` lie in the run folder).
 
-    steps: of a picture of the last round. steps_left: of all pictures that are missing. place: in the call.
+    steps: of a picture of the last round. steps_left: of all pictures that are missing. story_index: in the call.
     """
 
     story: str
@@ -26,7 +26,7 @@ class StoryStarted:
     finished: int
     total: int
     folder: Path | None
-    place: int = 0
+    story_index: int = 0
     steps_left: int = 0
 
 
@@ -60,7 +60,7 @@ class StepDone:
     """One denoising step of one micro-batch: `frames` are the story's frames in it, `step` counts from 1.
 
     seconds: what the step took on its device, which on CUDA has done it when the event comes.
-    place: of the story in the call; causal mode draws several side by side. draft: of frame 0, counted from 1; 0 is the
+    story_index: of the story in the call; causal mode draws several side by side. draft: of frame 0, counted from 1; 0 is the
     frame itself.
     """
 
@@ -69,13 +69,13 @@ class StepDone:
     step: int
     steps: int
     seconds: float
-    place: int = 0
+    story_index: int = 0
     draft: int = 0
 
 
 @dataclass(frozen=True)
 class FrameDrawn:
-    """A finished picture, 8-bit RGB. `left_out` says why it is never a reference, or is None. place: as in StepDone."""
+    """A finished picture, 8-bit RGB. `left_out` says why it is never a reference, or is None. story_index: as in StepDone."""
 
     round: int
     frame: int
@@ -83,7 +83,7 @@ class FrameDrawn:
     seed: int
     left_out: str | None
     path: Path | None = None
-    place: int = 0
+    story_index: int = 0
 
 
 @dataclass(frozen=True)

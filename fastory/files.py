@@ -179,10 +179,10 @@ def sync(path: Path) -> None:
 
 def sync_tree(folder: Path) -> None:
     """Sync every file below `folder`, then the folders, the deepest first."""
-    for place, _, names in os.walk(folder, topdown=False):
+    for inside, _, names in os.walk(folder, topdown=False):
         for name in names:
-            sync(Path(place, name))
-        sync(Path(place))
+            sync(Path(inside, name))
+        sync(Path(inside))
 
 
 def sha256_of(path: Path) -> str:
@@ -194,7 +194,7 @@ def sha256_of(path: Path) -> str:
 def is_link_below(root: Path, path: Path) -> bool:
     """Whether `path`, or a folder between `root` and it, is a symbolic link: what is written there lands elsewhere."""
     between = [path, *path.parents]
-    return any(place.is_symlink() for place in between[: between.index(root)])
+    return any(parent.is_symlink() for parent in between[: between.index(root)])
 
 
 @contextlib.contextmanager
@@ -246,7 +246,7 @@ def check_unlocked(path: Path, doing: str, hint: str, *, name: str = LOCK, shown
 
 def check_nobody_makes(target: Path, doing: str, hint: str) -> None:
     """FastoryError where another process is in `unfinished` of this target just now; as `check_unlocked`."""
-    check_unlocked(unfinished_place(target, hint), doing, hint, name=MARK, shown=target)
+    check_unlocked(working_folder(target, hint), doing, hint, name=MARK, shown=target)
 
 
 @contextlib.contextmanager
@@ -259,37 +259,37 @@ def unfinished(target: Path, doing: str, hint: str, last: str = "") -> Iterator[
     doing, hint: as `locked_folder` has them. Raises FastoryError where another process holds the lock, InputError for a
     folder of this name with other files, and where none can be made.
     """
-    place = unfinished_place(target, hint)
+    working = working_folder(target, hint)
     try:
         if not target.parent.is_dir():
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
-        _refuse_other_files(place, target, hint)
-        make_folder(place)
+        _refuse_other_files(working, target, hint)
+        make_folder(working)
     except OSError as error:
         raise _refused(f"{target} cannot be written", error, hint) from error
-    lock = lock_folder(place, doing, hint, name=MARK, shown=target)
+    lock = lock_folder(working, doing, hint, name=MARK, shown=target)
     try:
-        _put_in_order(place, target, last)
-        yield place
+        _put_in_order(working, target, last)
+        yield working
     finally:
         with contextlib.suppress(
             OSError
         ):  # what cannot be put in order now keeps its mark, and the next one does it
-            _put_in_order(place, target, last)
-            remove(place / MARK)
+            _put_in_order(working, target, last)
+            remove(working / MARK)
         lock.release()
         with contextlib.suppress(OSError):  # what is there is still ours, or locked anew by another process
-            remove_empty(place)
+            remove_empty(working)
 
 
 def finish_interrupted(target: Path, doing: str, hint: str, last: str = "") -> None:
     """Put in order what a killed process left beside `target`, where there is anything; see `unfinished`."""
-    if unfinished_place(target, hint).exists():
+    if working_folder(target, hint).exists():
         with unfinished(target, doing, hint, last):
             pass
 
 
-def unfinished_place(target: Path, hint: str) -> Path:
+def working_folder(target: Path, hint: str) -> Path:
     """The folder of `unfinished`. Raises InputError for a target without a name of its own: / or one that ends in `..`."""
     named = target if target.name else target.absolute()
     if named.name in ("", ".."):
@@ -297,27 +297,27 @@ def unfinished_place(target: Path, hint: str) -> Path:
     return named.with_name(named.name + UNFINISHED)
 
 
-def _refuse_other_files(place: Path, target: Path, hint: str) -> None:
-    names = {entry.name for entry in place.iterdir()} if place.is_dir() else set()
+def _refuse_other_files(working: Path, target: Path, hint: str) -> None:
+    names = {entry.name for entry in working.iterdir()} if working.is_dir() else set()
     ours = {MARK, NEW, OLD, READY, target.name}
     if (
-        place.is_symlink()
-        or (place.exists() and not place.is_dir())
+        working.is_symlink()
+        or (working.exists() and not working.is_dir())
         or (names and not {MARK} <= names <= ours)
     ):
-        raise InputError(f"{place} is in the way: {target} is first written there; move it away, or {hint}")
+        raise InputError(f"{working} is in the way: {target} is first written there; move it away, or {hint}")
 
 
-def _put_in_order(place: Path, target: Path, last: str) -> None:
-    if (place / OLD).exists() and not target.exists():
-        replace(place / OLD, target)
-    if (place / READY).is_dir() and target.is_dir():
-        move_files(place / READY, target, last)
-    _clear(place)
+def _put_in_order(working: Path, target: Path, last: str) -> None:
+    if (working / OLD).exists() and not target.exists():
+        replace(working / OLD, target)
+    if (working / READY).is_dir() and target.is_dir():
+        move_files(working / READY, target, last)
+    _clear(working)
 
 
-def _clear(place: Path) -> None:
-    for entry in sorted(place.iterdir()):
+def _clear(working: Path) -> None:
+    for entry in sorted(working.iterdir()):
         if entry.name != MARK:
             remove(entry)
 

@@ -51,7 +51,7 @@ class Placement:
         }
 
 
-def place(device: str = "auto", dtype: str = "auto", graphs: str = "auto") -> Placement:
+def choose_placement(device: str = "auto", dtype: str = "auto", graphs: str = "auto") -> Placement:
     """Resolve `auto`: CUDA with float16 and graphs where there is one, else the CPU with float32.
 
     Raises InputError for a device that is not there and for other names.

@@ -218,13 +218,13 @@ def resolve(
         ("story", story),
         ("flag", flags),
     ]
-    modes = (given.get("mode") for _, given in reversed(origins))
+    modes = (chosen.get("mode") for _, chosen in reversed(origins))
     mode = next((value for value in modes if value is not None), Settings.mode)
     origins.insert(1, ("model", _of_mode(folder_defaults, mode)))
     values: dict[str, Any] = {}
-    sources = {one.name: "paper" for one in fields(Settings)}
-    for origin, given in origins:
-        for name, value in given.items():
+    sources = {field.name: "paper" for field in fields(Settings)}
+    for origin, chosen in origins:
+        for name, value in chosen.items():
             if value is not None:
                 # The command line has checked its flags by their names before; what is left comes from Python.
                 values[name] = check(name, value, "argument" if origin == "flag" else origin)

@@ -20,7 +20,7 @@ def split(width: int) -> tuple[int, int]:
     return first, max(16, 1 << (rest - 1).bit_length()) if rest else 0
 
 
-def pieces(*extents: int) -> int:
+def stride_divisor(*extents: int) -> int:
     """8 where every stride and every address, counted in elements, is a multiple of 8, else 1.
 
     Triton learns from an integer argument only whether 16 divides it, and 40 * 8 heads needs 8: strides are passed
@@ -70,7 +70,7 @@ def score(q0, q1, k0, k1, D1: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.
 
 
 @triton.jit
-def weigh(p, v0, v1, acc0, acc1, D1: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+def accumulate(p, v0, v1, acc0, acc1, D1: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     """The two parts of acc + p v, p in the type of v."""
     p = p.to(v0.dtype)
     acc0 = multiply(p, v0, acc0, PRECISION, UPCAST)
@@ -144,7 +144,7 @@ def _tile(
             s = tl.where(inside, s, float("-inf"))
     p, top, total, acc0, acc1 = rescale(s, top, total, acc0, acc1, SCALE, GUARD, D1)
     v0, v1 = load_rows(v + step * v_token, keep, D, D0, D1)
-    acc0, acc1 = weigh(p, v0, v1, acc0, acc1, D1, PRECISION, UPCAST)
+    acc0, acc1 = accumulate(p, v0, v1, acc0, acc1, D1, PRECISION, UPCAST)
     return top, total, acc0, acc1
 
 
@@ -294,4 +294,4 @@ def attend_slots(
     total = tl.sum(p, 2)
     p = p * (gate / tl.where(total > 0.0, total, 1.0))[:, :, None]
     v0, v1 = load_rows(v + key * v_token, keep, D, D0, D1)
-    return weigh(by_column(p, SLOTS), v0, v1, out0, out1, D1, PRECISION, UPCAST)
+    return accumulate(by_column(p, SLOTS), v0, v1, out0, out1, D1, PRECISION, UPCAST)

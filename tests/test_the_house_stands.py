@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -68,8 +69,8 @@ def imports(tree: ast.Module) -> Iterator[str]:
 def test_no_room_uses_a_room_above_it() -> None:
     upwards = []
     for path, tree in sources("fastory", "kernels", "export"):
-        place = path.relative_to(ROOT).with_suffix("").parts
-        own = room_of(".".join(place if place[0] == "fastory" else ("fastory", *place)))
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        own = room_of(".".join(parts if parts[0] == "fastory" else ("fastory", *parts)))
         upwards += [
             f"{path.relative_to(ROOT)} uses {module}"
             for module in imports(tree)
@@ -104,6 +105,42 @@ def test_no_test_imports_another_test() -> None:
         for path, tree in sources("tests")
         for node in ast.walk(tree)
         if isinstance(node, ast.ImportFrom) and node.module in names
+    ]
+    assert found == []
+
+
+# Words for which the field has others, or that meant several things (architecture.md, "Names"): parts of a name, and names.
+PARTS = frozenset(
+    (
+        *("telling", "told", "company", "begun", "job", "jobs", "trainee", "lesson", "lessons"),
+        *("sibling", "siblings", "families", "mending", "twin", "twins", "piece", "pieces", "weigh"),
+    )
+)
+WHOLE = frozenset(("Base", "place", "one", "asked", "given"))
+# The table of the families of UNets; the places of the drawn world are what its captions name.
+FIELDS_OWN = {"FAMILIES": "fastory/checkpoints/", "place": "fastory/builtin/"}
+
+
+def names(tree: ast.Module) -> Iterator[tuple[str, int]]:
+    """What a file calls its variables, arguments, attributes, functions and classes, each with its line."""
+    for node in ast.walk(tree):
+        for field in ("id", "arg", "attr", "name", "asname"):
+            if isinstance(name := getattr(node, field, None), str):
+                yield name, getattr(node, "lineno", 0)
+
+
+def gone(name: str) -> bool:
+    parts = {part.lower() for part in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)}
+    return name in WHOLE or bool(parts & PARTS)
+
+
+def test_a_thing_has_the_name_that_the_field_gives_it() -> None:
+    found = [
+        f"{path.relative_to(ROOT)}:{line}: {name}"
+        for path, tree in sources("fastory", "kernels", "export", "bench")
+        for name, line in names(tree)
+        if gone(name)
+        and not (name in FIELDS_OWN and str(path.relative_to(ROOT)).startswith(FIELDS_OWN[name]))
     ]
     assert found == []
 

@@ -141,12 +141,12 @@ def look_notice(
 
     Where the weights in use do not know a word of it, the word is told as unknown and no more.
     """
-    strange = {one.word for one in unknown_words(text, names, tokenizer)}
-    asked = [(look, has) for look, has in undrawn_looks(text) if not strange & set(words(look))]
+    strange = {unknown_word.word for unknown_word in unknown_words(text, names, tokenizer)}
+    undrawn = [(look, has) for look, has in undrawn_looks(text) if not strange & set(words(look))]
     return (
         "the built-in model does not draw "
-        + "; ".join(f"{look!r}: it has {has}" for look, has in asked[:MOST_NAMED])
-        if asked
+        + "; ".join(f"{look!r}: it has {has}" for look, has in undrawn[:MOST_NAMED])
+        if undrawn
         else ""
     )
 
@@ -162,8 +162,10 @@ EXAMPLES = (
 def notice_of(unknown: Sequence[UnknownWord]) -> str:
     """One line for a story's unknown words: which they are, what the model can draw, and what draws anything."""
     named = [
-        f"{one.word[:30]} ({one.suggestions[0]}?)" if one.suggestions else one.word[:30]
-        for one in unknown[:MOST_NAMED]
+        f"{unknown_word.word[:30]} ({unknown_word.suggestions[0]}?)"
+        if unknown_word.suggestions
+        else unknown_word.word[:30]
+        for unknown_word in unknown[:MOST_NAMED]
     ]
     more = f" and {len(unknown) - MOST_NAMED} more" if len(unknown) > MOST_NAMED else ""
     animals = ", ".join(SPECIES_WORDS)

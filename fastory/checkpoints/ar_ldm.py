@@ -92,8 +92,8 @@ def convert_ar_ldm(
     if output.suffix == ".safetensors":
         raise InputError(f"{path} becomes a folder, not a file; give another name than {output}")
     files.finish_interrupted(output, DOING, HINT)
-    given = files.sha256_of(path), digest_of_configs(config)
-    if not overwrite and holds_conversion(output, *given):
+    hashes = files.sha256_of(path), digest_of_configs(config)
+    if not overwrite and holds_conversion(output, *hashes):
         return output
     _check_output(path, output, config, overwrite)
     kept = {name: tensor for name, tensor in tensors.items() if not DROPPED.fullmatch(name)}
@@ -106,7 +106,7 @@ def convert_ar_ldm(
     text = configs.text_encoder
     words = caption_tokenizer(config, text["vocab_size"], text["max_position_embeddings"], offline=offline)
     history_words = history_tokenizer(config, configs.history.text["vocab_size"], offline=offline)
-    with loading(f"{output} cannot be written"), _whole_folder(output, overwrite, *given) as folder:
+    with loading(f"{output} cannot be written"), _whole_folder(output, overwrite, *hashes) as folder:
         _write_history(parts["history"], history_words, folder)
         _write_pipeline(parts, words, configs, folder, path.stem)
     return output
@@ -239,10 +239,10 @@ def _write_pipeline(parts: Mapping[str, Any], words: Any, configs: Configs, fold
 @contextmanager
 def _whole_folder(output: Path, overwrite: bool, source: str, config: str | None) -> Iterator[Path]:
     """A folder beside `output` that takes its place when all is written; an old one goes only then."""
-    with files.disk_errors(output, KEPT), files.unfinished(output, DOING, HINT) as place:
+    with files.disk_errors(output, KEPT), files.unfinished(output, DOING, HINT) as working:
         if output.exists() and not overwrite:  # another process was faster
             raise InputError(f"{output} exists; give another output, or --overwrite to replace it")
-        folder = place / files.NEW
+        folder = working / files.NEW
         files.make_folder(folder)
         yield folder
         write_record(folder, source, config)
@@ -252,4 +252,4 @@ def _whole_folder(output: Path, overwrite: bool, source: str, config: str | None
         files.sync_tree(folder)
         if output.exists():
             refuse_other_files(output)
-        files.replace_folder(folder, output, place / files.OLD)
+        files.replace_folder(folder, output, working / files.OLD)

@@ -83,15 +83,17 @@ def read_configs(shapes: Shapes, folder: Path | None) -> Configs:
     Vocabularies, the caption's length and the frames of history are the checkpoint's own all the same: AR-LDM changes
     them. Raises InputError for a key that is missing, and for sizes that do not tell what the classes must know.
     """
-    given = {part: _given(folder, part) for part in ("unet", "vae", "text_encoder", "scheduler", "history")}
+    configs = {
+        part: _config(folder, part) for part in ("unet", "vae", "text_encoder", "scheduler", "history")
+    }
     vocabulary, caption = caption_sizes(shapes)
-    text = given["text_encoder"] or _text_config(shapes)
-    history = _given_history(folder) if given["history"] else _history_config(shapes)
+    text = configs["text_encoder"] or _text_config(shapes)
+    history = _history_config_file(folder) if configs["history"] else _history_config(shapes)
     return Configs(
-        unet=given["unet"] or _unet_config(shapes),
-        vae=given["vae"] or _vae_config(shapes),
+        unet=configs["unet"] or _unet_config(shapes),
+        vae=configs["vae"] or _vae_config(shapes),
         text_encoder={**text, "vocab_size": vocabulary, "max_position_embeddings": caption},
-        scheduler=given["scheduler"] or SCHEDULE,
+        scheduler=configs["scheduler"] or SCHEDULE,
         history=replace(
             history,
             text={**history.text, **_multimodal_sizes(shapes, caption)},
@@ -103,13 +105,13 @@ def read_configs(shapes: Shapes, folder: Path | None) -> Configs:
     )
 
 
-def _given(folder: Path | None, part: str) -> dict[str, Any] | None:
+def _config(folder: Path | None, part: str) -> dict[str, Any] | None:
     name = "scheduler_config.json" if part == "scheduler" else "config.json"
     path = folder / part / name if folder is not None else None
     return read_json(path) if path is not None and path.is_file() else None
 
 
-def _given_history(folder: Path | None) -> HistoryConfig:
+def _history_config_file(folder: Path | None) -> HistoryConfig:
     assert folder is not None
     path = folder / "history" / "config.json"
     return HistoryConfig.read(read_json(path), str(path))

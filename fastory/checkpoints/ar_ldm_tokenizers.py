@@ -57,7 +57,7 @@ def _first(folder: Path | None, *names: str) -> Path | None:
     if folder is not None and not folder.is_dir():
         raise InputError(f"--config {folder} is not a folder; wanted one with tokenizer/ and blip_tokenizer/")
     places = [folder / name for name in names] if folder is not None else []
-    return next((place for place in places if place.is_dir()), None)
+    return next((folder for folder in places if folder.is_dir()), None)
 
 
 def _published(repository: str, name: str, offline: bool) -> Path:

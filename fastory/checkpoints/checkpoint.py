@@ -159,11 +159,16 @@ def read_defaults(folder: Path) -> Mapping[str, object]:
 
 
 def _named_file(
-    model: Path, defaults: Mapping[str, object], key: str, given: str | Path | None, what: str, offline: bool
+    model: Path,
+    defaults: Mapping[str, object],
+    key: str,
+    requested: str | Path | None,
+    what: str,
+    offline: bool,
 ) -> Path | None:
     """A weight file: the given one, else the one that the model's folder names under `key`."""
-    if given is not None:
-        return weight_path(given, what=what, offline=offline)
+    if requested is not None:
+        return weight_path(requested, what=what, offline=offline)
     named = defaults.get(key)
     if named is None:
         return None
@@ -187,12 +192,12 @@ def _lora_files(loras: Sequence[tuple[str | Path, float]], offline: bool) -> lis
 
 
 def _encoder_folder(
-    given: str | Path | None, configs: Path | None, header: AdapterHeader | None, offline: bool
+    requested: str | Path | None, configs: Path | None, header: AdapterHeader | None, offline: bool
 ) -> Path | None:
     if header:
         # Before the encoder is looked for: an adapter of the other family wants another encoder too.
         check_text_width(header, _text_width(configs))
-    folder = encoder_path(given, offline=offline) if given is not None else None
+    folder = encoder_path(requested, offline=offline) if requested is not None else None
     return find_image_encoder(folder, configs, header)
 
 

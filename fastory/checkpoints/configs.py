@@ -159,7 +159,7 @@ def check_sizes(config: Mapping[str, Any], shapes: Shapes, path: Path) -> None:
 def _count(name: str, value: Any) -> int:
     """How many modules a field asks for: a list of widths its length, a list of counts its largest or its length."""
     if isinstance(value, list):
-        inner = [0] if name == "block_out_channels" else [_count(name, one) for one in value]
+        inner = [0] if name == "block_out_channels" else [_count(name, item) for item in value]
         return max([len(value), *inner])
     return value if isinstance(value, int) else 0
 

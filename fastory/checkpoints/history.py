@@ -74,10 +74,10 @@ def open_history(
     updates: dict[str, Tensor] = {}
     if adapter is not None:
         config = read_adapter_config(adapter)
-        given = load_finite(adapter)
+        loaded = load_finite(adapter)
         sources.append(adapter)
-        tensors |= {k.removeprefix("history."): v for k, v in given.items() if k.startswith("history.")}
-        updates = low_rank_updates(given, unet, adapter)
+        tensors |= {k.removeprefix("history."): v for k, v in loaded.items() if k.startswith("history.")}
+        updates = low_rank_updates(loaded, unet, adapter)
     assert config is not None
     where = str(sources[-1])
     check_sizes(

@@ -47,17 +47,19 @@ class HistoryConfig:
         names = ("vision", "text", "frame_tokens", "positions", "local_heads", "bottleneck")
         if missing := [name for name in names if name not in values]:
             raise InputError(f"{where}: {missing[0]!r} is missing; wanted {', '.join(names)}")
-        given = {name: values[name] for name in names}
+        config_values = {name: values[name] for name in names}
         least = {"frame_tokens": 1, "positions": 1, "local_heads": 0, "bottleneck": 0}
         for name, smallest in least.items():
-            if type(given[name]) is not int or given[name] < smallest:
-                raise InputError(f"{where}: {name}: wanted {smallest} or more, got {shown(given[name])}")
-        for name, size in (("vision", "image_size"), ("text", "hidden_size")):
-            if not isinstance(given[name], dict) or type(given[name].get(size)) is not int:
+            if type(config_values[name]) is not int or config_values[name] < smallest:
                 raise InputError(
-                    f"{where}: {name}: wanted the configuration of a Blip class, got {shown(given[name])}"
+                    f"{where}: {name}: wanted {smallest} or more, got {shown(config_values[name])}"
                 )
-        config = cls(**given)
+        for name, size in (("vision", "image_size"), ("text", "hidden_size")):
+            if not isinstance(config_values[name], dict) or type(config_values[name].get(size)) is not int:
+                raise InputError(
+                    f"{where}: {name}: wanted the configuration of a Blip class, got {shown(config_values[name])}"
+                )
+        config = cls(**config_values)
         heads = config.local_heads
         if heads and config.width % (8 * heads):
             raise InputError(

@@ -24,7 +24,7 @@ ENCODERS = {
 
 
 def find_image_encoder(
-    given: Path | None, model_folder: Path | None, adapter: AdapterHeader | None
+    requested: Path | None, model_folder: Path | None, adapter: AdapterHeader | None
 ) -> Path | None:
     """The folder of the image encoder: the given one, else the model's, else the one beside the adapter.
 
@@ -33,27 +33,27 @@ def find_image_encoder(
     first whose width fits is taken. None only if there is no adapter and no encoder. Raises InputError if
     none fits.
     """
-    if given is not None:
-        _check_encoder_folder(given)
-    places = [given] if given is not None else list(_places(model_folder, adapter))
-    found = [place for place in places if is_there(place / "config.json")]
+    if requested is not None:
+        _check_encoder_folder(requested)
+    folders = [requested] if requested is not None else list(_folders(model_folder, adapter))
+    found = [folder for folder in folders if is_there(folder / "config.json")]
     if adapter is None:
         return found[0] if found else None
-    widths = {place: _width(place, adapter) for place in found}
-    for place, width in widths.items():
+    widths = {folder: _width(folder, adapter) for folder in found}
+    for folder, width in widths.items():
         if width == adapter.image_width:
-            return place
+            return folder
     wanted = f"{adapter.path} wants an image encoder of {_named(adapter, adapter.image_width)}"
     if not found:
         raise InputError(
-            f"{wanted}, and none was found. Looked in: {', '.join(str(place) for place in places)}. "
+            f"{wanted}, and none was found. Looked in: {', '.join(str(folder) for folder in folders)}. "
             "Give its folder with --image-encoder."
         )
-    came = ", ".join(f"{place} is of {_named(adapter, width)}" for place, width in widths.items())
+    came = ", ".join(f"{folder} is of {_named(adapter, width)}" for folder, width in widths.items())
     raise InputError(f"{wanted}; {came}. Give the folder of the right one with --image-encoder.")
 
 
-def _places(model_folder: Path | None, adapter: AdapterHeader | None) -> Iterable[Path]:
+def _folders(model_folder: Path | None, adapter: AdapterHeader | None) -> Iterable[Path]:
     if model_folder is not None:
         yield model_folder / "image_encoder"
     if adapter is not None:

@@ -1,7 +1,7 @@
 """A pipeline that diffusers has loaded, as a Checkpoint.
 
-Every part becomes a twin: modules of its own over the memory of the same weights. What fastory does to a module
-(processors, classes, types, evaluation mode) it does to the twin, and the pipeline never changes. Weights that fastory
+Every part becomes a copy: modules of its own over the memory of the same weights. What fastory does to a module
+(processors, classes, types, evaluation mode) it does to the copy, and the pipeline never changes. Weights that fastory
 would change, those under a LoRA, are copies.
 """
 
@@ -49,11 +49,11 @@ def checkpoint_of(pipe: Any) -> Checkpoint:
     encoder = _image_encoder(pipe, adapter, device, dtype)
     extractor = getattr(pipe, "feature_extractor", None)
     processor = image_processor(CLIPImageProcessorPil(**extractor.to_dict()) if extractor else None, encoder)
-    twin = _twin_pipeline(pipe, family, device, dtype)
-    weights = {name: getattr(twin, name).state_dict() for name in family.parts}
+    shared = _shared_pipeline(pipe, family, device, dtype)
+    weights = {name: getattr(shared, name).state_dict() for name in family.parts}
     if adapter is not None and encoder is not None:
         weights |= {"image_encoder": encoder.state_dict(), "ip_adapter": _adapter_weights(adapter)}
-    return Checkpoint(twin, family.name, encoder, processor, adapter, None, {}, (), weights)
+    return Checkpoint(shared, family.name, encoder, processor, adapter, None, {}, (), weights)
 
 
 def _family(pipe: Any) -> Family:
@@ -126,7 +126,7 @@ def _adapter(unet: Any, device: torch.device, dtype: torch.dtype) -> IPAdapter |
     return IPAdapter(
         kind=kind,
         tokens=int(processors[0].num_tokens[0]),
-        image_projection=twin(projections[0], device, dtype, own=every),
+        image_projection=shared_weights_copy(projections[0], device, dtype, own=every),
         key_weights=tuple(processor.to_k_ip[0].weight.detach() for processor in processors),
         value_weights=tuple(processor.to_v_ip[0].weight.detach() for processor in processors),
         embedding="image_embeds" if kind == "base" else "hidden_states",
@@ -154,7 +154,7 @@ def _image_encoder(
             f"the IP-Adapter reads pictures of width {reads.in_features}, and the pipeline's image encoder gives "
             f"{gives}; register the encoder that the adapter was made with"
         )
-    return twin(encoder, device, dtype)
+    return shared_weights_copy(encoder, device, dtype)
 
 
 def _adapter_weights(adapter: IPAdapter) -> dict[str, Tensor]:
@@ -166,8 +166,8 @@ def _adapter_weights(adapter: IPAdapter) -> dict[str, Tensor]:
     return weights
 
 
-def _twin_pipeline(pipe: Any, family: Family, device: torch.device, dtype: torch.dtype) -> Any:
-    """The pipeline of twins, without IP-Adapter and image encoder."""
+def _shared_pipeline(pipe: Any, family: Family, device: torch.device, dtype: torch.dtype) -> Any:
+    """The pipeline over the same weights, without IP-Adapter and image encoder."""
     made = copy.copy(pipe)
     for name, part in pipe.components.items():
         part = _module(part)
@@ -176,7 +176,7 @@ def _twin_pipeline(pipe: Any, family: Family, device: torch.device, dtype: torch
         elif name == "vae":
             # SDXL's VAE overflows in float16, see StoryModel.
             wide = family.name == "sdxl" and dtype == torch.float16
-            part = twin(part, device, torch.float32 if wide else part.dtype)
+            part = shared_weights_copy(part, device, torch.float32 if wide else part.dtype)
         elif isinstance(part, nn.Module):
             part = _without_lora(part, device, dtype)
         else:
@@ -188,7 +188,9 @@ def _twin_pipeline(pipe: Any, family: Family, device: torch.device, dtype: torch
     return made
 
 
-def twin(module: Any, device: torch.device, dtype: torch.dtype, own: Container[str] = ()) -> Any:
+def shared_weights_copy(
+    module: Any, device: torch.device, dtype: torch.dtype, own: Container[str] = ()
+) -> Any:
     """A module like `module`, in eval mode, without gradients, over the same weights.
 
     Copies are the parameters named in `own` and those that lie on another device or in another type.
@@ -202,9 +204,9 @@ def twin(module: Any, device: torch.device, dtype: torch.dtype, own: Container[s
 
 
 def _without_lora(module: nn.Module, device: torch.device, dtype: torch.dtype) -> Any:
-    """A twin whose LoRAs are merged into its weights, as fuse_loras does it with files."""
+    """A copy over the same weights whose LoRAs are merged into its own, as fuse_loras does it with files."""
     under = {name for name, _ in module.named_parameters() if ".base_layer." in name}
-    made = twin(module, device, dtype, own=under)
+    made = shared_weights_copy(module, device, dtype, own=under)
     for layer in list(made.modules()):
         if isinstance(layer, BaseTunerLayer):
             if layer.disable_adapters:

@@ -56,12 +56,12 @@ def _load(pipeline: Pipeline, family: Family, name: str, path: Path) -> None:
         # The pipeline's own conversion knows the layouts that are about: PEFT's, diffusers' older ones,
         # kohya-ss's.
         converted, _ = pipeline.lora_state_dict(dict(weights), unet_config=pipeline.unet.config)
-        given = sum(DOWN.search(key) is not None for key in converted)
+        expected = sum(DOWN.search(key) is not None for key in converted)
         pipeline.load_lora_weights(weights, adapter_name=name)
     found = sum(len(_lora_layers(getattr(pipeline, part), name)) for part in family.parts)
-    if given == 0 or found < given:
+    if expected == 0 or found < expected:
         raise InputError(
-            f"LoRA {path} does not fit this {family.title} model: {found} of its {given} layers are layers of "
+            f"LoRA {path} does not fit this {family.title} model: {found} of its {expected} layers are layers of "
             f"the model. It was made for another one; its first tensor is {min(weights, default='none')}."
         )
 

@@ -164,8 +164,8 @@ def _check_tensor(path: Path, name: str, tensor: torch.Tensor) -> None:
 
 def _write(tensors: dict[str, torch.Tensor], output: Path, overwrite: bool) -> None:
     """Writes beside the output and renames, so that a reader never sees half a file."""
-    with files.disk_errors(output, KEPT), files.unfinished(output, DOING, HINT) as place:
-        written = place / output.name
+    with files.disk_errors(output, KEPT), files.unfinished(output, DOING, HINT) as working:
+        written = working / output.name
         files.write(written, lambda path: save_tensors(path, tensors))
         if output.exists():
             if same_tensors(written, output):

@@ -62,11 +62,11 @@ def is_converted_file(path: Path) -> bool:
         return False
 
 
-def same_tensors(one: Path, other: Path) -> bool:
+def same_tensors(first: Path, second: Path) -> bool:
     """Whether two .safetensors files hold the same, whatever their metadata; False where `other` is no such file."""
     try:
-        with safe_open(one, "np"), safe_open(other, "np"):  # both headers are sound
-            return _tensor_bytes(one) == _tensor_bytes(other)
+        with safe_open(first, "np"), safe_open(second, "np"):  # both headers are sound
+            return _tensor_bytes(first) == _tensor_bytes(second)
     except (OSError, SafetensorError):
         return False
 

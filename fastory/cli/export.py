@@ -99,52 +99,54 @@ def export(
     --bind changes the small graph files of a finished export alone. With --trt engines are built beside them; where
     TensorRT or a GPU is missing, the graphs and a build script are written, and the exit code is 3.
     """
-    given = locals()
+    requested = locals()
     with reported():
-        events = exported(given)
+        events = exported(requested)
         show_json(events) if json_lines else show_export(events, quiet)
 
 
-def exported(given: Mapping[str, Any]) -> Iterator[Any]:
+def exported(requested: Mapping[str, Any]) -> Iterator[Any]:
     """The events of the export that these options name, and with --trt of its engines. Raises InputError before the first."""
-    flags = {name: given[name] for name in ("refit", "version_compatible", "hardware_compatible")}
-    check_engine_options(given, flags)
+    flags = {name: requested[name] for name in ("refit", "version_compatible", "hardware_compatible")}
+    check_engine_options(requested, flags)
     packages.require("fastory export", "onnx", "onnx", "onnxscript", "onnxruntime")
     from fastory import door
 
-    door.check_export(given["output"], given["dtype"], given["groups"], given["bind"])
-    bounds = engine_bounds(given["rtx"], given["size"] or []) if given["trt"] else {}
-    model = ModelOptions.among(given).open("cpu", given["dtype"], "off")
-    return export_and_build(model, given, bounds, flags)
+    door.check_export(requested["output"], requested["dtype"], requested["groups"], requested["bind"])
+    bounds = engine_bounds(requested["rtx"], requested["size"] or []) if requested["trt"] else {}
+    model = ModelOptions.among(requested).open("cpu", requested["dtype"], "off")
+    return export_and_build(model, requested, bounds, flags)
 
 
 def export_and_build(
-    model: Any, given: Mapping[str, Any], bounds: Mapping[str, tuple[int, int]], flags: Mapping[str, Any]
+    model: Any, requested: Mapping[str, Any], bounds: Mapping[str, tuple[int, int]], flags: Mapping[str, Any]
 ) -> Iterator[Any]:
     """The events of the graphs, and with --trt of the engines beside them. flags: of the builder."""
     from fastory.export.onnx import Finished, export_onnx
     from fastory.export.tensorrt import build, build_rtx
 
-    how = {"groups": given["groups"], "binding": given["bind"], "overwrite": given["overwrite"]}
-    for event in export_onnx(model, given["output"], **how):
+    how = {"groups": requested["groups"], "binding": requested["bind"], "overwrite": requested["overwrite"]}
+    for event in export_onnx(model, requested["output"], **how):
         yield event
-    if given["trt"]:
+    if requested["trt"]:
         assert isinstance(event, Finished)
-        which: dict[str, Any] = {"components": given["component"] or [], "sizes": bounds}
-        if given["rtx"] is not None:
-            yield from build_rtx(event.folder, given["rtx"], **which)
+        which: dict[str, Any] = {"components": requested["component"] or [], "sizes": bounds}
+        if requested["rtx"] is not None:
+            yield from build_rtx(event.folder, requested["rtx"], **which)
         else:
             yield from build(event.folder, **which, **flags)
 
 
-def check_engine_options(given: Mapping[str, Any], flags: Mapping[str, bool]) -> None:
+def check_engine_options(requested: Mapping[str, Any], flags: Mapping[str, bool]) -> None:
     """InputError for options of engines without --trt, and for those that TensorRT for RTX does not have."""
     said = [
-        flag(name) for name in (*flags, "rtx", "size", "component") if given[name] not in (None, False, [])
+        flag(name)
+        for name in (*flags, "rtx", "size", "component")
+        if requested[name] not in (None, False, [])
     ]
-    if said and not given["trt"]:
+    if said and not requested["trt"]:
         raise InputError(f"{said[0]} is about engines; give --trt as well")
-    if given["rtx"] is not None and any(flags.values()):
+    if requested["rtx"] is not None and any(flags.values()):
         raise InputError(f"TensorRT for RTX has no {said[0]}; leave it out")
 
 

@@ -188,49 +188,51 @@ def generate(
 
     The same command goes on where a run was interrupted.
     """
-    given = locals()
+    requested = locals()
     with reported(resumable=True):
-        events = drawn(given)
+        events = drawn(requested)
         show_json(events) if json_lines else show_drawing(events, quiet)
 
 
-def drawn(given: Mapping[str, Any]) -> Iterator[Event]:
+def drawn(requested: Mapping[str, Any]) -> Iterator[Event]:
     """The events of the stories that these options name. Raises InputError, before PyTorch is imported where that can be."""
     from fastory import door
     from fastory.settings import Settings
 
-    if given["redraw_seed"] is not None and given["frames"] is None:
+    if requested["redraw_seed"] is not None and requested["frames"] is None:
         raise InputError("--redraw-seed wants --frames: which frames are to be redrawn?")
-    frames = door.parse_frames(given["frames"])
-    settings = {one.name: given[one.name] for one in fields(Settings)}
-    door.check_flags(settings, given["preset"])
-    door.check_placement(given["device"], given["dtype"], given["graphs"], given["batch_size"])
-    stories = read_stories(given["stories"] or [])
-    door.check_stories(stories, given["style"])
-    if given["first_frame"] is not None:
-        door.check_first_frame(given["first_frame"])
-    door.check_output(given["output"], stories)
-    model = opened(given)
+    frames = door.parse_frames(requested["frames"])
+    settings = {field.name: requested[field.name] for field in fields(Settings)}
+    door.check_flags(settings, requested["preset"])
+    door.check_placement(
+        requested["device"], requested["dtype"], requested["graphs"], requested["batch_size"]
+    )
+    stories = read_stories(requested["stories"] or [])
+    door.check_stories(stories, requested["style"])
+    if requested["first_frame"] is not None:
+        door.check_first_frame(requested["first_frame"])
+    door.check_output(requested["output"], stories)
+    model = opened(requested)
     from fastory.runs.generate import generate as draw
 
     unchanged = ("preset", "output", "overwrite", "redraw_seed", "batch_size", "first_frame")
-    chosen = {name: given[name] for name in unchanged}
+    chosen = {name: requested[name] for name in unchanged}
     return draw(stories, model=model, under=Path("stories"), frames=frames, **chosen, **settings)
 
 
-def opened(given: Mapping[str, Any]) -> Any:
+def opened(requested: Mapping[str, Any]) -> Any:
     """The model, or the export, that these options name."""
     from fastory import door
 
-    engine, options = given["engine"], ModelOptions.among(given)
+    engine, options = requested["engine"], ModelOptions.among(requested)
     if engine is not None:
         if named := options.named():
             raise InputError(f"--engine holds the whole model; {named[0]} is given when it is exported")
         door.check_engine(engine)
-        return open_engine(engine, given["device"], given["dtype"], given["trust_cache"])
-    if given["trust_cache"]:
+        return open_engine(engine, requested["device"], requested["dtype"], requested["trust_cache"])
+    if requested["trust_cache"]:
         raise InputError("--trust-cache is for --engine; a model's hashes are always remembered")
-    return options.open(given["device"], given["dtype"], given["graphs"])
+    return options.open(requested["device"], requested["dtype"], requested["graphs"])
 
 
 def read_stories(names: list[str]) -> list[Any]:

@@ -84,13 +84,13 @@ class ModelOptions:
     offline: bool = False
 
     @classmethod
-    def among(cls, given: Mapping[str, Any]) -> Self:
+    def among(cls, requested: Mapping[str, Any]) -> Self:
         """Those of a command's options that name its model."""
-        return cls(**{one.name: given[one.name] for one in fields(cls)})
+        return cls(**{field.name: requested[field.name] for field in fields(cls)})
 
     def named(self) -> list[str]:
         """The options that say more than the built-in model, with their dashes."""
-        default, others = ModelOptions(), [one.name for one in fields(self) if one.name != "offline"]
+        default, others = ModelOptions(), [field.name for field in fields(self) if field.name != "offline"]
         return [flag(name) for name in others if (getattr(self, name) or None) != getattr(default, name)]
 
     def open(self, device: str, dtype: str, graphs: str) -> Any:

@@ -39,7 +39,7 @@ def show_tuning(events: Iterable[Any], quiet: bool) -> None:
     from fastory.tuning import loop
 
     lines = not quiet and not stderr.is_terminal
-    told = float("-inf")  # when the last line was printed
+    printed = float("-inf")  # when the last line was printed
 
     columns = (
         TextColumn("  {task.description}"),
@@ -55,15 +55,15 @@ def show_tuning(events: Iterable[Any], quiet: bool) -> None:
             match event:
                 case loop.Encoded():
                     bar.update(task, description="encoding frames", completed=event.done, total=event.frames)
-                    if lines and (event.done == event.frames or time.monotonic() - told >= BETWEEN_LINES):
-                        told = time.monotonic()
+                    if lines and (event.done == event.frames or time.monotonic() - printed >= BETWEEN_LINES):
+                        printed = time.monotonic()
                         bar.console.print(f"  frames encoded: {event.done} of {event.frames}", soft_wrap=True)
                 case loop.Stepped():
                     said = None if event.loss is None else f"loss {event.loss:.4f}"
                     bar.update(task, completed=event.step, total=event.steps, description=said)
-                    due = event.step == event.steps or time.monotonic() - told >= BETWEEN_LINES
+                    due = event.step == event.steps or time.monotonic() - printed >= BETWEEN_LINES
                     if lines and said and due:
-                        told = time.monotonic()
+                        printed = time.monotonic()
                         bar.console.print(f"  step {event.step} of {event.steps}: {said}", soft_wrap=True)
                 case loop.Validated():
                     said = "pictures drawn" if event.loss is None else f"validation loss {event.loss:.4f}"
@@ -113,9 +113,9 @@ class Screen:
         """Causal mode where there is no bar: a line for each frame. Iterative mode has one for each round."""
         if self.round or stderr.is_terminal:
             return
-        done, total = self.drawn[drawn.place]
-        self.drawn[drawn.place] = (done + 1, total)
-        title = f"{plain(self.titles[drawn.place])}: " if len(self.titles) > 1 else ""
+        done, total = self.drawn[drawn.story_index]
+        self.drawn[drawn.story_index] = (done + 1, total)
+        title = f"{plain(self.titles[drawn.story_index])}: " if len(self.titles) > 1 else ""
         seconds, self.since = time.monotonic() - self.since, time.monotonic()
         self.note(f"{title}frame {drawn.frame} drawn ({done + 1} of {total}): {seconds:.1f} s")
 
@@ -132,13 +132,13 @@ class Screen:
                 )
                 rounds = f", {counted(event.rounds - 1, 'round')}" if event.rounds > 1 else ""
                 self.note(f"[bold]{plain(event.story)}[/]: {counted(event.frames, 'frame')}{rounds}{state}")
-                self.drawn[event.place] = (event.finished, event.total)
+                self.drawn[event.story_index] = (event.finished, event.total)
                 self.total += event.steps_left
                 if self.titles:  # drawn side by side with others
                     self.progress.update(self.task, total=self.total, visible=self.total > 0)
                 else:
                     self.progress.reset(self.task, total=self.total, visible=self.total > 0)
-                self.titles[event.place] = event.story
+                self.titles[event.story_index] = event.story
             case events.BatchChosen():
                 self.note(plain(event.reason))
             case events.Notice():
@@ -150,7 +150,7 @@ class Screen:
                 which = f"frame {first}" if first == last else f"frames {first}-{last}"
                 if not self.round and first != self.frame:  # causal: what memory may cost is one frame
                     self.frame, self.done_in_round = first, 0
-                title = self.titles[event.place] if len(self.titles) > 1 else ""
+                title = self.titles[event.story_index] if len(self.titles) > 1 else ""
                 which += f", draft {event.draft}" if event.draft else ""
                 parts = [title, self.round, which, f"step {event.step} of {event.steps}"]
                 described = plain(", ".join(part for part in parts if part))

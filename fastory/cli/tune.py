@@ -156,9 +156,9 @@ def tune(
     Writes one file for --adapter; losses and pictures for TensorBoard, and what a resume needs, lie in <output>.tuning.
     The same command goes on where a tuning was interrupted.
     """
-    given = locals()
+    requested = locals()
     with reported(resumable=True, kept="Checkpoints"):
-        events = tuned(given)
+        events = tuned(requested)
         if os.environ.get("RANK", "0") != "0":  # under torchrun the first process prints for all
             for _ in events:
                 pass
@@ -168,33 +168,35 @@ def tune(
             show_tuning(events, quiet)
 
 
-def tuned(given: Mapping[str, Any]) -> Iterator[Any]:
+def tuned(requested: Mapping[str, Any]) -> Iterator[Any]:
     """The events of the tuning that these options name. Raises InputError, before PyTorch is imported where that can be."""
     packages.require("fastory tune", "tune", "tensorboard")
     from fastory import door
 
-    window = given["window"]
-    values = {one.name: given[one.name] for one in fields(Tuning) if one.name in given}
+    window = requested["window"]
+    values = {field.name: requested[field.name] for field in fields(Tuning) if field.name in requested}
     values["window"] = int(window) if window.isdecimal() and len(window) < 10 else window
     tuning = Tuning(**values)
-    encoder = HistorySizes(given["history_size"], **{one: given[one] for one in OF_A_NEW_ENCODER})
-    door.check_placement(given["device"])
-    door.check_tuning(given["stories"], given["output"], tuning, encoder)
-    named = {name: given[name] for name in ("model", "adapter", "ip_adapter", "image_encoder")}
+    encoder = HistorySizes(
+        requested["history_size"], **{field: requested[field] for field in OF_A_NEW_ENCODER}
+    )
+    door.check_placement(requested["device"])
+    door.check_tuning(requested["stories"], requested["output"], tuning, encoder)
+    named = {name: requested[name] for name in ("model", "adapter", "ip_adapter", "image_encoder")}
     door.check_model(**named)
     quiet_libraries()
-    if given["offline"]:
+    if requested["offline"]:
         os.environ["HF_HUB_OFFLINE"] = "1"
     from fastory.tuning.loop import tune as start
 
     return start(
-        given["stories"],
-        given["output"],
+        requested["stories"],
+        requested["output"],
         **named,
         tuning=tuning,
         sizes=encoder,
-        held_out=given["validation"],
-        device=given["device"],
-        overwrite=given["overwrite"],
-        offline=given["offline"],
+        held_out=requested["validation"],
+        device=requested["device"],
+        overwrite=requested["overwrite"],
+        offline=requested["offline"],
     )

@@ -44,7 +44,7 @@ from fastory.models.images import decoded, fit_square
 from fastory.models.onnx_session import Session
 from fastory.models.protocol import Caption, Decoded, UnetInputs, UnetSizes, check_machine, check_size
 from fastory.models.text import filled, guidance_embedding, history_ids, lost_words, padding_of
-from fastory.runtime import Placement, place
+from fastory.runtime import Placement, choose_placement
 from fastory.wording import counted
 
 
@@ -100,9 +100,9 @@ class EngineModel:
             raise InputError(
                 f"--dtype {dtype}: {path} was exported in {own}; export it in {dtype}, or leave --dtype out"
             )
-        placed = place(device, own, "off")
-        folder = bounded_by_engines(folder, engines_for(folder, placed.device))
-        return cls(folder, placed, sessions_for(folder, placed.device, trust_cache))
+        placement = choose_placement(device, own, "off")
+        folder = bounded_by_engines(folder, engines_for(folder, placement.device))
+        return cls(folder, placement, sessions_for(folder, placement.device, trust_cache))
 
     def run(self, component: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """One call of a component. Raises InputError for sizes that it was not exported for."""

@@ -96,8 +96,8 @@ def refuse_onnxruntime(folder: ExportFolder) -> None:
 def check_sizes(name: str, component: Mapping[str, Any], inputs: Mapping[str, Tensor]) -> None:
     """InputError for the first size outside the ranges of a component, or that contradicts another."""
     sizes: dict[str, int] = {}
-    for key, one in component["inputs"].items():
-        got, wanted = tuple(inputs[key].shape), one["shape"]
+    for key, described in component["inputs"].items():
+        got, wanted = tuple(inputs[key].shape), described["shape"]
         fits = len(got) == len(wanted)
         for length, axis in zip(got, wanted, strict=False):
             if isinstance(axis, int):

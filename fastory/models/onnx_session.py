@@ -61,8 +61,8 @@ class OrtSession:
         except Exception as error:  # onnxruntime's own classes, which share no base
             raise FastoryError(f"{path} cannot be loaded by ONNX Runtime: {_one_line(error)}") from error
         self.path = path
-        self.outputs = [one.name for one in self.session.get_outputs()]
-        types = {one.name: one.type for one in self.session.get_inputs()}
+        self.outputs = [output.name for output in self.session.get_outputs()]
+        types = {entry.name: entry.type for entry in self.session.get_inputs()}
         if unknown := [kind for kind in types.values() if kind not in _TORCH]:
             raise InputError(f"{path} takes a {unknown[0]}; wanted a graph that `fastory export` wrote")
         self.types = {name: _TORCH[kind] for name, kind in types.items()}
@@ -73,27 +73,27 @@ class OrtSession:
         if self.device.type == "cuda":
             return self._bound(ready)
         try:
-            given = self.session.run(self.outputs, {name: one.numpy() for name, one in ready.items()})
+            outputs = self.session.run(self.outputs, {name: tensor.numpy() for name, tensor in ready.items()})
         except Exception as error:
             if is_out_of_memory(error):
                 raise
             raise FastoryError(f"{self.path} cannot be run by ONNX Runtime: {_one_line(error)}") from error
-        return {name: torch.from_numpy(one) for name, one in zip(self.outputs, given, strict=True)}
+        return {name: torch.from_numpy(tensor) for name, tensor in zip(self.outputs, outputs, strict=True)}
 
     def _bound(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """On the GPU, without a copy: inputs are read where they are, outputs are handed over by DLPack."""
         binding = self.session.io_binding()
         number = self.device.index or 0
-        for name, one in inputs.items():
-            kind = _NUMPY[one.dtype]
-            binding.bind_input(name, "cuda", number, kind, tuple(one.shape), one.data_ptr())
+        for name, tensor in inputs.items():
+            kind = _NUMPY[tensor.dtype]
+            binding.bind_input(name, "cuda", number, kind, tuple(tensor.shape), tensor.data_ptr())
         for name in self.outputs:
             binding.bind_output(name, "cuda", number)
         torch.cuda.current_stream(self.device).synchronize()
         self.session.run_with_iobinding(binding)
         return {
-            name: torch.from_dlpack(one)
-            for name, one in zip(self.outputs, binding.get_outputs(), strict=True)
+            name: torch.from_dlpack(tensor)
+            for name, tensor in zip(self.outputs, binding.get_outputs(), strict=True)
         }
 
 

@@ -159,11 +159,11 @@ class TensorRtSession:
             raise FastoryError(f"{self.file} cannot be opened by TensorRT; {AGAIN}")
         names = [engine.get_tensor_name(number) for number in range(engine.num_io_tensors)]
         types = {name: DTYPES[engine.get_tensor_dtype(name).name] for name in names}
-        given = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
+        inputs = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
         self.runtime, self.engine = runtime, engine
-        self.types = {name: types[name] for name in given}
+        self.types = {name: types[name] for name in inputs}
         self.outputs = {name: kind for name, kind in types.items() if name not in self.types}
-        self.bounds = {name: _bounds(engine, name) for name in given}
+        self.bounds = {name: _bounds(engine, name) for name in inputs}
 
     def run(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """inputs by name, in any type, on any device -> all outputs on the session's device.
@@ -199,21 +199,21 @@ class TensorRtSession:
             )
 
     def _refuse_outside(self, inputs: Mapping[str, Tensor]) -> None:
-        for name, one in inputs.items():
+        for name, tensor in inputs.items():
             least, most = self.bounds[name]
-            inside = len(least) == one.dim() and all(
-                low <= size <= high for low, size, high in zip(least, one.shape, most, strict=True)
+            inside = len(least) == tensor.dim() and all(
+                low <= size <= high for low, size, high in zip(least, tensor.shape, most, strict=True)
             )
             if not inside:
                 raise InputError(
-                    f"{self.file.name}, input {name}: built for shapes from {least} to {most}, got {tuple(one.shape)}; "
+                    f"{self.file.name}, input {name}: built for shapes from {least} to {most}, got {tuple(tensor.shape)}; "
                     "draw within them, or build it for other sizes: fastory export --trt --size NAME=LEAST:MOST"
                 )
 
     def _prepare(self, inputs: dict[str, Tensor]) -> tuple[_Prepared, bool]:
         """The context of these shapes, and whether it ran before. One context per shape: a captured graph holds its
         context's memory and shapes, and must not see others."""
-        key = tuple((name, tuple(one.shape)) for name, one in inputs.items())
+        key = tuple((name, tuple(tensor.shape)) for name, tensor in inputs.items())
         if key in self.prepared:
             self.prepared.move_to_end(key)
             return self.prepared[key], True
@@ -224,9 +224,9 @@ class TensorRtSession:
         engine: trt.ICudaEngine = self.engine
         # Memory for these shapes alone; TensorRT's own would be that of the largest shapes of the profile, per context.
         context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-        for name, one in inputs.items():
-            if not context.set_input_shape(name, tuple(one.shape)):
-                raise FastoryError(f"{self.file}: TensorRT refuses the shape {tuple(one.shape)} of {name}")
+        for name, tensor in inputs.items():
+            if not context.set_input_shape(name, tuple(tensor.shape)):
+                raise FastoryError(f"{self.file}: TensorRT refuses the shape {tuple(tensor.shape)} of {name}")
         size = context.update_device_memory_size_for_shapes()
         memory = torch.empty(max(size, 1), dtype=torch.uint8, device=self.device)
         context.set_device_memory(memory.data_ptr(), size)
@@ -245,18 +245,18 @@ class TensorRtSession:
         """The first run of a shape lets TensorRT set itself up, the second one is captured, later ones are replays."""
         prepared, before = self._prepare(inputs)
         if not before:
-            prepared.inputs = {name: one.clone() for name, one in inputs.items()}
+            prepared.inputs = {name: tensor.clone() for name, tensor in inputs.items()}
             prepared.outputs = self._allocate(prepared.context)
             _bind(prepared.context, prepared.inputs)
             _bind(prepared.context, prepared.outputs)
             self._execute(prepared.context)
         else:
-            for name, one in inputs.items():
-                prepared.inputs[name].copy_(one)
+            for name, tensor in inputs.items():
+                prepared.inputs[name].copy_(tensor)
             if prepared.graph is None:
                 prepared.graph = self._captured(prepared.context)
             prepared.graph.replay()
-        return {name: one.clone() for name, one in prepared.outputs.items()}
+        return {name: tensor.clone() for name, tensor in prepared.outputs.items()}
 
     def _captured(self, context: trt.IExecutionContext) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
@@ -271,8 +271,8 @@ class TensorRtSession:
 
 
 def _bind(context: trt.IExecutionContext, tensors: Mapping[str, Tensor]) -> None:
-    for name, one in tensors.items():
-        context.set_tensor_address(name, one.data_ptr())
+    for name, tensor in tensors.items():
+        context.set_tensor_address(name, tensor.data_ptr())
 
 
 def _bounds(engine: trt.ICudaEngine, name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -31,7 +31,7 @@ from fastory.models.protocol import (
 from fastory.models.row_by_row import embed_row_by_row
 from fastory.models.text import guidance_embedding, history_ids, lost_words, padding_of
 from fastory.processors.projected import CrossAttentionLayers
-from fastory.runtime import Placement, place
+from fastory.runtime import Placement, choose_placement
 
 
 class Released:
@@ -99,7 +99,7 @@ class StoryModel:
         dtype: auto, float32, float16 or bfloat16. graphs: auto (CUDA graphs on CUDA) or off.
         Raises InputError for anything that cannot be used.
         """
-        placement = place(device, dtype, graphs)
+        placement = choose_placement(device, dtype, graphs)
         check_kernels(placement.device)
         options: dict[str, Any] = {
             "config": config,
@@ -127,7 +127,7 @@ class StoryModel:
         """
         checkpoint = checkpoint_of(pipe)
         unet = checkpoint.pipeline.unet
-        placement = place(str(unet.device), str(unet.dtype).removeprefix("torch."), graphs)
+        placement = choose_placement(str(unet.device), str(unet.dtype).removeprefix("torch."), graphs)
         check_kernels(placement.device)
         return cls(checkpoint, placement, str(pipe.config.get("_name_or_path") or type(pipe).__name__))
 

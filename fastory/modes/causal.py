@@ -205,7 +205,7 @@ def draw_frame(batch: CausalBatch, frame: int, size: int) -> Generator[Event, No
     # A story always has the same place among the others, those that are finished included, as in iterative mode.
     for members in (states[first : first + size] for first in range(0, len(states), size)):
         todo = [state for state in members if state.needs(frame)]
-        for state in [one for one in todo if frame == 0 and one.plan.story.first_frame is not None]:
+        for state in [state for state in todo if frame == 0 and state.plan.story.first_frame is not None]:
             yield given_frame(batch, state)
             todo.remove(state)
         if not todo:
@@ -255,7 +255,7 @@ def finish_frame(batch: CausalBatch, state: StoryState, frame: int, row: Row, la
     decoded = batch.model.decode(latents)
     if frame + 1 < len(state.plan.prompts):
         batch.append(state, frame, None if decoded.left_out else decoded.image)
-    return FrameDrawn(0, frame, decoded.image, row.seed, decoded.left_out, place=state.plan.index)
+    return FrameDrawn(0, frame, decoded.image, row.seed, decoded.left_out, story_index=state.plan.index)
 
 
 def given_frame(batch: CausalBatch, state: StoryState) -> FrameDrawn:
@@ -264,7 +264,7 @@ def given_frame(batch: CausalBatch, state: StoryState) -> FrameDrawn:
     assert plan.story.first_frame is not None
     picture = ImageOps.fit(open_picture(plan.story.first_frame), batch.size, Image.Resampling.LANCZOS)
     batch.append(state, 0, picture)
-    return FrameDrawn(0, 0, picture, plan.settings.seed, None, place=plan.index)
+    return FrameDrawn(0, 0, picture, plan.settings.seed, None, story_index=plan.index)
 
 
 class Causal:

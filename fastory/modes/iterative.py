@@ -285,7 +285,7 @@ class Iterative:
         (plan,) = plans
         for event in iterative(model, plan, batch_sizes=batch_sizes, size=size):
             if isinstance(event, StepDone) or isinstance(event, FrameDrawn):  # noqa: SIM101  # mypy narrows these apart
-                event = replace(event, place=plan.index)
+                event = replace(event, story_index=plan.index)
             yield event
 
     def method(self, settings: Settings) -> dict[str, str]:

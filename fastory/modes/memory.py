@@ -29,8 +29,8 @@ class Drawing(Protocol):
 
 def batch_size(drawing: Drawing, turn: int) -> int:
     """At once in round, or at frame, `turn`: as given, or what was left when memory ran out."""
-    given = drawing.batch_sizes[min(turn, len(drawing.batch_sizes) - 1)]
-    return given if drawing.halved is None else min(given, drawing.halved)
+    size = drawing.batch_sizes[min(turn, len(drawing.batch_sizes) - 1)]
+    return size if drawing.halved is None else min(size, drawing.halved)
 
 
 def until_it_fits(

@@ -70,7 +70,7 @@ class LostRounds:
         for event in events:
             yield event
             if isinstance(event, FrameDrawn):
-                self._reasons[event.place, event.round, event.frame] = event.left_out
+                self._reasons[event.story_index, event.round, event.frame] = event.left_out
             elif isinstance(event, RoundFinished):  # of a mode with rounds, which draws a story alone
                 (run,) = self._runs.values()
                 self.refuse(run, event.round)
@@ -130,8 +130,8 @@ def _record(group: Sequence[StoryRun], events: Iterator[Event]) -> Iterator[Even
     before = time.monotonic()
     for event in events:
         match event:
-            case FrameDrawn() if (folder := runs[event.place].folder) is not None:
-                now, run = time.monotonic(), runs[event.place]
+            case FrameDrawn() if (folder := runs[event.story_index].folder) is not None:
+                now, run = time.monotonic(), runs[event.story_index]
                 chunks = png_chunks(run.story.title, run.prompts[event.frame], run.settings, run.model, event)
                 before, event = now, replace(event, path=folder.save(event, chunks, now - before))
             case BatchHalved():

@@ -121,30 +121,30 @@ class RunFolder:
         folders: set[Path] = set()
         for name in names:
             target = self.path / name
-            for place, fits, wanted in (
+            for path, fits, wanted in (
                 *((folder, stat.S_ISDIR, "a folder") for folder in target.parents if folder not in folders),
                 (target, stat.S_ISREG, "a file"),
                 (files.partial_of(target), stat.S_ISREG, "a file"),
             ):
-                if not place.is_relative_to(self.path) or place == self.path:
+                if not path.is_relative_to(self.path) or path == self.path:
                     continue
-                folders.add(place)
-                self._check_place(place, fits, wanted)
+                folders.add(path)
+                self._check_place(path, fits, wanted)
 
-    def _check_place(self, place: Path, fits: Callable[[int], bool], wanted: str) -> None:
+    def _check_place(self, path: Path, fits: Callable[[int], bool], wanted: str) -> None:
         try:
-            mode = place.lstat().st_mode
+            mode = path.lstat().st_mode
         except (FileNotFoundError, NotADirectoryError):
             return
         except OSError as error:
             raise InputError(
-                f"{place} cannot be read ({error.strerror}); make it readable, or choose another --output"
+                f"{path} cannot be read ({error.strerror}); make it readable, or choose another --output"
             ) from error
         if not fits(mode):
             kinds = {stat.S_IFLNK: "a symbolic link", stat.S_IFDIR: "a folder", stat.S_IFREG: "a file"}
             got = kinds.get(stat.S_IFMT(mode), "a pipe or a device")
             raise InputError(
-                f"{place} is {got}, where this run has {wanted}; move it away, or choose another --output"
+                f"{path} is {got}, where this run has {wanted}; move it away, or choose another --output"
             )
 
     def check(self, identity: Identity, frames: Sequence[int] | None) -> None:
@@ -250,9 +250,9 @@ class RunFolder:
             files.remove(self.path / name)
             folders.update(folder for folder in Path(name).parents if folder != Path())
         for folder in sorted(folders, key=lambda folder: -len(folder.parts)):
-            place = self.path / folder
-            if place.is_dir() and not place.is_symlink() and not any(place.iterdir()):
-                files.remove(place)
+            path = self.path / folder
+            if path.is_dir() and not path.is_symlink() and not any(path.iterdir()):
+                files.remove(path)
 
     # -- pictures ------------------------------------------------------------------------------------------------
 

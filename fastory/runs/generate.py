@@ -74,12 +74,12 @@ def _read_stories(
     stories: Story | str | Path | Sequence[Story | str | Path], first_frame: str | Path | None
 ) -> list[Story]:
     """The stories, files read and captions taken as one story; with `first_frame` as the frame 0 of all, if it is given."""
-    given = [stories] if isinstance(stories, (Story, str, Path)) else list(stories)
-    if not given:
+    listed = [stories] if isinstance(stories, (Story, str, Path)) else list(stories)
+    if not listed:
         raise InputError("no story was given; wanted at least one story file")
-    if not isinstance(stories, str) and are_captions(given):
-        given = [Story.from_captions([str(text) for text in given])]
-    read = [story if isinstance(story, Story) else Story.read(story) for story in given]
+    if not isinstance(stories, str) and are_captions(listed):
+        listed = [Story.from_captions([str(text) for text in listed])]
+    read = [story if isinstance(story, Story) else Story.read(story) for story in listed]
     if first_frame is None:
         return read
     try:

@@ -46,7 +46,7 @@ def begin_redraw(
         return True
     _refuse_unfinished(folder, frames)
     kept = {int(i): recorded for i, recorded in manifest["seeds"].items() if i not in dropped}
-    noise = noise_seeds({**kept, **{int(i): given for i, given in seeds.items()}})
+    noise = noise_seeds({**kept, **{int(i): seed for i, seed in seeds.items()}})
     if pending is None and not identity.changed(manifest) and not _other_noise(folder, noise, frames):
         return False
     folder.remove(_staged_files(folder))

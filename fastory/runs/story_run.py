@@ -84,12 +84,12 @@ def open_folder(
         notices.append(give_up_redraw(folder))
     notices += _restore_story(folder, resolved)
     noise_seeds = partial(_noise_seeds, resolved.story, resolved.settings)
-    begun = resolved.redrawn is not None and begin_redraw(
+    redrawing = resolved.redrawn is not None and begin_redraw(
         folder, identity, resolved.redrawn, redraw_seed, noise_seeds
     )
-    if not begun:
+    if not redrawing:
         refuse_unrepeatable(folder)
-    if resolved.redrawn is not None and not begun:
+    if resolved.redrawn is not None and not redrawing:
         notices.append("nothing to redraw: neither caption nor seed of these frames changed")
     return replace(resolved, model=model, notices=(*resolved.notices, *notices)), folder
 

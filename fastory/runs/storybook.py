@@ -67,9 +67,9 @@ def write_sheet(pages: Sequence[Page], path: Path, *, title: str) -> None:
     draw.text((_MARGIN, _MARGIN - 8), heading[0], _INK, _font(40))
     draw.text((_MARGIN, _MARGIN + 50), _summary(pages, len(sheet.frames)), _FAINT, _font(18))
     tops = sheet.tops
-    for place, (i, caption) in enumerate(zip(sheet.frames, sheet.captions, strict=True)):
-        x = _MARGIN + place % sheet.columns * (sheet.cell[0] + _GAP)
-        y = tops[place // sheet.columns]
+    for index, (i, caption) in enumerate(zip(sheet.frames, sheet.captions, strict=True)):
+        x = _MARGIN + index % sheet.columns * (sheet.cell[0] + _GAP)
+        y = tops[index // sheet.columns]
         _paste(canvas, draw, pages[i].final, (x, y), sheet.cell)
         draw.multiline_text(
             (x, y + sheet.cell[1] + 8), "\n".join(caption), _INK, _font(sheet.size), spacing=5
@@ -244,12 +244,12 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int, limit: int) -> li
     drawable = re.sub("…+", "…", "".join(map(_drawable, text)))
     lines = [""]
     for word in drawable.split(" "):
-        for piece in _pieces(word, font, width):
-            longer = f"{lines[-1]} {piece}" if lines[-1] else piece
+        for part in _parts(word, font, width):
+            longer = f"{lines[-1]} {part}" if lines[-1] else part
             if font.getlength(longer) <= width:
                 lines[-1] = longer
             else:
-                lines.append(piece)
+                lines.append(part)
         if len(lines) > limit:
             last = lines[limit - 1]
             while last and font.getlength(last + "…") > width:
@@ -258,15 +258,15 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int, limit: int) -> li
     return lines
 
 
-def _pieces(word: str, font: ImageFont.FreeTypeFont, width: int) -> Iterator[str]:
+def _parts(word: str, font: ImageFont.FreeTypeFont, width: int) -> Iterator[str]:
     """A word cut where it is wider than a line."""
-    piece = ""
+    part = ""
     for character in word:
-        if piece and font.getlength(piece + character) > width:
-            yield piece
-            piece = ""
-        piece += character
-    yield piece
+        if part and font.getlength(part + character) > width:
+            yield part
+            part = ""
+        part += character
+    yield part
 
 
 # The storybook. Every picture has a share of the page's bytes and keeps to it by itself, so the page is written as the

@@ -26,17 +26,17 @@ def _on_cpu(steps: Iterable[None]) -> Iterator[float]:
 def _on_cuda(device: torch.device, steps: Iterable[None]) -> Iterator[float]:
     stream = torch.cuda.current_stream(device)
     pending: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
-    begun = stream.record_event(torch.cuda.Event(enable_timing=True))
+    start = stream.record_event(torch.cuda.Event(enable_timing=True))
     for _ in steps:
-        ended = stream.record_event(torch.cuda.Event(enable_timing=True))
+        end = stream.record_event(torch.cuda.Event(enable_timing=True))
         if pending is not None:
             yield _seconds(*pending)
-        pending = begun, ended
-        begun = stream.record_event(torch.cuda.Event(enable_timing=True))
+        pending = start, end
+        start = stream.record_event(torch.cuda.Event(enable_timing=True))
     if pending is not None:
         yield _seconds(*pending)
 
 
-def _seconds(begun: torch.cuda.Event, ended: torch.cuda.Event) -> float:
-    ended.synchronize()
-    return begun.elapsed_time(ended) / 1000
+def _seconds(start: torch.cuda.Event, end: torch.cuda.Event) -> float:
+    end.synchronize()
+    return start.elapsed_time(end) / 1000

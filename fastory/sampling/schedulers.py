@@ -64,7 +64,7 @@ class SchedulerStep(TorchFunctionMode):
     def _noise(self, shape: Sequence[int], dtype: torch.dtype | None) -> Tensor:
         own = {
             id(generator): torch.randn((1, *shape[1:]), generator=generator, dtype=dtype)
-            for generator in {id(one): one for one in self.generators}.values()
+            for generator in {id(generator): generator for generator in self.generators}.values()
         }
         return torch.cat([own[id(generator)] for generator in self.generators])
 

@@ -86,10 +86,10 @@ def _read_yaml(text: str, name: str) -> tuple[Any, dict[Location, int]]:
         return _plain(node, loader, name), lines
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        place = f"{name}:{mark.line + 1}" if mark else name
+        where = f"{name}:{mark.line + 1}" if mark else name
         said = ", ".join(filter(None, [error.context, error.problem]))
         todo = 'indent with spaces, and put texts that hold ": " or " #" in quotes'
-        raise InputError(f"{place}: wanted YAML, but {said}: {todo}.") from error
+        raise InputError(f"{where}: wanted YAML, but {said}: {todo}.") from error
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         got = f"U+{ord(text[error.position]):04X}"
@@ -177,21 +177,21 @@ def _check_events(text: str, name: str) -> None:
     """
     depth, frames, key = 0, 0, ""
     for event in yaml.parse(text, Loader=_Loader):
-        place = f"{name}:{event.start_mark.line + 1 if event.start_mark else 1}"
+        where = f"{name}:{event.start_mark.line + 1 if event.start_mark else 1}"
         if isinstance(event, yaml.AliasEvent):
             raise InputError(
-                f"{place}: wanted plain YAML, got the alias *{event.anchor}: write the value out."
+                f"{where}: wanted plain YAML, got the alias *{event.anchor}: write the value out."
             )
         if depth == 1 and isinstance(event, yaml.ScalarEvent):
             key = event.value  # or the value of another key, which the next key replaces
         if depth == 2 and key == "frames" and isinstance(event, yaml.NodeEvent):
             frames += 1
             if frames > MAX_FRAMES:
-                raise InputError(f"{place}: frames: {TOO_MANY}.")
+                raise InputError(f"{where}: frames: {TOO_MANY}.")
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > MAX_DEPTH:
             raise InputError(
-                f"{place}: wanted at most {MAX_DEPTH} nested brackets, got more: flatten the file."
+                f"{where}: wanted at most {MAX_DEPTH} nested brackets, got more: flatten the file."
             )
 
 
@@ -225,15 +225,15 @@ def _plain(node: yaml.Node | None, loader: _Loader, name: str) -> Any:
         return [_plain(item, loader, name) for item in node.value]
     if node is None:
         return None
-    place = f"{name}:{node.start_mark.line + 1}"
+    where = f"{name}:{node.start_mark.line + 1}"
     kinds = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null")}
     if node.tag not in kinds or not isinstance(node, yaml.ScalarNode):
-        raise InputError(f"{place}: wanted plain values, got the YAML tag {node.tag!r}: remove the tag.")
+        raise InputError(f"{where}: wanted plain values, got the YAML tag {node.tag!r}: remove the tag.")
     try:
         return loader.construct_object(node)
     except (ValueError, KeyError) as error:  # `!!int x`, and a number of thousands of digits
         raise InputError(
-            f"{place}: wanted a value, got {describe(node.value)} ({error}): correct it."
+            f"{where}: wanted a value, got {describe(node.value)} ({error}): correct it."
         ) from error
 
 

@@ -41,14 +41,14 @@ class Names:
     def _find_at(self, text: str, folded: str, start: int) -> tuple[int, re.Match[str]] | None:
         here = folded[start : start + self._longest]
         # In sorted order, what begins `here` is the name before it or a beginning of that name.
-        place = bisect_right(self._sorted, here) - 1
-        while place >= 0:
-            name = self._sorted[place]
+        at = bisect_right(self._sorted, here) - 1
+        while at >= 0:
+            name = self._sorted[at]
             if here.startswith(name):
                 for index in self._indices[name]:
                     if match := self._pattern(index).match(text, start):
                         return index, match
-            place = self._shorter[place]
+            at = self._shorter[at]
         return None
 
     def _pattern(self, index: int) -> re.Pattern[str]:
@@ -61,14 +61,14 @@ class Names:
 
 
 def _longest_beginnings(names: Sequence[str]) -> list[int]:
-    """For each of the sorted `names` the place of the longest other one that it begins with, or -1."""
+    """For each of the sorted `names` the index of the longest other one that it begins with, or -1."""
     places: list[int] = []
     open_: list[int] = []
-    for place, name in enumerate(names):
+    for index, name in enumerate(names):
         while open_ and not name.startswith(names[open_[-1]]):
             open_.pop()
         places.append(open_[-1] if open_ else -1)
-        open_.append(place)
+        open_.append(index)
     return places
 
 

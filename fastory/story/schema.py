@@ -191,10 +191,10 @@ class Origin:
     def error(self, location: Location, text: str) -> InputError:
         """An InputError that names the nearest line known for the location, and the location."""
         known = (location[:n] for n in range(len(location), -1, -1) if location[:n] in self.lines)
-        place = next((f"{self.name}:{self.lines[part]}" for part in known), self.name)
+        where = next((f"{self.name}:{self.lines[part]}" for part in known), self.name)
         path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
         text += "" if text.endswith((".", "?")) else "."
-        return InputError(": ".join(filter(None, [place, path, text])))
+        return InputError(": ".join(filter(None, [where, path, text])))
 
     def invalid(self, error: Mapping[str, Any]) -> InputError:
         """One of pydantic's error details in the story file's words."""

@@ -299,26 +299,26 @@ class _Pictures:
         self._paths: dict[str, Path] = {}
         self._decoded: set[Path] = set()
 
-    def path(self, location: Location, given: str) -> Path:
+    def path(self, location: Location, name: str) -> Path:
         """The absolute path of a picture that lies in the story's folder and can be decoded."""
-        if given not in self._paths:
-            path = self._inside(location, given)
+        if name not in self._paths:
+            path = self._inside(location, name)
             if path not in self._decoded:
                 try:
-                    check_picture(path, shown(given, 200))
+                    check_picture(path, shown(name, 200))
                 except InputError as error:
                     raise self._origin.error(location, str(error)) from error
                 self._decoded.add(path)
-            self._paths[given] = path
-        return self._paths[given]
+            self._paths[name] = path
+        return self._paths[name]
 
-    def _inside(self, location: Location, given: str) -> Path:
-        error, name = self._origin.error, shown(given, 200)
+    def _inside(self, location: Location, picture: str) -> Path:
+        error, name = self._origin.error, shown(picture, 200)
         if self._folder is None:
             raise error(location, "wanted captions alone, got a picture: read the story from a file")
         try:
             root = self._folder.resolve()
-            path = (root / given).resolve()
+            path = (root / picture).resolve()
             inside, is_file, is_folder = path.is_relative_to(root), path.is_file(), path.is_dir()
         except (OSError, ValueError, RuntimeError) as problem:
             said = problem.strerror if isinstance(problem, OSError) else problem

@@ -163,7 +163,7 @@ def begin(
     requested = {name: value for name, value in asdict(tuning).items() if name not in NO_RESULT}
     identity = {**requested, **{f"history {k}": v for k, v in asdict(sizes).items()}, "size": size,
                 "validation": held_out, "stories": digest_of(examples), "base": opened.hashes}  # fmt: skip
-    longest = min(tuning.frames, max(len(one.prompts) for one in examples)) - 1
+    longest = min(tuning.frames, max(len(example.prompts) for example in examples)) - 1
     window = tuning.window if isinstance(tuning.window, int) else longest
     of_base = prepare(
         opened, sizes, tuning.rank, max(window, 1), tuning.seed, tuning.self_attention, tuning.freeze_encoder

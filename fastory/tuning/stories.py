@@ -47,7 +47,7 @@ def read_examples(folder: Path, size: tuple[int, int]) -> list[Example]:
             f"{folder}: wanted a folder with a folder for every story ({STORY_FILES[0]} and frame-000.png ..), "
             f"got {'a single story' if single else 'none'}; put each story into a folder of its own"
         )
-    return [read_example(one, size) for one in inside]
+    return [read_example(story, size) for story in inside]
 
 
 def read_example(folder: Path, size: tuple[int, int]) -> Example:
@@ -70,7 +70,7 @@ def read_example(folder: Path, size: tuple[int, int]) -> Example:
 
 def digest_of(examples: Sequence[Example]) -> str:
     """Hex sha256 of captions and pictures, in their order."""
-    return hashlib.sha256("".join(one.digest for one in examples).encode()).hexdigest()
+    return hashlib.sha256("".join(example.digest for example in examples).encode()).hexdigest()
 
 
 def _pictures(folder: Path, count: int) -> tuple[Path, ...]:

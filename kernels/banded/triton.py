@@ -25,10 +25,10 @@ from fastory.kernels.tiles import (
     attend_keys,
     empty_softmax,
     load_rows,
-    pieces,
     seen_range,
     split,
     store_rows,
+    stride_divisor,
     unseen_range,
 )
 
@@ -58,15 +58,15 @@ def banded_kernel(
     queries, keys, group_size, window, query_group, query_group_size, prefix,
     q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head, out_row, out_token, padding_row,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, SCALE: tl.constexpr,
-    PIECE: tl.constexpr, ONE_GROUP: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    STRIDE_DIVISOR: tl.constexpr, ONE_GROUP: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Grid (H, ceil(Lq / BLOCK_M), B). ONE_GROUP: every query stands in query_group, so only padding needs a mask.
 
-    Strides of q, k, v and out come divided by PIECE. Offsets to a row, a head or a token are int64.
+    Strides of q, k, v and out come divided by STRIDE_DIVISOR. Offsets to a row, a head or a token are int64.
     """
-    q_token, out_token = q_token.to(tl.int64) * PIECE, out_token.to(tl.int64) * PIECE
-    k_token, v_token = k_token.to(tl.int64) * PIECE, v_token.to(tl.int64) * PIECE
+    q_token, out_token = q_token.to(tl.int64) * STRIDE_DIVISOR, out_token.to(tl.int64) * STRIDE_DIVISOR
+    k_token, v_token = k_token.to(tl.int64) * STRIDE_DIVISOR, v_token.to(tl.int64) * STRIDE_DIVISOR
     head = tl.program_id(0).to(tl.int64)
     start = tl.program_id(1).to(tl.int64) * BLOCK_M
     row = tl.program_id(2).to(tl.int64)
@@ -82,9 +82,9 @@ def banded_kernel(
         key_padding, tl.min(group, 0), tl.max(tl.where(keep, group, query_group), 0),
         keys, group_size, window, prefix,
     )  # fmt: skip
-    q += (row * q_row + head * q_head) * PIECE + start * q_token
-    k += (row * k_row + head * k_head) * PIECE
-    v += (row * v_row + head * v_head) * PIECE
+    q += (row * q_row + head * q_head) * STRIDE_DIVISOR + start * q_token
+    k += (row * k_row + head * k_head) * STRIDE_DIVISOR
+    v += (row * v_row + head * v_head) * STRIDE_DIVISOR
     q0, q1 = load_rows(q + step * q_token, keep, D, D0, D1)
     top, total, acc0, acc1 = empty_softmax(BLOCK_M, D0, D1)
     history = key_padding
@@ -108,7 +108,7 @@ def banded_kernel(
         0, 1, True, D, D0, D1, SCALE, PRECISION, UPCAST, BLOCK_N,
     )  # fmt: skip
     total = tl.where(total > 0.0, total, 1.0)[:, None]
-    out += row * out_row * PIECE + start * out_token + head * D
+    out += row * out_row * STRIDE_DIVISOR + start * out_token + head * D
     store_rows(out + step * out_token, keep, acc0 / total, acc1 / total, D, D0, D1)
 
 
@@ -124,21 +124,30 @@ def arguments(
     prefix: int,
     out: Tensor,
 ) -> tuple[list, int]:
-    """The kernel's arguments up to its constants, in order, and PIECE."""
+    """The kernel's arguments up to its constants, in order, and STRIDE_DIVISOR."""
     rows = q.shape[0]
     tensors = [q, k.expand(rows, -1, -1, -1), v.expand(rows, -1, -1, -1), out]
     strides = [stride for x in tensors for stride in x.stride()[:3]][:-1]
-    piece = pieces(*strides, *(x.data_ptr() // x.element_size() for x in tensors))
+    divisor = stride_divisor(*strides, *(x.data_ptr() // x.element_size() for x in tensors))
     step = group_size if query_group_size is None else query_group_size
     band = [group_size, window, query_group, step, prefix]
     if key_padding is not None:
         key_padding = key_padding.contiguous()
     padding_row = 0 if key_padding is None else key_padding.shape[1]
     sizes = [q.shape[1], k.shape[1], *band]
-    return [q, k, v, key_padding, out, *sizes, *(stride // piece for stride in strides), padding_row], piece
+    return [
+        q,
+        k,
+        v,
+        key_padding,
+        out,
+        *sizes,
+        *(stride // divisor for stride in strides),
+        padding_row,
+    ], divisor
 
 
-def constants(width: int, one_group: bool, dtype: torch.dtype, piece: int) -> dict[str, object]:
+def constants(width: int, one_group: bool, dtype: torch.dtype, divisor: int) -> dict[str, object]:
     """The kernel's compile-time arguments, its launch settings aside."""
     first, second = split(width)
     return {
@@ -146,7 +155,7 @@ def constants(width: int, one_group: bool, dtype: torch.dtype, piece: int) -> di
         "D0": first,
         "D1": second,
         "SCALE": LOG2_E / width**0.5,
-        "PIECE": piece,
+        "STRIDE_DIVISOR": divisor,
         "ONE_GROUP": one_group,
         "UPCAST": backends.interpreted() and dtype == torch.bfloat16,
     }
@@ -178,12 +187,12 @@ def banded_triton(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if out.numel() == 0:
         return out
-    passed, piece = arguments(
+    passed, divisor = arguments(
         q, k, v, group_size, window, query_group, query_group_size, key_padding, prefix, out
     )
     launch = settings(capability(q.device), 8 * q.element_size(), width, queries)
     grid = (heads, triton.cdiv(queries, launch["BLOCK_M"]), rows)
-    fixed = constants(width, query_group_size == 0, q.dtype, piece)
+    fixed = constants(width, query_group_size == 0, q.dtype, divisor)
     with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
         banded_kernel[grid](*passed, **fixed, **launch)
     return out

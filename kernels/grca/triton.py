@@ -29,11 +29,11 @@ from fastory.kernels.tiles import (
     attend_slots,
     empty_softmax,
     load_rows,
-    pieces,
     seen_range,
     seen_ranges,
     split,
     store_rows,
+    stride_divisor,
     unseen_range,
 )
 
@@ -117,16 +117,16 @@ def grca_kernel(
     kr_row, kr_token, kr_head, vr_row, vr_token, vr_head, out_row, out_token,
     scale_row, scale_group, visible_row, mask_row, mask_group, mask_query,
     TOKENS: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, SCALE: tl.constexpr,
-    PIECE: tl.constexpr, SLOTS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    STRIDE_DIVISOR: tl.constexpr, SLOTS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Grid (H, ceil(L / BLOCK_M), B): heads fastest, because neighbouring heads share the cache lines of q and out.
 
-    Strides of q, k, v and out come divided by PIECE. Offsets to a row, a head or a token are int64.
+    Strides of q, k, v and out come divided by STRIDE_DIVISOR. Offsets to a row, a head or a token are int64.
     """
-    q_token, out_token = q_token.to(tl.int64) * PIECE, out_token.to(tl.int64) * PIECE
-    kt_token, vt_token = kt_token.to(tl.int64) * PIECE, vt_token.to(tl.int64) * PIECE
-    kr_token, vr_token = kr_token.to(tl.int64) * PIECE, vr_token.to(tl.int64) * PIECE
+    q_token, out_token = q_token.to(tl.int64) * STRIDE_DIVISOR, out_token.to(tl.int64) * STRIDE_DIVISOR
+    kt_token, vt_token = kt_token.to(tl.int64) * STRIDE_DIVISOR, vt_token.to(tl.int64) * STRIDE_DIVISOR
+    kr_token, vr_token = kr_token.to(tl.int64) * STRIDE_DIVISOR, vr_token.to(tl.int64) * STRIDE_DIVISOR
     head = tl.program_id(0).to(tl.int64)
     start = tl.program_id(1).to(tl.int64) * BLOCK_M
     row = tl.program_id(2).to(tl.int64)
@@ -134,11 +134,11 @@ def grca_kernel(
     step = tl.arange(0, BLOCK_M)
     query = start.to(tl.int32) + step
     keep = query < queries
-    q += (row * q_row + head * q_head) * PIECE + start * q_token
-    k_text += (row * kt_row + head * kt_head) * PIECE
-    v_text += (row * vt_row + head * vt_head) * PIECE
-    k_ref += (ref_row * kr_row + head * kr_head) * PIECE
-    v_ref += (ref_row * vr_row + head * vr_head) * PIECE
+    q += (row * q_row + head * q_head) * STRIDE_DIVISOR + start * q_token
+    k_text += (row * kt_row + head * kt_head) * STRIDE_DIVISOR
+    v_text += (row * vt_row + head * vt_head) * STRIDE_DIVISOR
+    k_ref += (ref_row * kr_row + head * kr_head) * STRIDE_DIVISOR
+    v_ref += (ref_row * vr_row + head * vr_head) * STRIDE_DIVISOR
     scale += row * scale_row
     if ref_visible is not None:
         ref_visible += row * visible_row
@@ -184,7 +184,7 @@ def grca_kernel(
             out0 += acc0 * gate[:, None]
             if D1 > 0:
                 out1 += acc1 * gate[:, None]
-    out += row * out_row * PIECE + start * out_token + head * D
+    out += row * out_row * STRIDE_DIVISOR + start * out_token + head * D
     store_rows(out + step * out_token, keep, out0, out1, D, D0, D1)
 
 
@@ -206,12 +206,12 @@ def arguments(
     mask: Tensor | None,
     out: Tensor,
 ) -> tuple[list, int]:
-    """The kernel's arguments up to its constants, in order, and PIECE."""
+    """The kernel's arguments up to its constants, in order, and STRIDE_DIVISOR."""
     rows, queries = q.shape[:2]
     groups = 0 if k_ref.shape[1] == 0 else 1 if ref_offsets is None else ref_offsets.shape[0] - 1
     tensors = [q, k_text.expand(rows, -1, -1, -1), v_text.expand(rows, -1, -1, -1), k_ref, v_ref, out]
     strides = [stride for x in tensors for stride in x.stride()[:3]][:-1]
-    piece = pieces(*strides, *(x.data_ptr() // x.element_size() for x in tensors))
+    divisor = stride_divisor(*strides, *(x.data_ptr() // x.element_size() for x in tensors))
     weights = scale.expand(rows, scale.shape[-1] if scale.dim() else 1)
     if ref_visible is not None:
         ref_visible = ref_visible.contiguous()
@@ -224,11 +224,11 @@ def arguments(
     return [
         *pointers,
         *sizes,
-        *(stride // piece for stride in strides),
+        *(stride // divisor for stride in strides),
         *weights.stride(),
         visible_row,
         *mask_strides,
-    ], piece
+    ], divisor
 
 
 def slots(groups: int, dtype: torch.dtype, block: int) -> int:
@@ -239,7 +239,7 @@ def slots(groups: int, dtype: torch.dtype, block: int) -> int:
 
 
 def constants(
-    width: int, tokens_per_ref: int, dtype: torch.dtype, piece: int, slots: int = 0
+    width: int, tokens_per_ref: int, dtype: torch.dtype, divisor: int, slots: int = 0
 ) -> dict[str, object]:
     """The kernel's compile-time arguments, its launch settings aside."""
     first, second = split(width)
@@ -249,7 +249,7 @@ def constants(
         "D0": first,
         "D1": second,
         "SCALE": LOG2_E / width**0.5,
-        "PIECE": piece,
+        "STRIDE_DIVISOR": divisor,
         "SLOTS": slots,
         "UPCAST": backends.interpreted() and dtype == torch.bfloat16,
     }
@@ -276,11 +276,11 @@ def grca_triton(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if out.numel() == 0:
         return out
-    passed, piece = arguments(q, k_text, v_text, k_ref, v_ref, scale, ref_offsets, ref_visible, mask, out)
+    passed, divisor = arguments(q, k_text, v_text, k_ref, v_ref, scale, ref_offsets, ref_visible, mask, out)
     groups = 1 if ref_offsets is None else ref_offsets.shape[0] - 1
     launch = settings(capability(q.device), 8 * q.element_size(), width, queries, groups)
     together = slots(groups, q.dtype, launch["BLOCK_N"])
-    fixed = constants(width, tokens_per_ref, q.dtype, piece, together)
+    fixed = constants(width, tokens_per_ref, q.dtype, divisor, together)
     grid = (heads, triton.cdiv(queries, launch["BLOCK_M"]), rows)
     with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
         grca_kernel[grid](*passed, **fixed, **launch)

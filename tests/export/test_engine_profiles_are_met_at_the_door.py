@@ -18,7 +18,7 @@ from fastory.export.profiles import profiles
 from fastory.models.engine_model import EngineModel
 from fastory.models.engine_sessions import bounded_by_engines, sessions_for
 from fastory.models.export_folder import DrawableManifest, ExportFolder
-from fastory.runtime import place
+from fastory.runtime import choose_placement
 
 ENGINE = "unet.engine"
 
@@ -37,7 +37,7 @@ def record(folder: Path, sizes: Mapping[str, tuple[int, int]], **differs: Any) -
 def opened(folder: Path, engines: Mapping[str, str]) -> EngineModel:
     """The export as it is opened where `engines` run; what is drawn here is drawn by ONNX Runtime."""
     export = ExportFolder.open(folder, check=False, schema=DrawableManifest)
-    placed = place("cpu", "float32", "off")
+    placed = choose_placement("cpu", "float32", "off")
     return EngineModel(bounded_by_engines(export, engines), placed, sessions_for(export, placed.device))
 
 

@@ -1,4 +1,4 @@
-"""Half types export as well: float16 is measured against float64, bfloat16 through a twin in float32, and says so."""
+"""Half types export as well: float16 is measured against float64, bfloat16 through the same weights in float32, and says so."""
 
 from __future__ import annotations
 

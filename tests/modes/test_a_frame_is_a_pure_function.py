@@ -123,7 +123,7 @@ def side_by_side(model: StoryModel, stories: list[Story], scheduler: str, drafts
     found: list[Pictures] = [{} for _ in stories]
     for event in causal(model, plans, batch_sizes=[2], size=(64, 64)):
         if isinstance(event, FrameDrawn):
-            found[event.place][event.frame] = event.image.tobytes()
+            found[event.story_index][event.frame] = event.image.tobytes()
     return found
 
 

@@ -82,7 +82,7 @@ def test_stories_side_by_side_have_their_own_drafts_and_a_given_frame_none(
     stories.append(Story("given", stories[0].frames, first_frame=given))
     events = list(tell(model, stories, drafts=1, batch_size=3))
     together = pictures(iter(events))
-    steps = [(e.place, e.draft) for e in events if isinstance(e, StepDone) and e.frames == (0,)]
+    steps = [(e.story_index, e.draft) for e in events if isinstance(e, StepDone) and e.frames == (0,)]
     assert steps == [(0, 1), (1, 1)] * 2 + [(0, 0), (1, 0)] * 2
     for place, story in enumerate(stories):
         alone = pictures(tell(model, story, drafts=1, batch_size=3))

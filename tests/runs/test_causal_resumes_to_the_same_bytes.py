@@ -70,9 +70,9 @@ def test_stories_side_by_side_are_the_stories_alone(model: StoryModel) -> None:
     ]
     events = list(tell(model, stories))
     together = pictures(iter(events))
-    steps = [e.place for e in events if isinstance(e, StepDone) and e.frames == (0,)]
+    steps = [e.story_index for e in events if isinstance(e, StepDone) and e.frames == (0,)]
     assert steps == [0, 1, 0, 1, 2, 2]  # two stories a step, then the third
-    assert [e.place for e in events if isinstance(e, StoryStarted)] == [0, 1, 2]
+    assert [e.story_index for e in events if isinstance(e, StoryStarted)] == [0, 1, 2]
     for place, story in enumerate(stories):
         alone = pictures(tell(model, story))
         assert {frame: data for (_, frame), data in alone.items()} == {
@@ -130,7 +130,7 @@ def test_when_memory_runs_out_a_frame_starts_again_with_fewer_stories(
     events = list(tell(model, stories, tmp_path))
     halved = [event for event in events if isinstance(event, BatchHalved)]
     assert [(event.frame, event.size) for event in halved] == [(1, 1)]
-    drawn = [(e.place, e.frame) for e in events if isinstance(e, FrameDrawn)]
+    drawn = [(e.story_index, e.frame) for e in events if isinstance(e, FrameDrawn)]
     assert drawn == [(0, 0), (1, 0), (0, 1), (1, 1), (0, 2), (1, 2)]
     for name in ("0", "1"):
         assert json.loads((tmp_path / name / "manifest.json").read_text())["batch_sizes"] == [2, 1]

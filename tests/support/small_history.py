@@ -88,4 +88,4 @@ def tell(
 
 def pictures(events: Iterator[Event]) -> dict[tuple[int, int], bytes]:
     """The bytes of every picture, by the story's place in the call and the frame."""
-    return {(e.place, e.frame): e.image.tobytes() for e in events if isinstance(e, FrameDrawn)}
+    return {(e.story_index, e.frame): e.image.tobytes() for e in events if isinstance(e, FrameDrawn)}

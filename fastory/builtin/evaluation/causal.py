@@ -65,22 +65,22 @@ def drawn_frames(events: Iterable[Event], stories: int) -> list[Pictures]:
     frames: list[dict[int, np.ndarray]] = [{} for _ in range(stories)]
     for event in events:
         if isinstance(event, FrameDrawn):
-            frames[event.place][event.frame] = np.asarray(event.image)
+            frames[event.story_index][event.frame] = np.asarray(event.image)
     return [np.stack([found[i] for i in sorted(found)]) for found in frames]
 
 
 def with_history(
-    model: StoryModel, settings: Settings, stories: Stories, given: Sequence[Path | None] = ()
+    model: StoryModel, settings: Settings, stories: Stories, first_frames: Sequence[Path | None] = ()
 ) -> list[Pictures]:
-    """Causal mode, the stories side by side. given: first frames, one a story."""
-    pairs = zip(stories, given or [None] * len(stories), strict=True)
-    told = [
+    """Causal mode, the stories side by side. first_frames: one a story."""
+    pairs = zip(stories, first_frames or [None] * len(stories), strict=True)
+    prepared = [
         replace(Story.from_captions(s.captions), settings={"seed": s.seed}, first_frame=file)
         for s, file in pairs
     ]
     own: dict[str, Any] = {"window": settings.window, "drafts": settings.drafts}
-    events = generate(told, model=model, **_sampling(settings), mode="causal", **own)
-    return drawn_frames(events, len(told))
+    events = generate(prepared, model=model, **_sampling(settings), mode="causal", **own)
+    return drawn_frames(events, len(prepared))
 
 
 def with_first_frame(model: StoryModel, settings: Settings, stories: Stories) -> list[Pictures]:
@@ -162,8 +162,8 @@ def causal_scores(judged: Judged) -> dict[str, float]:
 def by_frame(judged: Sequence[Judged], name: str) -> list[float | None]:
     """Agreement with the first appearance at frame 1, 2, ..: whether a long story drifts. None: nobody's later one."""
     at: list[list[bool]] = [[] for _ in judged[0].story.captions]
-    for one in judged:
-        for frame, same in later_appearances(one, name):
+    for story in judged:
+        for frame, same in later_appearances(story, name):
             at[frame].append(same)
     return [round(float(np.mean(values)), 4) if values else None for values in at[1:]]
 
@@ -296,7 +296,7 @@ def measure(
             taken += [seconds] * len(pictures) if seconds is not None else []
             print(f"{name}: {len(drawn[name])} of {len(stories)} stories", flush=True)
         judged = [judge(classifier, *pair) for pair in zip(stories, drawn[name], strict=True)]
-        rows[name] = [causal_scores(one) for one in judged]
+        rows[name] = [causal_scores(story) for story in judged]
         report[name] = {
             "scores": summary(rows[name]),
             "by frame": {f"first {free}": by_frame(judged, free) for free in FREE},
@@ -317,15 +317,15 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     model = StoryModel.open(options.model, adapter=options.adapter)
     named = ("steps", "guidance_scale", "drafts")
-    given = {**{name: getattr(options, name) for name in named}, "mode": "causal"}
-    settings = resolve(given, {}, None, model.defaults)[0]
+    values = {**{name: getattr(options, name) for name in named}, "mode": "causal"}
+    settings = resolve(values, {}, None, model.defaults)[0]
     print(settings)
     stories = held_out_stories(options.stories, options.seed, options.frames, options.cast)
     report, drawn = measure(model, settings, stories, options)
     if options.output:
-        asked = ("stories", "frames", "cast", "windows", "steps", "guidance_scale", "drafts", "seed")
+        recorded = ("stories", "frames", "cast", "windows", "steps", "guidance_scale", "drafts", "seed")
         whole = {
-            "command": {name: getattr(options, name) for name in asked},
+            "command": {name: getattr(options, name) for name in recorded},
             "settings": settings.identity(),
             "placement": model.placement.as_dict(),
             "model": model.hashes,

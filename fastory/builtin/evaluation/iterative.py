@@ -85,10 +85,10 @@ def held_out_stories(
         present = {role.member for scene in tale.scenes for role in scene.roles}
         if len(present) < size:
             continue  # `across` is of two characters that are seen
-        told = tuple(sample_said(rng, size, said) for _ in tale.scenes) if said else ()
-        pairs = zip(tale.scenes, told or ((NOTHING,) * size,) * frames, strict=True)
-        texts = tuple(caption(rng, tale.cast, scene, said=one) for scene, one in pairs)
-        stories.append(HeldOutStory(tale, texts, 1000 * seed + index - 1, told))
+        said_looks = tuple(sample_said(rng, size, said) for _ in tale.scenes) if said else ()
+        pairs = zip(tale.scenes, said_looks or ((NOTHING,) * size,) * frames, strict=True)
+        texts = tuple(caption(rng, tale.cast, scene, said=named) for scene, named in pairs)
+        stories.append(HeldOutStory(tale, texts, 1000 * seed + index - 1, said_looks))
     return stories
 
 
@@ -102,7 +102,7 @@ def draw_rounds(model: StoryModel, captions: Sequence[str], seed: int, **setting
 
 
 @dataclass(frozen=True)
-class _Given:
+class _FirstRound:
     """Round 0 as given: what the control with another story's frames starts from."""
 
     pictures: np.ndarray
@@ -121,7 +121,7 @@ def draw_with_foreign_references(model: StoryModel, story: HeldOutStory, picture
     )
     last = settings.reference_scale[1]
     settings = replace(settings, reference_scale=(last, last))
-    plan = StoryPlan(Story.from_captions(story.captions), settings, finished=_Given(pictures))
+    plan = StoryPlan(Story.from_captions(story.captions), settings, finished=_FirstRound(pictures))
     events = iterative(model, plan, batch_sizes=[4])
     drawn = {event.frame: np.asarray(event.image) for event in events if isinstance(event, FrameDrawn)}
     return np.stack([drawn[i] for i in sorted(drawn)])
@@ -204,9 +204,11 @@ def _roles_right(judged: Judged, frame: int, scene: Scene) -> list[tuple[bool, b
 def said_scores(judged: Judged) -> dict[str, float]:
     """Shares of what captions say of looks that is drawn, for frames with one character and with two: `said hat 2`."""
     found: dict[str, list[bool]] = {}
-    for frame, (scene, told) in enumerate(zip(judged.story.tale.scenes, judged.story.said, strict=False)):
+    for frame, (scene, said_looks) in enumerate(
+        zip(judged.story.tale.scenes, judged.story.said, strict=False)
+    ):
         for slot, role in enumerate(scene.roles):
-            for name in told[role.member]:
+            for name in said_looks[role.member]:
                 wanted = FREE[name].index(getattr(judged.story.tale.cast[role.member], name))
                 right = bool(judged.free[name][frame, slot] == wanted)
                 found.setdefault(f"said {name} {len(scene.roles)}", []).append(right)
@@ -231,9 +233,9 @@ def scores(judged: Judged) -> dict[str, float]:
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
     """Mean and 95 % bootstrap interval over stories."""
-    rng, given = np.random.default_rng(0), np.asarray(values)
-    means = given[rng.integers(0, len(given), (2000, len(given)))].mean(1)
-    return float(given.mean()), float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
+    rng, sample = np.random.default_rng(0), np.asarray(values)
+    means = sample[rng.integers(0, len(sample), (2000, len(sample)))].mean(1)
+    return float(sample.mean()), float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
 
 
 def summary(rows: Sequence[dict[str, float]]) -> dict[str, tuple[float, float, float]]:
@@ -386,10 +388,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     """Print the table; with --output also write it."""
     options = parse(arguments)
-    given = {
+    values = {
         name: getattr(options, name) for name in ("iterations", "steps", "inner_steps", "guidance_scale")
     }
-    settings = {name: value for name, value in given.items() if value is not None}
+    settings = {name: value for name, value in values.items() if value is not None}
     model, classifier = StoryModel.open(options.model), load_classifier(options.classifier)
     shipped: Settings = resolve(settings, {}, None, model.defaults)[0]
     print(shipped)

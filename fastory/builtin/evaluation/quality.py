@@ -111,7 +111,7 @@ def calibrate(stories: Sequence[HeldOutStory], restore: Any) -> dict[str, float]
     drawn = [np.stack([np.asarray(draw(s.tale.cast, sc, rng)) for sc in s.tale.scenes]) for s in stories]
     restored = [restore(pictures) for pictures in drawn]
     pure = {
-        name: np.concatenate([purities(story, one) for story, one in zip(stories, pictures, strict=True)])
+        name: np.concatenate([purities(story, shown) for story, shown in zip(stories, pictures, strict=True)])
         for name, pictures in (("drawn", drawn), ("restored", restored))
     }
     return {
@@ -127,11 +127,11 @@ def calibrate(stories: Sequence[HeldOutStory], restore: Any) -> dict[str, float]
 def quality_scores(story: HeldOutStory, pictures: np.ndarray, patched_below: float) -> dict[str, float]:
     """One story's and round's `purity`, share of `patched` bodies, and `edge energy`."""
     pure = purities(story, pictures)
-    told = pure[np.isfinite(pure)]
+    known = pure[np.isfinite(pure)]
     found = {"edge energy": edge_energy(pictures)}
     return (
-        {**found, "purity": float(told.mean()), "patched": float((told < patched_below).mean())}
-        if len(told)
+        {**found, "purity": float(known.mean()), "patched": float((known < patched_below).mean())}
+        if len(known)
         else found
     )
 

@@ -223,8 +223,8 @@ class UnetObjective(Objective):
         tales = [sample_training_tale(stream("sample", 1, 0, i), 4) for i in range(4)]
         rng = np.random.default_rng(3)
         looks = [sample_said(rng, len(tale.cast), SAID_SHARE) for tale in tales]
-        told = zip(tales, looks, strict=True)
-        texts = [caption(rng, t.cast, scene, said=said) for t, said in told for scene in t.scenes]
+        pairs = zip(tales, looks, strict=True)
+        texts = [caption(rng, t.cast, scene, said=said) for t, said in pairs for scene in t.scenes]
         print(*texts, sep="\n")
         pictures = self.denoise(texts, seed=11)
         rows = [np.concatenate(list(pictures[i : i + 8]), 1) for i in (0, 8)]

@@ -216,9 +216,9 @@ class ClipObjective(Objective):
             **seen,
             "ids": self._ids(texts),
             "said": torch.from_numpy(np.stack(looks)),
-            "place": torch.tensor([one.place for one in labels]),
-            "slots": torch.from_numpy(np.stack([one.slots for one in labels])),
-            "free": torch.from_numpy(np.stack([one.free for one in labels])),
+            "place": torch.tensor([shown.place for shown in labels]),
+            "slots": torch.from_numpy(np.stack([shown.slots for shown in labels])),
+            "free": torch.from_numpy(np.stack([shown.free for shown in labels])),
         }
 
     def _seen(self, pictures: np.ndarray) -> Batch:
@@ -313,8 +313,8 @@ class ClipObjective(Objective):
         good = torch.ones(len(states), dtype=torch.bool, device=states.device)
         for heads, wanted in zip((self.left_heads, self.right_heads), self._wanted(batch), strict=True):
             parts = heads.linear(states).split(heads.sizes, -1)
-            for part, one in zip(parts, wanted.unbind(1), strict=True):
-                good &= (part.argmax(-1) == one) | (one == ABSENT)
+            for part, answer in zip(parts, wanted.unbind(1), strict=True):
+                good &= (part.argmax(-1) == answer) | (answer == ABSENT)
         return good
 
     def sample(self, folder: Path) -> None:

@@ -83,15 +83,15 @@ def see_as(vision: Network, image_encoder: Network, pixels: Tensor) -> None:
     patches = clip.embeddings.patch_embedding.weight
     own.patch_embedding.weight.copy_(normed(patches.movedim(0, -1)).movedim(-1, 0))
     own.patch_embedding.bias.zero_()
-    for layer, given in zip(vision.encoder.layers, clip.encoder.layers, strict=True):
-        attention = given.self_attn
+    for layer, source in zip(vision.encoder.layers, clip.encoder.layers, strict=True):
+        attention = source.self_attn
         three = attention.q_proj, attention.k_proj, attention.v_proj
-        layer.self_attn.qkv.weight.copy_(torch.cat([one.weight for one in three]))
-        layer.self_attn.qkv.bias.copy_(torch.cat([one.bias for one in three]))
+        layer.self_attn.qkv.weight.copy_(torch.cat([own.weight for own in three]))
+        layer.self_attn.qkv.bias.copy_(torch.cat([own.bias for own in three]))
         layer.self_attn.projection.load_state_dict(attention.out_proj.state_dict())
-        layer.layer_norm1.load_state_dict(given.layer_norm1.state_dict())
-        layer.layer_norm2.load_state_dict(given.layer_norm2.state_dict())
-        layer.mlp.load_state_dict(given.mlp.state_dict())
+        layer.layer_norm1.load_state_dict(source.layer_norm1.state_dict())
+        layer.layer_norm2.load_state_dict(source.layer_norm2.state_dict())
+        layer.mlp.load_state_dict(source.mlp.state_dict())
 
 
 def patchy(cast: tuple[Character, ...], scene: Scene, rng: np.random.Generator) -> Image.Image:
@@ -101,15 +101,15 @@ def patchy(cast: tuple[Character, ...], scene: Scene, rng: np.random.Generator) 
     if rng.random() < 0.5:
         return own
     others = tuple(replace(c, colour=str(rng.choice([k for k in COLOURS if k != c.colour]))) for c in cast)
-    one, two = (
+    first, second = (
         np.asarray(picture, np.float32)
         for picture in (own, draw(others, scene, np.random.default_rng(seed)))  # the same places
     )
-    body = torch.from_numpy((one != two).any(-1)).float()
+    body = torch.from_numpy((first != second).any(-1)).float()
     share = torch.zeros(SIZE, SIZE, 1)
     for columns in np.split(np.arange(SIZE), len(scene.roles)):
         share[:, columns, 0] = patch_shares(body[:, columns], SMALLER_PART, rng)
-    return Image.fromarray(np.round(one + share.numpy() * (two - one)).astype(np.uint8))
+    return Image.fromarray(np.round(first + share.numpy() * (second - first)).astype(np.uint8))
 
 
 class HistoryObjective(Objective):

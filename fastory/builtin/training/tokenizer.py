@@ -64,21 +64,21 @@ def grown_tokenizer(tokenizer: CLIPTokenizer) -> CLIPTokenizer:
         return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
 
 
-def _merges_of(pieces: list[list[str]]) -> list[Pair]:
+def _merges_of(tokens: list[list[str]]) -> list[Pair]:
     merges: list[Pair] = []
-    while counts := Counter(pair for word in pieces for pair in pairwise(word)):
+    while counts := Counter(pair for word in tokens for pair in pairwise(word)):
         best = min(counts, key=lambda pair: (-counts[pair], pair))
         merges.append(best)
-        pieces = [_merged(word, best) for word in pieces]
+        tokens = [_merged(word, best) for word in tokens]
     return merges
 
 
 def _merged(word: list[str], pair: Pair) -> list[str]:
     """The pieces of a word with every occurrence of `pair` joined."""
     out: list[str] = []
-    for piece in word:
-        if out and (out[-1], piece) == pair:
-            out[-1] += piece
+    for token in word:
+        if out and (out[-1], token) == pair:
+            out[-1] += token
         else:
-            out.append(piece)
+            out.append(token)
     return out

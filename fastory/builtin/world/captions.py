@@ -106,8 +106,8 @@ def caption(
 
 def longest_count(sentence: str) -> int:
     """The most tokens that a sentence can have, start and end among them: a made-up name falls into letters."""
-    pieces = re.findall(r"[^\W\d_]+|[^\w\s]", sentence.lower())
-    return 2 + sum(len(p) if p[0].isalpha() and p not in vocabulary() else 1 for p in pieces)
+    parts = re.findall(r"[^\W\d_]+|[^\w\s]", sentence.lower())
+    return 2 + sum(len(p) if p[0].isalpha() and p not in vocabulary() else 1 for p in parts)
 
 
 def _sentence(

@@ -29,7 +29,7 @@ def sample_said(
             frozenset(name for name in ATTRIBUTES if rng.random() < (0.6 if name == "colour" else 0.5))
             for _ in range(cast_size)
         )
-        if any(said) and not (named and cast_size > 1 and any(len(one) == 3 for one in said)):
+        if any(said) and not (named and cast_size > 1 and any(len(look) == 3 for look in said)):
             return said
 
 
