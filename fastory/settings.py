@@ -62,7 +62,7 @@ MODES: dict[str, ModeTraits] = {
     "iterative": ModeTraits(
         (
             *("iterations", "inner_steps", "reference_scale"),
-            *("references", "reference_fit", "reference_start"),
+            *("references", "reference_fit", "reference_start", "reference_interval"),
         )
     ),
     "causal": ModeTraits(("window", "drafts")),
@@ -77,7 +77,10 @@ class Settings:
     inner rounds are read by the image encoder alone. reference_scale: l_1 and l_K of the linear weighting.
     reference_start: the first round in which pictures given for a character are references. window: L_M of causal mode,
     the frames before it that a frame sees, or "all" (AR-LDM). drafts: how often frame 0 of causal mode is drawn before it is
-    kept, each time from the one before; see modes/causal.py.
+    kept, each time from the one before; see modes/causal.py. guidance_interval, reference_interval: the shares of the steps,
+    from a start to before an end, in which there is classifier-free guidance, and in which references are read; outside, the
+    unconditional rows, or the references, are not computed ("Applying Guidance in a Limited Interval Improves Sample and
+    Distribution Quality in Diffusion Models", arXiv 2404.07724, for guidance).
     """
 
     mode: str = "iterative"
@@ -98,6 +101,8 @@ class Settings:
     window: int | str = "all"
     drafts: int = 0
     inner_steps: int = 0
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    reference_interval: tuple[float, float] = (0.0, 1.0)
 
     @property
     def rounds(self) -> int:
@@ -134,6 +139,8 @@ _STORY_ADAPTER: Mapping[str, Any] = {
     "scheduler": "ddim",
     "steps": 50,
     "guidance_scale": 7.5,
+    "guidance_interval": (0.0, 1.0),
+    "reference_interval": (0.0, 1.0),
     "noise": "shared",
 }
 
@@ -159,6 +166,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "scheduler": "ddim",
         "steps": 250,
         "guidance_scale": 6.0,
+        "guidance_interval": (0.0, 1.0),
         "window": "all",
         "drafts": 0,
     },
@@ -176,7 +184,7 @@ _CHOICES: Mapping[str, Collection[str]] = {
     "graphs": GRAPHS,
 }
 # Settings that came later, with the value under which a run is what it was before there were any.
-_LATER = {"inner_steps": 0}
+_LATER = {"inner_steps": 0, "guidance_interval": (0.0, 1.0), "reference_interval": (0.0, 1.0)}
 _LEAST = {
     "iterations": 0,
     "steps": 1,
@@ -197,6 +205,11 @@ _MOST = {
     "width": 8192,
     "height": 8192,
 }
+
+
+def is_within(interval: tuple[float, float], step: int, steps: int) -> bool:
+    """Whether a step, counted from 0, lies in an interval of shares of all `steps`."""
+    return interval[0] * steps <= step < interval[1] * steps
 
 
 def resolve(
@@ -299,6 +312,8 @@ def check(name: str, value: Any, origin: str) -> Any:
     what = origin if origin.startswith("--") else f"{name} ({origin})"
     if name == "reference_scale":
         return _scale(value, what)
+    if name in ("guidance_interval", "reference_interval"):
+        return _interval(value, what)
     if name == "window":
         return _window(value, what)
     kinds = tuple(kind for kind in (get_args(hints[name]) or (hints[name],)) if kind is not type(None))
@@ -339,20 +354,35 @@ def _float(number: Any) -> float:
         return math.inf if number > 0 else -math.inf
 
 
-def _scale(value: Any, what: str) -> tuple[float, float]:
-    """l_1 and l_K from 0.3:0.5, from one number, or from a pair."""
+def _pair(value: Any) -> list[float]:
+    """The numbers of FIRST:LAST, of one number, or of a pair; anything else gives none."""
     parts = (
         value.split(":") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
     )
     try:
-        numbers = [_float(part) for part in parts]
+        return [_float(part) for part in parts]
     except (TypeError, ValueError):
-        numbers = []
+        return []
+
+
+def _scale(value: Any, what: str) -> tuple[float, float]:
+    """l_1 and l_K from 0.3:0.5, from one number, or from a pair."""
+    numbers = _pair(value)
     if len(numbers) not in (1, 2) or not all(math.isfinite(number) for number in numbers):
         raise InputError(f"{what}: wanted FIRST:LAST such as 0.3:0.5, or one number, got {shown(value)}")
     if not all(0 <= number <= MOST_SCALE for number in numbers):
         raise InputError(f"{what}: wanted 0 to {MOST_SCALE} for both, got {shown(value)}")
     return numbers[0], numbers[-1]
+
+
+def _interval(value: Any, what: str) -> tuple[float, float]:
+    """Start and end as shares of the steps."""
+    numbers = _pair(value)
+    if len(numbers) != 2 or not 0 <= numbers[0] < numbers[1] <= 1:
+        raise InputError(
+            f"{what}: wanted START:END such as 0.2:0.8, shares of the steps with 0 <= START < END <= 1, got {shown(value)}"
+        )
+    return numbers[0], numbers[1]
 
 
 def _window(value: Any, what: str) -> int | str:

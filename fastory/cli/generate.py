@@ -110,6 +110,14 @@ InnerSteps = Annotated[
     int | None, option(SAMPLING, help="Steps of every round but the last (default 0: as many).")
 ]
 GuidanceScale = Annotated[float | None, option(SAMPLING, help="Classifier-free guidance.")]
+GuidanceInterval = Annotated[
+    str | None,
+    option(SAMPLING, metavar="START:END", help="Shares of the steps with guidance (default 0:1)."),
+]
+ReferenceInterval = Annotated[
+    str | None,
+    option(METHOD, metavar="START:END", help="Shares of the steps that read references (default 0:1)."),
+]
 Scheduler = Annotated[str | None, choice(SAMPLING, choices("scheduler"), help="Sampler.")]
 Seed = Annotated[int | None, option(SAMPLING, help="Seed of the initial noise.")]
 Noise = Annotated[
@@ -148,6 +156,7 @@ def generate(
     preset: Preset = None,
     iterations: Iterations = None,
     reference_scale: ReferenceScale = None,
+    reference_interval: ReferenceInterval = None,
     references: References = None,
     reference_fit: ReferenceFit = None,
     reference_start: ReferenceStart = None,
@@ -166,6 +175,7 @@ def generate(
     steps: Steps = None,
     inner_steps: InnerSteps = None,
     guidance_scale: GuidanceScale = None,
+    guidance_interval: GuidanceInterval = None,
     scheduler: Scheduler = None,
     seed: Seed = None,
     noise: Noise = None,

@@ -18,6 +18,12 @@ class Context(Protocol):
     def attend(self, layer: Layer, query: Tensor) -> Tensor:
         """query (B, L, H, d) -> (B, L, H, d)."""
 
+    def last_rows(self, count: int) -> Context:
+        """The last `count` rows, in the same memory."""
+
+    def without_references(self) -> Context:
+        """The same rows, the text in the same memory, and no references."""
+
     def inputs(self) -> dict[str, Tensor]:
         """The tensors by the names that the inputs of an exported UNet have."""
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -57,6 +57,14 @@ class HistoryContext:
             caption_tokens=self.caption_tokens,
             frame_tokens=self.frame_tokens,
         )
+
+    def last_rows(self, count: int) -> HistoryContext:
+        """The last `count` rows, in the same memory."""
+        return replace(self, kv=self.kv[-count:], padding=self.padding[-count:])
+
+    def without_references(self) -> HistoryContext:
+        """A history is no reference."""
+        return self
 
     def inputs(self) -> dict[str, Tensor]:
         """The tensors by the names that the inputs of an exported UNet have."""

@@ -90,6 +90,25 @@ class ReferenceContext:
             mask=None if self.masks is None else self.masks[query.shape[1]],
         )
 
+    def last_rows(self, count: int) -> ReferenceContext:
+        """The last `count` rows, in the same memory."""
+        masks = self.masks and {
+            L: mask if len(mask) == 1 else mask[-count:] for L, mask in self.masks.items()
+        }
+        text_kv, ref_visible = self.text_kv[-count:], self.ref_visible[-count:]
+        return replace(self, text_kv=text_kv, ref_visible=ref_visible, masks=masks)
+
+    def without_references(self) -> ReferenceContext:
+        """The same rows, the text in the same memory, and no references."""
+        return replace(
+            self,
+            ref_kv=self.ref_kv[:, :0],
+            scale=self.scale.new_zeros(1),
+            ref_visible=self.ref_visible[:, :0],
+            ref_offsets=self.ref_offsets.new_zeros(2),
+            masks=None,
+        )
+
     def inputs(self) -> dict[str, Tensor]:
         """The tensors by the names that the inputs of an exported UNet have."""
         return {

@@ -64,6 +64,12 @@ class UnetInputs:
     timestep_cond: Tensor | None
     added: Mapping[str, Tensor] | None
 
+    def last_rows(self, count: int) -> UnetInputs:
+        """The last `count` rows, in the same memory."""
+        cond = None if self.timestep_cond is None else self.timestep_cond[-count:]
+        added = self.added and {name: value[-count:] for name, value in self.added.items()}
+        return UnetInputs(self.latents[-count:], self.timestep, self.context.last_rows(count), cond, added)
+
 
 class Projections(Protocol):
     """A UNet's cross-attention projections, all layers side by side: W = 2 * sum of their channels."""

@@ -255,7 +255,7 @@ class Iterative:
             reasons["references"] = "without iterations no frame sees another one"
             if not pictures or settings.reference_start > 0:
                 why = "without iterations nothing is a reference"
-                reasons |= dict.fromkeys(("reference_scale", "reference_fit"), why)
+                reasons |= dict.fromkeys(("reference_scale", "reference_fit", "reference_interval"), why)
         if not pictures:
             reasons["reference_start"] = "the story gives no pictures of its characters"
         return reasons

@@ -14,10 +14,11 @@ from fastory.story import Story
 def unused_notices(model: Model, story: Story, settings: Settings, sources: Mapping[str, str]) -> list[str]:
     """A line for every value that was given, by flag, story file or preset, and decides nothing."""
     reasons = mode_of(settings.mode).unused(story, settings)
-    if not is_guided(model, settings) and settings.negative_prompt:
-        reasons["negative_prompt"] = (
-            "without guidance there is no unconditional row (guidance_scale 1 or less, or an LCM UNet)"
-        )
+    if not is_guided(model, settings):
+        why = "without guidance there is no unconditional row (guidance_scale 1 or less, or an LCM UNet)"
+        reasons["guidance_interval"] = why
+        if settings.negative_prompt:
+            reasons["negative_prompt"] = why
     if all(frame.seed is not None for frame in story.frames):
         reasons |= dict.fromkeys(("seed", "noise"), "every frame has a seed of its own")
     twice = [

@@ -53,10 +53,16 @@ def footer(model: Model, settings: Settings) -> dict[str, str]:
         "Model": Path(model.name).name,
         "Mode": settings.mode,
         **mode_of(settings.mode).method(settings),
-        "Sampling": f"{settings.scheduler}, {counted(settings.steps, 'step')}, guidance {settings.guidance_scale:g}",
+        "Sampling": f"{settings.scheduler}, {counted(settings.steps, 'step')}, guidance {settings.guidance_scale:g}"
+        + within(settings.guidance_interval),
         "Noise": f"{settings.noise}, seed {settings.seed}",
         "Size": f"{settings.width} x {settings.height}",
     }
+
+
+def within(interval: tuple[float, float]) -> str:
+    """Words for an interval of the steps; none for all of them."""
+    return "" if interval == (0.0, 1.0) else f" in {interval[0]:g} to {interval[1]:g} of the steps"
 
 
 def versions() -> dict[str, str]:

@@ -74,18 +74,20 @@ class Captured:
 
     def __init__(self, model: Model) -> None:
         self.model = model
-        self.graph: Replayed | None = None
+        # By the identity of the inputs, which are kept with their graph: a step may read some of the rows alone.
+        self.graphs: dict[int, tuple[UnetInputs, Replayed, Tensor]] = {}
 
     def predict(self, inputs: UnetInputs) -> Tensor:
         """The prediction (R, c, h, w) from what the inputs' buffers hold now."""
-        if self.graph is None:
-            self.graph, self.prediction = self.capture(inputs)
-        self.graph.replay()
-        return self.prediction
+        if id(inputs) not in self.graphs:
+            self.graphs[id(inputs)] = (inputs, *self.capture(inputs))
+        _, graph, prediction = self.graphs[id(inputs)]
+        graph.replay()
+        return prediction
 
     def forget(self) -> None:
-        """The graph read other buffers."""
-        self.graph = None
+        """The graphs read other buffers."""
+        self.graphs = {}
 
     def capture(self, inputs: UnetInputs) -> tuple[Replayed, Tensor]:
         """A graph of the call, and where its replay leaves the prediction."""

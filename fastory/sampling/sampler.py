@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ from fastory.models.protocol import Caption, Model, UnetInputs
 from fastory.sampling.clock import timed
 from fastory.sampling.denoiser import denoiser_of
 from fastory.sampling.schedulers import SchedulerStep, make_scheduler
-from fastory.settings import Settings
+from fastory.settings import Settings, is_within
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +67,7 @@ class Sampler:
             self.conditions = {name: value.repeat(self.rows, 1) for name, value in row.items()}
         self.model_input = torch.zeros(self.rows, *self.latent_shape, **options)
         self.inputs: UnetInputs | None = None
+        self.parts: dict[tuple[bool, bool], UnetInputs] = {}
         self.denoiser = denoiser_of(model)
 
     def set_steps(self, steps: int) -> None:
@@ -97,7 +98,18 @@ class Sampler:
             self.inputs = UnetInputs(
                 self.model_input, self.timestep, context, self.timestep_cond, self.conditions
             )
+            self.parts = {}
             self.denoiser.forget()
+
+    def inputs_of(self, guided: bool, referenced: bool) -> UnetInputs:
+        """What a step reads: all rows or the conditional ones alone, with references or without, in the same memory."""
+        if (guided, referenced) not in self.parts:
+            assert self.inputs is not None
+            inputs = self.inputs if guided == self.guided else self.inputs.last_rows(self.batch_size)
+            if not referenced:
+                inputs = replace(inputs, context=inputs.context.without_references())
+            self.parts[guided, referenced] = inputs
+        return self.parts[guided, referenced]
 
     def _load(self, rows: Sequence[Row]) -> list[torch.Generator]:
         """Copy the rows into the static buffers, padded with the last one; returns each row's generator.
@@ -139,17 +151,20 @@ class Sampler:
         timestep = self.host_timesteps[number]
         self.timestep.copy_(self.timesteps[number])
         scaled = self.scheduler.scale_model_input(self.latents, timestep)
-        self.model_input.copy_(torch.cat([scaled, scaled]) if self.guided else scaled)
-        assert self.inputs is not None
-        noise = self._guide(self.denoiser.predict(self.inputs))
+        calls = len(self.host_timesteps)  # PNDM begins with more calls than steps
+        guided = self.guided and is_within(self.settings.guidance_interval, number, calls)
+        referenced = is_within(self.settings.reference_interval, number, calls)
+        inputs = self.inputs_of(guided, referenced)
+        inputs.latents.copy_(torch.cat([scaled, scaled]) if guided else scaled)
+        noise = self._guide(self.denoiser.predict(inputs), guided)
         with within:
             # UniPC and PNDM keep the sample they are given, so it must not be the buffer that is written next.
             latents = self.scheduler.step(noise, timestep, self.latents.clone(), return_dict=False)[0]
         self.latents.copy_(latents)
 
-    def _guide(self, prediction: Tensor) -> Tensor:
+    def _guide(self, prediction: Tensor, guided: bool) -> Tensor:
         """Classifier-free guidance: rows are [unconditional; conditional]. The result is never the graph's own memory."""
-        if not self.guided:
+        if not guided:
             return prediction.clone()  # PNDM keeps it for later steps
         unconditional, conditional = prediction.chunk(2)
         return unconditional + self.settings.guidance_scale * (conditional - unconditional)
