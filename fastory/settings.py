@@ -41,6 +41,7 @@ SCHEDULERS: dict[str, Scheduler] = {
 }
 REFERENCES = ("all", "others", "cast")
 REFERENCE_FITS = ("pad", "squash", "crop")
+REGIONS = ("auto", "on", "off")
 NOISES = ("shared", "per-frame")
 DTYPES = ("float32", "float16", "bfloat16")
 GRAPHS = ("auto", "off")
@@ -62,7 +63,8 @@ MODES: dict[str, ModeTraits] = {
     "iterative": ModeTraits(
         (
             *("iterations", "inner_steps", "reference_scale"),
-            *("references", "reference_fit", "reference_start", "reference_interval"),
+            *("references", "reference_fit", "reference_start"),
+            *("reference_interval", "regions"),
         )
     ),
     "causal": ModeTraits(("window", "drafts")),
@@ -75,7 +77,9 @@ class Settings:
 
     width, height: pixels; None is the model's own size. inner_steps: of every round but the last, 0 for `steps`: pictures of
     inner rounds are read by the image encoder alone. reference_scale: l_1 and l_K of the linear weighting.
-    reference_start: the first round in which pictures given for a character are references. window: L_M of causal mode,
+    reference_start: the first round in which pictures given for a character are references. regions: whether characters
+    have references of their own, each where it stands: `auto` in stories that name them, `on` in the built-in model's plain
+    stories too, see modes/regions.py. window: L_M of causal mode,
     the frames before it that a frame sees, or "all" (AR-LDM). drafts: how often frame 0 of causal mode is drawn before it is
     kept, each time from the one before; see modes/causal.py. guidance_interval, reference_interval: the shares of the steps,
     from a start to before an end, in which there is classifier-free guidance, and in which references are read; outside, the
@@ -89,6 +93,7 @@ class Settings:
     references: str = "all"
     reference_fit: str = "pad"
     reference_start: int = 1
+    regions: str = "auto"
     scheduler: str = "ddim"
     steps: int = 50
     guidance_scale: float = 7.5
@@ -136,6 +141,7 @@ _STORY_ADAPTER: Mapping[str, Any] = {
     "reference_scale": (0.3, 0.5),
     "references": "all",
     "reference_fit": "pad",
+    "regions": "off",
     "scheduler": "ddim",
     "steps": 50,
     "guidance_scale": 7.5,
@@ -177,6 +183,7 @@ _CHOICES: Mapping[str, Collection[str]] = {
     "mode": MODES,
     "references": REFERENCES,
     "reference_fit": REFERENCE_FITS,
+    "regions": REGIONS,
     "scheduler": SCHEDULERS,
     "noise": NOISES,
     "preset": PRESETS,
@@ -184,7 +191,12 @@ _CHOICES: Mapping[str, Collection[str]] = {
     "graphs": GRAPHS,
 }
 # Settings that came later, with the value under which a run is what it was before there were any.
-_LATER = {"inner_steps": 0, "guidance_interval": (0.0, 1.0), "reference_interval": (0.0, 1.0)}
+_LATER = {
+    "inner_steps": 0,
+    "guidance_interval": (0.0, 1.0),
+    "reference_interval": (0.0, 1.0),
+    "regions": "off",
+}
 _LEAST = {
     "iterations": 0,
     "steps": 1,

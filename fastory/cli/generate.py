@@ -81,6 +81,14 @@ ReferenceFit = Annotated[
 ReferenceStart = Annotated[
     int | None, option(METHOD, help="First round that sees the pictures of characters (default 1).")
 ]
+Regions = Annotated[
+    str | None,
+    choice(
+        METHOD,
+        choices("regions"),
+        help="Own references for characters, where they stand: named ones (auto), the built-in model's animals too (on).",
+    ),
+]
 Window = Annotated[
     str | None,
     option(
@@ -160,6 +168,7 @@ def generate(
     references: References = None,
     reference_fit: ReferenceFit = None,
     reference_start: ReferenceStart = None,
+    regions: Regions = None,
     window: Window = None,
     drafts: Drafts = None,
     first_frame: FirstFrame = None,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastory.conditioning.context import Context
+from fastory.conditioning.regions import Grid, layer_masks
 from fastory.processors.projected import Layer, attend_references
 
 
@@ -22,16 +23,22 @@ def count_blocks(pictures: Sequence[int]) -> int:
     return sum(count + 1 for count in pictures)
 
 
+def everywhere(frame: int) -> None:
+    """The mask of a group that reaches the whole picture."""
+
+
 @dataclass(frozen=True)
 class Group:
     """Reference pictures with one weight l_g. tokens[n] is (1, T, C_x), or None for a picture that was left out.
 
-    sees(frame, n): whether `frame` has picture n among its references.
+    sees(frame, n): whether `frame` has picture n among its references. mask(frame): (h, w), where in `frame` the group
+    reaches, or None for everywhere.
     """
 
     tokens: Sequence[Tensor | None]
     scale: float
     sees: Callable[[int, int], bool]
+    mask: Callable[[int], Tensor | None] = everywhere
 
     def blocks(self, null: Tensor) -> list[Tensor]:
         """The tokens of every block. null: those of the unconditional reference."""
@@ -48,10 +55,14 @@ class Group:
 
 @dataclass(frozen=True)
 class ReferenceRow:
-    """What one row of a UNet call attends to. text_kv (1, Lt, W); ref_visible (1, blocks) bool."""
+    """What one row of a UNet call attends to. text_kv (1, Lt, W); ref_visible (1, blocks) bool.
+
+    masks: as of ReferenceContext, (1, G, L) each.
+    """
 
     text_kv: Tensor
     ref_visible: Tensor
+    masks: dict[int, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +86,10 @@ class ReferenceContext:
         """Write a row's text and which references it sees where row `index` of the buffers is."""
         self.text_kv[index : index + 1] = row.text_kv
         self.ref_visible[index : index + 1] = row.ref_visible
+        if self.masks is not None:
+            assert row.masks is not None
+            for tokens, mask in self.masks.items():
+                mask[index : index + 1] = row.masks[tokens]
 
     def attend(self, layer: Layer, query: Tensor) -> Tensor:
         """query (B, L, H, d) -> (B, L, H, d)."""
@@ -142,7 +157,8 @@ class ReferenceContext:
 class References:
     """The references that all frames of a round share, made by `of`; contexts of any number of rows read them.
 
-    ref_kv (1, Lr, W); scale (G,); offsets (G + 1,) int32, in tokens. text_tokens: Lt of the captions beside them.
+    ref_kv (1, Lr, W); scale (G,); offsets (G + 1,) int32, in tokens. text_tokens: Lt of the captions beside them. grid: of
+    the latents, where groups have masks.
     """
 
     groups: tuple[Group, ...]
@@ -151,6 +167,7 @@ class References:
     offsets: Tensor
     tokens_per_ref: int
     text_tokens: int
+    grid: Grid | None = None
 
     @classmethod
     def of(
@@ -161,11 +178,13 @@ class References:
         *,
         tokens_per_ref: int,
         like: Tensor,
+        grid: Grid | None = None,
     ) -> References:
         """The only constructor: K and V of all blocks, each group ending with its null block.
 
         null: gives the tokens (1, T, C_x) of the unconditional reference; asked where there are groups. project: reference
         tokens (1, Lr, C_x) -> (1, Lr, W). like: text K/V (1, Lt, W), which gives text_tokens, W, device and type.
+        grid: of the latents; without it the groups' masks are not read.
         """
         bounds = [0]
         for group in groups:
@@ -183,15 +202,26 @@ class References:
             torch.tensor(bounds if groups else [0, 0], dtype=torch.int32, device=like.device),
             tokens_per_ref,
             like.shape[1],
+            grid if groups else None,
         )
 
     def row(self, frame: int, text_kv: Tensor) -> ReferenceRow:
         """What the conditional row of `frame` attends to."""
-        return ReferenceRow(text_kv, _flags(group.visible(frame) for group in self.groups))
+        visible = _flags(group.visible(frame) for group in self.groups)
+        return ReferenceRow(text_kv, visible, self.masks(frame))
 
     def null_row(self, frame: int, text_kv: Tensor) -> ReferenceRow:
         """What its unconditional row attends to."""
-        return ReferenceRow(text_kv, _flags(group.null_visible(frame) for group in self.groups))
+        visible = _flags(group.null_visible(frame) for group in self.groups)
+        return ReferenceRow(text_kv, visible, self.masks(frame))
+
+    def masks(self, frame: int) -> dict[int, Tensor] | None:
+        """Where in `frame` each group reaches, (1, G, L) for every layer of L query tokens; None where all reach all."""
+        if self.grid is None:
+            return None
+        masks = (group.mask(frame) for group in self.groups)
+        ones = torch.ones(self.grid.height, self.grid.width)
+        return layer_masks([ones if mask is None else mask for mask in masks], self.grid)
 
     def context(self, rows: int) -> ReferenceContext:
         """Room for the captions of `rows` rows beside these references."""
@@ -203,7 +233,12 @@ class References:
             ref_visible=torch.zeros(rows, blocks, dtype=torch.bool, device=self.ref_kv.device),
             ref_offsets=self.offsets,
             tokens_per_ref=self.tokens_per_ref,
+            masks=None if self.grid is None else self._room_for_masks(rows, self.grid),
         )
+
+    def _room_for_masks(self, rows: int, grid: Grid) -> dict[int, Tensor]:
+        groups, device = len(self.groups), self.ref_kv.device
+        return {tokens: torch.ones(rows, groups, tokens, device=device) for tokens in grid.layers()}
 
     def refill(self, context: Context) -> bool:
         """Other references of the same number, in the same buffers."""
@@ -212,6 +247,7 @@ class References:
             or context.ref_kv.shape != self.ref_kv.shape
             or context.scale.shape != self.scale.shape
             or context.text_kv.shape[1] != self.text_tokens
+            or (context.masks is None) != (self.grid is None)
         ):
             return False
         context.ref_kv.copy_(self.ref_kv)

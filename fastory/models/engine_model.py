@@ -229,6 +229,17 @@ class EngineModel:
                 f"and this story has {groups} (the frames, and every character with pictures); export it with --groups {groups}"
             )
 
+    @property
+    def takes_masks(self) -> bool:
+        """The exported graphs have no inputs for masks."""
+        return False
+
+    def encode_picture(self, image: Image.Image) -> Tensor:
+        """Raises InputError: no graph of the VAE's encoder is exported."""
+        raise InputError(
+            f"{self.folder.path} has no encoder for pictures; wanted the model it was exported from"
+        )
+
     def lost_words(self, prompt: str) -> str:
         """What the tokenizer's limit cuts off `prompt`; empty where it fits."""
         return lost_words(self.tokenizer, prompt)

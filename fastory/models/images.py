@@ -52,6 +52,16 @@ def decoded(
     return Decoded(image.convert("RGB"), None)
 
 
+def scaled(latents: Tensor, config: Mapping[str, Any]) -> Tensor:
+    """From the VAE's latents to the UNet's: what `unscaled` undoes."""
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if mean is None or std is None:
+        return latents * config["scaling_factor"]
+    shape = (1, -1, 1, 1)
+    mean_tensor, std_tensor = (latents.new_tensor(values).view(shape) for values in (mean, std))
+    return (latents - mean_tensor) * config["scaling_factor"] / std_tensor
+
+
 def unscaled(latents: Tensor, config: Mapping[str, Any]) -> Tensor:
     """From the UNet's latents to the VAE's, as diffusers' pipelines do it."""
     mean, std = config.get("latents_mean"), config.get("latents_std")

@@ -180,6 +180,13 @@ class Model(Protocol):
     def encode_reference(self, image: Image.Image, fit: str = "pad") -> Tensor:
         """An 8-bit RGB picture -> its reference tokens (1, T, C_x)."""
 
+    @property
+    def takes_masks(self) -> bool:
+        """Whether groups of references may have masks, and `encode_picture` is there to find them."""
+
+    def encode_picture(self, image: Image.Image) -> Tensor:
+        """An 8-bit RGB picture as the UNet's latents (1, c, h, w), without noise."""
+
     def null_reference(self) -> Tensor:
         """Tokens (1, T, C_x) of the unconditional reference."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,29 @@ def lost_words(tokenizer: Any, prompt: str) -> str:
     ids = tokenizer(prompt, truncation=False, verbose=False).input_ids
     limit = tokenizer.model_max_length
     return "" if len(ids) <= limit else tokenizer.decode(ids[limit - 1 : -1]).strip()
+
+
+def token_places(
+    tokenizer: Any, prompt: str, spans: Mapping[str, Sequence[tuple[int, int]]]
+) -> dict[str, list[int]]:
+    """The tokens of each name's spans of `prompt`, by their place in the text encoder's input; cut-off ones are left out.
+
+    A tokenizer that does not say where its tokens stand (one without a Rust part) gives none.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        return {name: [] for name in spans}
+    limit = tokenizer.model_max_length
+    offsets = tokenizer(prompt, truncation=True, max_length=limit, return_offsets_mapping=True)[
+        "offset_mapping"
+    ]
+    return {
+        name: [
+            index
+            for index, (first, end) in enumerate(offsets)
+            if first < end and any(start <= first and end <= stop for start, stop in of_name)
+        ]
+        for name, of_name in spans.items()
+    }
 
 
 def padding_of(tokenizer: Any, prompt: str) -> Tensor:

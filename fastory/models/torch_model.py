@@ -18,7 +18,7 @@ from fastory.checkpoints.history import History
 from fastory.conditioning.history import EncodedFrame
 from fastory.errors import InputError
 from fastory.kernels import backends
-from fastory.models.images import decoded, fit_square
+from fastory.models.images import decoded, fit_square, scaled
 from fastory.models.protocol import (
     Caption,
     Decoded,
@@ -286,6 +286,18 @@ class StoryModel:
         """
         pixels = self.checkpoint.image_processor(fit_square(image, fit), return_tensors="pt").pixel_values
         return self._project_image(self._encode_image(pixels.to(self.device, self.dtype)))
+
+    @property
+    def takes_masks(self) -> bool:
+        """The UNet's attention here reads masks."""
+        return True
+
+    @torch.inference_mode()
+    def encode_picture(self, image: Image.Image) -> Tensor:
+        """An 8-bit RGB picture as the UNet's latents (1, c, h, w): the middle of the VAE's distribution."""
+        pixels = self.pipeline.image_processor.preprocess(image).to(self.device, self.vae.dtype)
+        latents = self.vae.encode(pixels).latent_dist.mode()
+        return scaled(latents, self.vae.config).to(self.dtype)
 
     @torch.inference_mode()
     def null_reference(self) -> Tensor:

@@ -296,7 +296,9 @@ class Causal:
         return {}
 
     def notices(self, story: Story, settings: Settings) -> Iterator[str]:
-        """That pictures of characters are not read."""
+        """That pictures of characters and their boxes are not read."""
+        if any(frame.boxes for frame in story.frames):
+            yield "`boxes` are read by iterative mode alone; causal mode goes by earlier frames"
         if any(character.references for character in story.characters):
             yield "pictures of characters are read by iterative mode alone; causal mode goes by earlier frames"
 

@@ -17,11 +17,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastory.conditioning.references import Group, References
+from fastory.conditioning.references import Group, References, everywhere
 from fastory.events import Event, FrameDrawn, RoundFinished, RoundStarted, StepDone
 from fastory.models.protocol import Caption, Model
 from fastory.modes.memory import until_it_fits
 from fastory.modes.mode import StoryPlan, long_captions, register
+from fastory.modes.regions import NEEDED, Regions, Seen, check_boxes, settled
 from fastory.pictures import open_picture
 from fastory.sampling.noise import frame_seed
 from fastory.sampling.sampler import Row, Sampler
@@ -42,6 +43,7 @@ class IterativeRun:
     negative_kv: Tensor
     captions: list[Caption]
     characters: dict[str, list[Tensor]]
+    regions: Regions | None = None
     halved: int | None = None
     sampler: Sampler | None = None
 
@@ -62,7 +64,10 @@ class IterativeRun:
         negative_kv = project(model, negative)
         captions = [model.encode_caption(prompt) for prompt in plan.prompts]
         characters = encode_characters(model, plan)
-        return cls(model, plan, batch_sizes, size, negative, negative_kv, captions, characters)
+        regions = None
+        if settled(model, plan.story, settings, plan.prompts) != "off":
+            regions = Regions(model, plan.story, settings, plan.prompts, captions, size)
+        return cls(model, plan, batch_sizes, size, negative, negative_kv, captions, characters, regions)
 
     @property
     def settings(self) -> Settings:
@@ -98,7 +103,7 @@ def iterative(
     """
     yield from long_captions(model, plan)
     run = IterativeRun.of(model, plan, batch_sizes, size)
-    last: dict[int, Tensor | None] = {}
+    last: dict[int, Seen] = {}
     for k in range(plan.settings.iterations + 1):
         last = yield from until_it_fits(run, partial(draw_round, run, k, last), k)
 
@@ -116,10 +121,10 @@ def encode_characters(model: Model, plan: StoryPlan) -> dict[str, list[Tensor]]:
 
 
 def draw_round(
-    run: IterativeRun, k: int, last: dict[int, Tensor | None], size: int
-) -> Generator[Event, None, dict[int, Tensor | None]]:
-    """All frames of round k that are not finished, `size` at a time; returns the reference tokens of those drawn."""
-    settings, current, started = run.settings, dict[int, Tensor | None](), time.monotonic()
+    run: IterativeRun, k: int, last: dict[int, Seen], size: int
+) -> Generator[Event, None, dict[int, Seen]]:
+    """All frames of round k that are not finished, `size` at a time; returns what those drawn give the next round."""
+    settings, current, started = run.settings, dict[int, Seen](), time.monotonic()
     count = len(run.story.frames)
     todo = {i for i in range(count) if not run.plan.finished.has(k, i)}
     if not todo:
@@ -141,7 +146,7 @@ def draw_round(
                 continue
             decoded = run.model.decode(sampler.latents[n : n + 1])
             if k < settings.iterations:
-                current[row.frame] = encode_unless_left_out(run, decoded.image, decoded.left_out)
+                current[row.frame] = see(run, row.frame, decoded.image, decoded.left_out)
             yield FrameDrawn(k, row.frame, decoded.image, row.seed, decoded.left_out)
     yield RoundFinished(k, settings.iterations, time.monotonic() - started)
     return current
@@ -154,22 +159,29 @@ def report_steps(sampler: Sampler, rows: Sequence[Row], k: int, todo: Container[
         yield StepDone(k, frames, step, sampler.steps, seconds)
 
 
-def groups_of(run: IterativeRun, k: int, last: dict[int, Tensor | None]) -> list[Group]:
+def groups_of(run: IterativeRun, k: int, last: dict[int, Seen]) -> list[Group]:
     """The references of round k: the last round's frames as one group, then a group for each character's pictures.
+
+    With regions a character's appearances in the last round are a group, too, and what it has the story's group has not.
 
     A frame of the last round that was not drawn just now is loaded and encoded here: every frame once a round.
     """
-    settings, story, groups = run.settings, run.story, []
+    settings, story, regions = run.settings, run.story, run.regions
+    groups: list[Group] = []
     if k > 0:
         for j in range(len(story.frames)):
             if j not in last:
-                last[j] = encode_unless_left_out(run, *run.plan.finished.load(k - 1, j))
-        tokens = [last[j] for j in range(len(story.frames))]
-        groups.append(Group(tokens, settings.reference_scale_of(k), frames_seen(story, settings.references)))
+                last[j] = see(run, j, *run.plan.finished.load(k - 1, j))
+        tokens = [last[j].whole for j in range(len(story.frames))]
+        rest = everywhere if regions is None else partial(regions.rest, last=last)
+        sees = frames_seen(story, settings.references)
+        groups.append(Group(tokens, settings.reference_scale_of(k), sees, rest))
+        groups += [] if regions is None else regions.groups(k, last)
     for character in story.characters:
         if run.characters[character.name] and k >= settings.reference_start:
             scale = settings.reference_scale_of(max(k, 1)) if character.scale is None else character.scale
-            groups.append(Group(run.characters[character.name], scale, in_cast(story, character.name)))
+            mask = everywhere if regions is None else regions.mask_of(character.name, last)
+            groups.append(Group(run.characters[character.name], scale, in_cast(story, character.name), mask))
     return groups
 
 
@@ -191,13 +203,14 @@ def in_cast(story: Story, name: str) -> Callable[[int, int], bool]:
     return lambda i, n: name in story.cast(i)
 
 
-def encode_unless_left_out(run: IterativeRun, image: Image.Image, left_out: str | None) -> Tensor | None:
-    """Reference tokens of a picture, or None for one that must not become a reference."""
-    return None if left_out else run.model.encode_reference(image, run.settings.reference_fit)
+def see(run: IterativeRun, frame: int, image: Image.Image, left_out: str | None) -> Seen:
+    """What a picture gives the next round; nothing if it must not become a reference."""
+    whole = None if left_out else run.model.encode_reference(image, run.settings.reference_fit)
+    return Seen(whole) if run.regions is None else run.regions.see(frame, image, whole)
 
 
 @torch.inference_mode()
-def references_of(run: IterativeRun, k: int, last: dict[int, Tensor | None]) -> References:
+def references_of(run: IterativeRun, k: int, last: dict[int, Seen]) -> References:
     """What every row of round k reads: reference K/V once a round, each group ending with its null block."""
     return References.of(
         groups_of(run, k, last),
@@ -205,6 +218,7 @@ def references_of(run: IterativeRun, k: int, last: dict[int, Tensor | None]) -> 
         run.model.layers.project_references,
         tokens_per_ref=run.model.tokens_per_ref,
         like=run.negative_kv,
+        grid=None if run.regions is None else run.regions.grid,
     )
 
 
@@ -235,6 +249,7 @@ class Iterative:
 
     def check(self, model: Model, story: Story, settings: Settings) -> None:
         """InputError where references are needed and the model has no IP-Adapter."""
+        check_boxes(story)
         shown = has_pictures(story) and settings.reference_start <= settings.iterations
         if settings.iterations > 0 or shown:
             model.require_references()
@@ -244,7 +259,8 @@ class Iterative:
 
     def reference_groups(self, story: Story, settings: Settings) -> list[int]:
         """All frames of the last round, and every character's pictures."""
-        return [len(story.frames), *(len(c.references) for c in story.characters if c.references)]
+        own = [len(story.frames)] * (0 if settings.regions == "off" else len(story.characters))
+        return [len(story.frames), *own, *(len(c.references) for c in story.characters if c.references)]
 
     def unused(self, story: Story, settings: Settings) -> dict[str, str]:
         """Settings of references where there are none."""
@@ -270,6 +286,8 @@ class Iterative:
                     f"the pictures of {character.name} are not used: they count from round {settings.reference_start} on "
                     f"(reference_start), and the last round is {settings.iterations}"
                 )
+        if settings.regions == "off" and any(frame.boxes for frame in story.frames):
+            yield f"`boxes` are not used: regions are off; {NEEDED}"
         if not settings.iterations:
             yield "0 iterations: every frame is drawn from its caption alone"
         if story.first_frame is not None:

@@ -32,8 +32,6 @@ def unused_notices(model: Model, story: Story, settings: Settings, sources: Mapp
 def story_notices(model: Model, story: Story, settings: Settings, prompts: Sequence[str]) -> Iterator[str]:
     """What the user should know before drawing begins. prompts: one a frame, as the text encoder gets them."""
     yield from mode_of(settings.mode).notices(story, settings)
-    if any(frame.boxes for frame in story.frames):
-        yield "`boxes` are reserved: this version checks them and does not use them"
     if model.name != "builtin":
         return
     yield from _size_notice(model, settings)

@@ -11,11 +11,12 @@ from fastory.conditioning.references import count_blocks
 from fastory.errors import InputError
 from fastory.models.protocol import Model
 from fastory.modes.mode import mode_of
+from fastory.modes.regions import NEEDED, settled
 from fastory.runs.identity import Identity
 from fastory.runs.notices import unused_notices
 from fastory.sampling.sampler import rows_per_frame
 from fastory.sampling.schedulers import make_scheduler
-from fastory.settings import Settings, check, resolve
+from fastory.settings import MODES, Settings, check, resolve
 from fastory.story import Story
 
 Frames = Sequence[int] | slice
@@ -60,11 +61,18 @@ def resolve_story(
     settings, sources = resolve(flags, own, preset, model.defaults)
     width, height = model.native_size
     settings = replace(settings, width=settings.width or width, height=settings.height or height)
-    _check_drawable(model, story, settings, batch_size)
+    in_vain = False
     prompts = tuple(story.prompt(i, settings.style) for i in range(len(story.frames)))
+    if "regions" in MODES[settings.mode].own:
+        requested = settings.regions
+        settings = replace(settings, regions=settled(model, story, settings, prompts))
+        in_vain = requested == "on" and settings.regions == "off"
+    _check_drawable(model, story, settings, batch_size)
     make_scheduler(model, settings.scheduler)  # refuses one that does not fit this UNet
     mode_of(settings.mode).check(model, story, settings)
     notices = tuple(unused_notices(model, story, settings, sources))
+    if in_vain:
+        notices += (f"`regions` are off in this story: {NEEDED}",)
     frames = frames_to_redraw(redrawn, story, settings)
     return ResolvedStory(model, story, settings, sources, prompts, frames, notices)
 

@@ -161,6 +161,18 @@ class Story:
             self._casts[i] = frozenset(named.union(self.frames[i].characters))
         return self._casts[i]
 
+    def spans(self, prompt: str) -> Iterator[tuple[str, int, int]]:
+        """Where a frame's prompt speaks of a character: its name, first letter, one past the last.
+
+        What follows the name as its description is part of it.
+        """
+        for index, match in self._names.find(prompt):
+            character, end = self.characters[index], match.end()
+            described = f", {character.prompt}"
+            if character.prompt is not None and prompt.startswith(described, end):
+                end += len(described)
+            yield character.name, match.start(), end
+
     def _mentions(self, i: int) -> Iterator[tuple[int, re.Match[str]]]:
         """Which character is named in frame i's caption, and where."""
         return self._names.find(self.frames[i].caption)

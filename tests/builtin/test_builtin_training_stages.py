@@ -15,8 +15,16 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from fastory.builtin import WEIGHTS
+from fastory.builtin.training.adapter import (
+    TRAINED_SCALE,
+    AdapterObjective,
+    adapter_processors,
+    fresh_adapter,
+    load_adapter,
+)
 from fastory.builtin.training.autoencoder import drawn_pictures, to_tensor
-from fastory.builtin.training.denoiser import TRAINED_SCALE, AdapterObjective, Corpus, load_adapter
+from fastory.builtin.training.characters import GroupedAdapter
+from fastory.builtin.training.denoiser import Corpus
 from fastory.builtin.training.encoders import pixel_values, pixels_of
 from fastory.builtin.training.networks import build_image_encoder, build_text_encoder, build_unet, build_vae
 from fastory.builtin.training.pack import give_rows_to_new_words
@@ -28,7 +36,7 @@ from fastory.builtin.training.tokenizer import build_tokenizer
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> AdapterObjective:
     """The last stage on untrained networks and two stories."""
     torch.manual_seed(0)
-    corpus = Corpus(tmp_path_factory.mktemp("corpus"), 0, 2)
+    corpus = Corpus(tmp_path_factory.mktemp("corpus"), 0, 4)
     corpus.open_tables("a", "b")
     vae, image_encoder, tokenizer = build_vae(), build_image_encoder(), build_tokenizer()
     corpus.encode_latents(vae, 0, 1, "cpu")
@@ -54,10 +62,69 @@ def test_references_are_other_frames_and_dropped_ones_are_zeros(adapter: Adapter
     batch = adapter._references(np.random.default_rng(0), stories, frames, dropped)
     empty = [not row.any() for row in batch["references"]]
     assert empty == [False, True, True, False]
-    own = torch.from_numpy(adapter.corpus.embeddings[0, 0].astype(np.float32))
+    own = {tuple(row) for row in adapter.corpus.own[0, 0].astype(np.float32)}
+    own.add(tuple(adapter.corpus.embeddings[0, 0].astype(np.float32)))
+    own.discard((0.0,) * 128)  # of nobody
     for seed in range(20):
         batch = adapter._references(np.random.default_rng(seed), stories, frames, np.ones(4))
-        assert not any(torch.equal(reference, own) for reference in batch["references"][0])
+        assert not own & {tuple(row.tolist()) for row in batch["references"][0]}
+
+
+def test_each_character_has_its_own_appearances_where_it_stands(adapter: AdapterObjective) -> None:
+    """Of every frame: groups of whole pictures, or of each character from other frames, in masks that share the picture."""
+    corpus, seen = adapter.corpus, set()
+    for story, tale in enumerate(corpus.tales):
+        for frame, scene in enumerate(tale.scenes):
+            groups, masks = adapter._grouped(np.random.default_rng(7 * story + frame), story, frame)
+            assert torch.allclose(masks.sum(0), torch.ones(16, 16), atol=1e-6)
+            by_character = masks[0].mean() < 1
+            seen.add((len(scene.roles), bool(by_character)))
+            if not by_character:
+                assert not groups[1:].any()
+                continue
+            for slot, role in enumerate(scene.roles):
+                pool = {
+                    tuple(corpus.own[place].astype(np.float32))
+                    for place in adapter.kin[tale.cast[role.member].species]
+                    if place[:2] != (story, frame)
+                }
+                assert {tuple(row) for row in groups[1 + slot]} <= pool | {(0.0,) * 128}
+                assert masks[1 + slot].mean() > 0.05
+            if len(scene.roles) == 2:
+                columns = torch.linspace(0, 1, 16)
+                centres = [(mask.sum(0) * columns).sum() / mask.sum() for mask in masks[1:]]
+                assert centres[0] < 0.5 < centres[1]
+    assert {(1, True), (2, True), (1, False), (2, False)} <= seen
+
+
+def test_grouped_attention_is_the_stock_one_with_masks_a_group() -> None:
+    """One group that reaches everything is diffusers' adapter; halves are its masks, one picture a group."""
+    torch.manual_seed(0)
+    references, masks = (
+        torch.randn(2, 3, 128),
+        torch.tensor([0.2, 0.5, 1.0])[None, :, None, None].expand(2, 3, 16, 16),
+    )
+    inputs = (torch.randn(2, 8, 16, 16), torch.tensor(500), torch.randn(2, 40, 128))
+    found: dict[bool, list[torch.Tensor]] = {}
+    for grouped in (False, True):
+        unet = UNet2DConditionModel.from_pretrained(WEIGHTS / "unet")
+        torch.manual_seed(1)
+        unet._load_ip_adapter_weights([fresh_adapter(unet)])
+        load_adapter(unet, WEIGHTS / "ip_adapter" / "ip_adapter.safetensors")
+        for processor in adapter_processors(unet):
+            processor.__class__ = GroupedAdapter if grouped else processor.__class__
+        for given in (None, masks):
+            for processor in adapter_processors(unet):
+                processor.scale = [0.8] if grouped or given is None else [[0.8] * 3]
+            kwargs = {} if given is None else {"ip_adapter_masks": given if grouped else [given]}
+            with torch.no_grad():
+                out = unet(
+                    *inputs, added_cond_kwargs={"image_embeds": [references]}, cross_attention_kwargs=kwargs
+                )
+            found.setdefault(grouped, []).append(out.sample)
+    for stock, own in zip(found[False], found[True], strict=True):
+        assert (stock - own).abs().max() < 1e-5
+    assert (found[True][0] - found[True][1]).abs().max() > 1e-2
 
 
 def test_the_written_adapter_at_the_trained_scale_is_the_trained_one(

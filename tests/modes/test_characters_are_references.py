@@ -41,7 +41,7 @@ def model() -> StoryModel:
 
 
 def pictures(model: StoryModel, given: Story, **settings: object) -> dict[tuple[int, int], bytes]:
-    chosen = {"steps": 2, "iterations": 1, "reference_scale": 0.5, **settings}
+    chosen = {"steps": 2, "iterations": 1, "reference_scale": 0.5, "regions": "off", **settings}
     events = generate(given, model=model, **chosen)  # type: ignore[arg-type]
     return {
         (event.round, event.frame): event.image.tobytes() for event in events if isinstance(event, FrameDrawn)

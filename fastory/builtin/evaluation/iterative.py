@@ -379,6 +379,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--iterations", type=int, help="as shipped unless given")
     parser.add_argument("--steps", type=int, help="as shipped unless given")
     parser.add_argument("--inner-steps", type=int, help="as shipped unless given")
+    parser.add_argument("--regions", choices=("auto", "on", "off"), help="as shipped unless given")
     parser.add_argument("--guidance-scale", type=float, help="as shipped unless given")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--output", type=Path, help="a folder for evaluation.json and sheets of pictures")
@@ -388,9 +389,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     """Print the table; with --output also write it."""
     options = parse(arguments)
-    values = {
-        name: getattr(options, name) for name in ("iterations", "steps", "inner_steps", "guidance_scale")
-    }
+    names = ("iterations", "steps", "inner_steps", "guidance_scale", "regions")
+    values = {name: getattr(options, name) for name in names}
     settings = {name: value for name, value in values.items() if value is not None}
     model, classifier = StoryModel.open(options.model), load_classifier(options.classifier)
     shipped: Settings = resolve(settings, {}, None, model.defaults)[0]

@@ -1,4 +1,4 @@
-"""The unet and adapter stages: a text-conditioned denoiser, then references beside the text."""
+"""The unet stage: a text-conditioned denoiser, and the drawn stories that it and the adapter stage see."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,20 +6,18 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DConditionModel
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import CLIPTokenizer
 
 from fastory.builtin.training.autoencoder import to_pictures, to_tensor
+from fastory.builtin.training.characters import parts_of
 from fastory.builtin.training.encoders import SAID_SHARE, pixel_values, pixels_of
 from fastory.builtin.training.loop import Batch, Objective, stream
 from fastory.builtin.training.networks import (
     LATENT_CHANNELS,
     LATENT_SIZE,
-    REFERENCE_TOKENS,
     SMALL,
     WIDTH,
     Network,
@@ -29,20 +27,19 @@ from fastory.builtin.training.networks import (
 )
 from fastory.builtin.world.captions import TOKEN_LIMIT, caption, sample_names
 from fastory.builtin.world.corpus import sample_training_tale
-from fastory.builtin.world.drawing import Tale, draw
+from fastory.builtin.world.drawing import draw_with_boxes
 from fastory.builtin.world.looks import sample_said
 
 FRAMES = 8  # of a training story
-REFERENCES = 6  # slots; fewer references are repeated, which leaves a softmax over them unchanged
-TRAINED_SCALE = 0.5  # the weight of references at which the adapter was trained, in the files
 
 
 class Corpus(Dataset):
     """Latents and reference embeddings of drawn stories, encoded once, in memory-mapped files.
 
-    latents (stories, 8, 8, 16, 16) float16, scaled; embeddings (stories, 8, 128) float16, of the pictures as drawn or,
-    for every third story, as they come back from the autoencoder. Stories are drawn again from the seed. Files carry
-    the marks of the networks that made them: a retrained autoencoder finds no stale latents.
+        latents (stories, 8, 8, 16, 16) float16, scaled; embeddings (stories, 8, 128) float16, of the pictures as drawn or,
+        for every third story, as they come back from the autoencoder; own (stories, 8, 2, 128), of what a run cuts out of them
+    XX
+        the marks of the networks that made them: a retrained autoencoder finds no stale latents.
     """
 
     def __init__(self, folder: Path, seed: int, stories: int, workers: int = 0) -> None:
@@ -61,33 +58,40 @@ class Corpus(Dataset):
         """Open or make the latents and, where there is an image encoder, the embeddings."""
         self.latents = self.open("latents", (LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE), latents_mark)
         if embeddings_mark is not None:
-            self.embeddings = self.open("embeddings", (WIDTH,), f"{latents_mark}-{embeddings_mark}")
+            mark = f"{latents_mark}-{embeddings_mark}"
+            self.embeddings = self.open("embeddings", (WIDTH,), mark)
+            self.own, self.boxes = self.open("own", (2, WIDTH), mark), self.open("boxes", (2, 4), mark)
 
     def __len__(self) -> int:
         return self.stories
 
-    def __getitem__(self, index: int) -> tuple[int, Tensor, Tensor]:
-        """A story's number, its drawn frames (8, 3, 128, 128) and their pixels for the image encoder (8, 3, 96, 96)."""
+    def __getitem__(self, index: int) -> tuple[int, Tensor, Tensor, Tensor]:
+        """A story's number, its drawn frames (8, 3, 128, 128), their pixels for the image encoder (8, 3, 96, 96), its boxes."""
         rng, tale = stream("draw", self.seed, 0, index), self.tales[index]
-        pictures = np.stack([np.asarray(draw(tale.cast, scene, rng)) for scene in tale.scenes])
-        return index, to_tensor(pictures), pixel_values(pictures)
+        drawn, boxes = [], torch.zeros(FRAMES, 2, 4)
+        for number, scene in enumerate(tale.scenes):
+            picture, found = draw_with_boxes(tale.cast, scene, rng)
+            drawn.append(np.asarray(picture))
+            boxes[number, : len(found)] = torch.tensor(found)
+        pictures = np.stack(drawn)
+        return index, to_tensor(pictures), pixel_values(pictures), boxes
 
     def _missing(
         self, table: np.ndarray, part: int, parts: int
-    ) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
-        """The stories of this part without an entry, eight at a time: numbers, frames and pixels, frames flattened."""
+    ) -> Iterator[tuple[np.ndarray, Tensor, Tensor, Tensor]]:
+        """The stories of this part without an entry, eight at a time: numbers, frames, pixels, boxes; frames flattened."""
         todo = [index for index in range(part, self.stories, parts) if not np.any(table[index])]
         loader: DataLoader = DataLoader(self, 8, sampler=todo, num_workers=self.workers)
-        for number, (indices, pictures, pixels) in enumerate(loader):
+        for number, (indices, pictures, pixels, boxes) in enumerate(loader):
             if part == 0 and number % 25 == 0:
                 print(f"corpus: story {8 * number} of {len(todo)}", flush=True)
-            yield indices.numpy(), pictures.flatten(0, 1), pixels.flatten(0, 1)
+            yield indices.numpy(), pictures.flatten(0, 1), pixels.flatten(0, 1), boxes
 
     @torch.no_grad()
     def encode_latents(self, vae: Network, part: int, parts: int, device: str) -> None:
         """Encode every parts-th story from `part` on that has no latents yet."""
         vae.to(device)
-        for indices, pictures, _ in self._missing(self.latents, part, parts):
+        for indices, pictures, _, _ in self._missing(self.latents, part, parts):
             latents = vae.encode(pictures.to(device)).latent_dist.mean * vae.config.scaling_factor
             self.latents[indices] = latents.unflatten(0, (-1, FRAMES)).cpu().numpy()
 
@@ -97,13 +101,35 @@ class Corpus(Dataset):
     ) -> None:
         """Embed every parts-th story from `part` on that has no embeddings yet; needs the latents."""
         vae.to(device), image_encoder.to(device)
-        for indices, _, pixels in self._missing(self.embeddings, part, parts):
+        for indices, pictures, pixels, boxes in self._missing(self.own, part, parts):
             pixels = pixels.to(device).unflatten(0, (-1, FRAMES))
+            pictures = pictures.unflatten(0, (-1, FRAMES))
             for row in np.flatnonzero(indices % 3 == 0):
                 latents = torch.from_numpy(self.latents[indices[row]]).float().to(device)
-                pixels[row] = pixels_of(vae.decode(latents / vae.config.scaling_factor).sample)
-            embeddings = image_encoder(pixels.flatten(0, 1)).image_embeds
-            self.embeddings[indices] = embeddings.unflatten(0, (-1, FRAMES)).cpu().numpy()
+                pictures[row] = vae.decode(latents / vae.config.scaling_factor).sample.cpu()
+                pixels[row] = pixels_of(pictures[row].to(device))
+            embeddings = image_encoder(pixels.flatten(0, 1)).image_embeds.unflatten(0, (-1, FRAMES))
+            self.embeddings[indices], self.boxes[indices] = embeddings.cpu().numpy(), boxes.numpy()
+            for story in zip(indices.tolist(), pictures, embeddings, strict=True):
+                self._embed_own(*story, image_encoder, device)
+
+    def _embed_own(
+        self, index: int, pictures: Tensor, embeddings: Tensor, image_encoder: Network, device: str
+    ) -> None:
+        """The embeddings of each character of a story's frames."""
+        rng, parts, places = stream("parts", self.seed, 0, index), [], []
+        own = embeddings[:, None].repeat(1, 2, 1)
+        for frame, scene in enumerate(self.tales[index].scenes):
+            if len(scene.roles) == 2:
+                boxes = [tuple(box) for box in self.boxes[index, frame].astype(float)]
+                parts += parts_of(rng, to_pictures(pictures[frame : frame + 1])[0], boxes)
+                places += [(frame, 0), (frame, 1)]
+            else:
+                own[frame, 1] = 0
+        if parts:
+            found = image_encoder(pixel_values(np.stack(parts)).to(device)).image_embeds
+            own[tuple(zip(*places, strict=True))] = found
+        self.own[index] = own.cpu().numpy()
 
 
 class UnetObjective(Objective):
@@ -234,179 +260,3 @@ class UnetObjective(Objective):
         """Write UNet and scheduler."""
         self.unet.save_pretrained(folder / "unet")
         self.scheduler.save_pretrained(folder / "scheduler")
-
-
-class AdapterObjective(UnetObjective):
-    """References beside the text, the UNet trained on with them.
-
-    The adapter has the standard layout and the standard place in the computation; unlike a plug-in adapter it does not
-    meet a frozen UNet, because every fifth batch has text alone (weight 0), which keeps round 0 as it was.
-    References are other frames of the story, some from the autoencoder as in a run. In half of the larger sets a
-    minority are strangers of the same species: the adapter must learn to follow the majority.
-    """
-
-    name = "adapter"
-    learning_rate = 8e-4
-    high_noise = 0.5
-
-    def __init__(self, unet: Network, image_encoder: Network, *args, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        self.unet = unet.to(memory_format=torch.channels_last)
-        self.unet._load_ip_adapter_weights([_fresh_adapter(unet)])
-        self.unet.requires_grad_(True)
-        self._frozen.append(image_encoder.eval().requires_grad_(False))
-        self.alike = _frames_by_species(self.corpus)
-
-    def _references(
-        self, rng: np.random.Generator, stories: np.ndarray, frames: np.ndarray, dropped: np.ndarray
-    ) -> Batch:
-        """Embeddings (B, 6, 128), zeros where references are dropped, and the batch's weight: near 0 is text alone.
-
-        Not 0 itself: stock processors skip the adapter there, and its parameters would miss their gradients.
-        """
-        rows = [self._reference_row(rng, int(s), int(f)) for s, f in zip(stories, frames, strict=True)]
-        embeddings = np.stack(rows).astype(np.float32)
-        # Half of the frames without references are also without caption: guidance's empty half sees both missing.
-        embeddings[(dropped > 0.04) & (dropped < 0.16)] = 0
-        weight = 1e-6 if rng.random() < 0.2 else rng.uniform(0.6, 1.1)
-        return {
-            "references": torch.from_numpy(embeddings),
-            "weight": torch.tensor(weight, dtype=torch.float32),
-        }
-
-    def _reference_row(self, rng: np.random.Generator, story: int, frame: int) -> np.ndarray:
-        count = int(rng.choice((1, 2, 3, 6, 6)))
-        chosen = rng.permutation([other for other in range(FRAMES) if other != frame])[:count]
-        places = [(story, int(other)) for other in chosen]
-        if count >= 3 and rng.random() < 0.5:
-            for position in range(1 if count == 3 else int(rng.integers(1, 3))):
-                places[position] = self._stranger(rng, *places[position])
-        return np.tile(
-            np.stack([self.corpus.embeddings[place] for place in places]), (REFERENCES // count, 1)
-        )
-
-    def _stranger(self, rng: np.random.Generator, story: int, frame: int) -> tuple[int, int]:
-        """A frame of another story with the same species, and only them; the frame itself where there is hardly any."""
-        pool = self.alike[_species_of(self.corpus.tales[story], frame)]
-        found = (pool[rng.integers(len(pool))] for _ in range(8))
-        return next((place for place in found if place[0] != story), (story, frame))
-
-    def _conditions(self, batch: Batch) -> dict[str, object]:
-        self._set_weight(batch["weight"].item())
-        return {"added_cond_kwargs": {"image_embeds": [batch["references"]]}}
-
-    def _set_weight(self, weight: float) -> None:
-        """The weight of references in every cross-attention, in units of the trained one."""
-        for processor in adapter_processors(self.unet):
-            processor.scale = [weight]
-
-    def _guided_references(
-        self, references: Tensor | None, rows: int, scale: float, device: torch.device
-    ) -> dict:
-        if references is None:
-            references, scale = torch.zeros(rows, 1, WIDTH), 0.0
-        self._set_weight(scale / TRAINED_SCALE)
-        both = torch.cat([torch.zeros_like(references), references]).to(device)
-        return {"added_cond_kwargs": {"image_embeds": [both]}}
-
-    def sample(self, folder: Path) -> None:
-        """Stories drawn in three rounds with the frames of the round before as references, adapter.png."""
-        rng = np.random.default_rng(4)
-        rows: list[np.ndarray] = []
-        for index in range(4):
-            tale = sample_training_tale(stream("sample", 2, 0, index), FRAMES)
-            texts = [caption(rng, tale.cast, scene) for scene in tale.scenes]
-            pictures = self.denoise(texts, seed=index)
-            rows.append(np.concatenate(list(pictures), 1))
-            for scale in (0.4, 0.5):
-                embeddings = (
-                    self._frozen[2]
-                    .to(self.unet.device)(pixel_values(pictures).to(self.unet.device))
-                    .image_embeds
-                )
-                others = [torch.cat([embeddings[:i], embeddings[i + 1 :]]) for i in range(FRAMES)]
-                pictures = self.denoise(texts, index, torch.stack(others).cpu(), scale)
-            rows.append(np.concatenate(list(pictures), 1))
-        Image.fromarray(np.concatenate(rows)).save(folder / "adapter.png")
-
-    def finish(self, folder: Path) -> None:
-        """Write the UNet without the adapter, and the adapter with its weight folded into to_v_ip."""
-        adapter = {
-            f"{part}.{k}": v for part, tensors in self._adapter_state().items() for k, v in tensors.items()
-        }
-        for key in adapter:
-            # to_v_ip has no bias, so a factor on it is a factor on the weight of the references.
-            adapter[key] = (
-                (adapter[key] / (TRAINED_SCALE if "to_v_ip" in key else 1)).detach().cpu().contiguous()
-            )
-        (folder / "ip_adapter").mkdir(parents=True, exist_ok=True)
-        save_file(adapter, folder / "ip_adapter" / "ip_adapter.safetensors")
-        plain = UNet2DConditionModel.from_config({**self.unet.config, "encoder_hid_dim_type": None})
-        plain.load_state_dict({k: v for k, v in self.unet.state_dict().items() if not _of_adapter(k)})
-        plain.save_pretrained(folder / "unet")
-        self.scheduler.save_pretrained(folder / "scheduler")
-
-    def _adapter_state(self) -> dict[str, dict[str, Tensor]]:
-        layer = self.unet.encoder_hid_proj.image_projection_layers[0]
-        projection = {"proj.weight": layer.image_embeds.weight, "proj.bias": layer.image_embeds.bias}
-        projection |= {"norm.weight": layer.norm.weight, "norm.bias": layer.norm.bias}
-        attention: dict[str, Tensor] = {}
-        for number, processor in enumerate(adapter_processors(self.unet)):
-            attention[f"{2 * number + 1}.to_k_ip.weight"] = processor.to_k_ip[0].weight
-            attention[f"{2 * number + 1}.to_v_ip.weight"] = processor.to_v_ip[0].weight
-        return {"image_proj": projection, "ip_adapter": attention}
-
-
-def _of_adapter(key: str) -> bool:
-    return "encoder_hid_proj" in key or "_ip." in key
-
-
-def adapter_processors(unet: Network) -> Iterator[Network]:
-    """The processors of the cross-attention layers, in the order of the adapter file's numbers."""
-    return (processor for processor in unet.attn_processors.values() if hasattr(processor, "to_k_ip"))
-
-
-def _fresh_adapter(unet: Network) -> dict[str, dict[str, Tensor]]:
-    """The start: text's own K and V projections, V made small so that the references begin as a whisper."""
-    weights = unet.state_dict()
-    attention: dict[str, Tensor] = {}
-    layers = [name.removesuffix(".processor") for name in unet.attn_processors if "attn2" in name]
-    for number, layer in enumerate(layers):
-        attention[f"{2 * number + 1}.to_k_ip.weight"] = weights[f"{layer}.to_k.weight"].clone()
-        attention[f"{2 * number + 1}.to_v_ip.weight"] = weights[f"{layer}.to_v.weight"].clone() * 0.1
-    projection = {
-        "proj.weight": torch.randn(REFERENCE_TOKENS * WIDTH, WIDTH) * WIDTH**-0.5,
-        "proj.bias": torch.zeros(REFERENCE_TOKENS * WIDTH),
-        "norm.weight": torch.ones(WIDTH),
-        "norm.bias": torch.zeros(WIDTH),
-    }
-    return {"image_proj": projection, "ip_adapter": attention}
-
-
-def _species_of(tale: Tale, frame: int) -> frozenset[str]:
-    return frozenset(tale.cast[role.member].species for role in tale.scenes[frame].roles)
-
-
-def _frames_by_species(corpus: Corpus) -> dict[frozenset[str], list[tuple[int, int]]]:
-    """All (story, frame) by the set of species that the frame shows."""
-    found: dict[frozenset[str], list[tuple[int, int]]] = {}
-    for story, tale in enumerate(corpus.tales):
-        for frame in range(FRAMES):
-            found.setdefault(_species_of(tale, frame), []).append((story, frame))
-    return found
-
-
-def load_adapter(unet: Network, file: Path) -> None:
-    """Put a trained IP-Adapter file into a UNet that carries one, undoing the factor that its file folds in."""
-    tensors = load_file(file)
-    layer = unet.encoder_hid_proj.image_projection_layers[0]
-    with torch.no_grad():
-        layer.image_embeds.weight.copy_(tensors["image_proj.proj.weight"])
-        layer.image_embeds.bias.copy_(tensors["image_proj.proj.bias"])
-        layer.norm.weight.copy_(tensors["image_proj.norm.weight"])
-        layer.norm.bias.copy_(tensors["image_proj.norm.bias"])
-        for number, processor in enumerate(adapter_processors(unet)):
-            processor.to_k_ip[0].weight.copy_(tensors[f"ip_adapter.{2 * number + 1}.to_k_ip.weight"])
-            processor.to_v_ip[0].weight.copy_(
-                tensors[f"ip_adapter.{2 * number + 1}.to_v_ip.weight"] * TRAINED_SCALE
-            )

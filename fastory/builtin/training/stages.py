@@ -18,8 +18,9 @@ import torch.multiprocessing as mp
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
+from fastory.builtin.training.adapter import AdapterObjective, load_adapter
 from fastory.builtin.training.autoencoder import VaeObjective
-from fastory.builtin.training.denoiser import AdapterObjective, Corpus, UnetObjective, load_adapter
+from fastory.builtin.training.denoiser import Corpus, UnetObjective
 from fastory.builtin.training.encoders import ClipObjective
 from fastory.builtin.training.loop import Objective, Plan, join, train
 from fastory.builtin.training.networks import LARGE, SMALL, Network

@@ -1,0 +1,160 @@
+"""Where the characters of a frame are: soft masks, from boxes or from the words of a caption, and what they cut out.
+
+A map of a character is how much the pixels of the UNet's decoder look at its words (DAAM, arXiv 2210.04885). A mask is
+(h, w) in [0, 1] on the grid of the latents; a layer reads it averaged to its own grid.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional
+
+from fastory.conditioning.context import Context
+from fastory.processors.projected import Layer
+
+Box = tuple[float, float, float, float]
+"""Left, top, right, bottom in shares of the picture."""
+
+SOFT = 1 / 16  # of the picture: the width of a box's edge
+LEAST = 0.2  # of a map's highest value: less is background
+STEEP = 6  # how fast a mask rises at its edges
+DOWN = 8  # the deepest cross-attention of SD1.5 and SDXL has an eighth of the latents' side
+MARGIN = 0.08  # of the picture, around a character that is cut out
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The latents' height and width."""
+
+    height: int
+    width: int
+
+    def box(self, box: Box) -> Tensor:
+        """The mask of a box: 1 inside, 0 outside, a straight line between at its edges."""
+        left, top, right, bottom = box
+        return _edges(self.height, top, bottom)[:, None] * _edges(self.width, left, right)[None]
+
+    def layers(self) -> dict[int, tuple[int, int]]:
+        """Height and width of a layer by its number of query tokens, from the latents' own grid down to an eighth."""
+        sides = [(-(-self.height // n), -(-self.width // n)) for n in (1, 2, 4, DOWN)]
+        return {height * width: (height, width) for height, width in sides}
+
+
+def _edges(cells: int, first: float, last: float) -> Tensor:
+    at = (torch.arange(cells) + 0.5) / cells
+    rising = ((at - first) / SOFT + 0.5) if first > 0 else torch.ones(cells)
+    falling = ((last - at) / SOFT + 0.5) if last < 1 else torch.ones(cells)
+    return rising.clamp(0, 1) * falling.clamp(0, 1)
+
+
+def apart(masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Masks that share what they both claim: no pixel belongs to more than one character altogether."""
+    total = torch.stack(list(masks.values())).sum(0).clamp(min=1)
+    return {name: mask / total for name, mask in masks.items()}
+
+
+def rest_of(masks: Sequence[Tensor]) -> Tensor:
+    """What no character of the frame has."""
+    return (1 - torch.stack(list(masks)).sum(0)).clamp(0, 1)
+
+
+def from_maps(maps: Mapping[str, Tensor], grid: Grid) -> dict[str, Tensor]:
+    """Masks of characters from their maps (h, w): where a map is high, and of several the highest, edges soft."""
+    heights = torch.stack([_smooth(map_, grid) for map_ in maps.values()])
+    highest = heights.amax((1, 2), keepdim=True).clamp(min=1e-12)
+    inside = ((heights / highest - LEAST) * STEEP + 0.5).clamp(0, 1)
+    masks = {}
+    for index, name in enumerate(maps):
+        own = heights[index]
+        others = torch.cat([heights[:index], heights[index + 1 :], torch.zeros_like(own)[None]]).amax(0)
+        nearer = (own - others) / (own + others).clamp(min=1e-12)  # 0 at a border, 1 where no other is
+        masks[name] = inside[index] * (nearer * STEEP / 2 + 0.5).clamp(0, 1)
+    return masks
+
+
+def _smooth(map_: Tensor, grid: Grid) -> Tensor:
+    """On the latents' grid, averaged with its neighbours."""
+    size = (grid.height, grid.width)
+    large = functional.interpolate(map_[None, None].float(), size=size, mode="bilinear")
+    return functional.avg_pool2d(functional.pad(large, (1, 1, 1, 1), mode="replicate"), 3, stride=1)[0, 0]
+
+
+def layer_masks(masks: Sequence[Tensor], grid: Grid) -> dict[int, Tensor]:
+    """(1, G, L) of the G groups' masks for every layer of L query tokens."""
+    stacked = torch.stack(list(masks))[None]
+    return {
+        tokens: functional.adaptive_avg_pool2d(stacked, size).flatten(2)
+        for tokens, size in grid.layers().items()
+    }
+
+
+def cut_out(image: Image.Image, mask: Tensor) -> Image.Image | None:
+    """The part of a picture where a mask is high, with a margin, as near to a square as the picture allows; None if empty."""
+    rows, columns = (torch.nonzero(mask.amax(axis) >= 0.5).flatten() for axis in (1, 0))
+    if not len(rows):
+        return None
+    height, width = mask.shape
+    left, right = _with_margin(int(columns[0]) / width, (int(columns[-1]) + 1) / width, image.width)
+    top, bottom = _with_margin(int(rows[0]) / height, (int(rows[-1]) + 1) / height, image.height)
+    side = max(right - left, bottom - top)
+    left, right = _widened(left, right, side, image.width)
+    top, bottom = _widened(top, bottom, side, image.height)
+    return image.crop((left, top, right, bottom))
+
+
+def _with_margin(first: float, last: float, pixels: int) -> tuple[int, int]:
+    return max(0, round((first - MARGIN) * pixels)), min(pixels, round((last + MARGIN) * pixels))
+
+
+def _widened(first: int, last: int, side: int, pixels: int) -> tuple[int, int]:
+    """The same middle at a length of `side`, moved to lie in the picture."""
+    side = min(side, pixels)
+    first = min(max(0, (first + last - side) // 2), pixels - side)
+    return first, first + side
+
+
+class Watched:
+    """A context that keeps, for each character, how much the decoder's pixels look at its words.
+
+    words: a character's positions among the text tokens. Layers count that stand in the decoder at half of the latents' side,
+    where things have their outlines; the row that is read is the last one.
+    """
+
+    def __init__(self, context: Context, words: Mapping[str, Sequence[int]], grid: Grid) -> None:
+        self.context, self.words = context, words
+        self.size = (-(-grid.height // 2), -(-grid.width // 2))
+        self.sums = {name: torch.zeros(self.size) for name in words}
+
+    def put(self, index: int, row: object) -> None:
+        """The watched context's."""
+        self.context.put(index, row)
+
+    def last_rows(self, count: int) -> Context:
+        """Those of the watched context, unwatched."""
+        return self.context.last_rows(count)
+
+    def without_references(self) -> Context:
+        """The watched context's rows, unwatched."""
+        return self.context.without_references()
+
+    def inputs(self) -> dict[str, Tensor]:
+        """The watched context's."""
+        return self.context.inputs()
+
+    def attend(self, layer: Layer, query: Tensor) -> Tensor:
+        """query (B, L, H, d) -> (B, L, H, d), and the maps added up."""
+        if re.match(r"up_blocks\.", layer.name) and query.shape[1] == self.size[0] * self.size[1]:
+            keys, _ = layer.keys_values(self.context.inputs()["text_kv"])
+            scores = (
+                torch.einsum("lhd,khd->hlk", query[-1].float(), keys[-1].float()) / query.shape[-1] ** 0.5
+            )
+            shares = scores.softmax(-1).mean(0).cpu()
+            for name, places in self.words.items():
+                self.sums[name] += shares[:, list(places)].sum(-1).view(self.size)
+        return self.context.attend(layer, query)

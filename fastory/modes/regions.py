@@ -1,0 +1,207 @@
+"""Characters of a frame with references of their own, each where it stands (the setting `regions`).
+
+A character's references are its own appearances in the last round's pictures: the whole picture where it is alone, what its
+mask cuts out where it is not. They reach its mask in the frame; what no character has sees the story's pictures. Where a frame
+has no boxes, the masks of round k are found in its picture of round k - 1, by one UNet call on the caption.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from diffusers import DDPMScheduler
+from PIL import Image
+from torch import Tensor
+
+from fastory.builtin.words import SPECIES_WORDS
+from fastory.conditioning.references import Group, References
+from fastory.conditioning.regions import Grid, Watched, apart, cut_out, from_maps, rest_of
+from fastory.errors import InputError
+from fastory.models.protocol import Caption, Model, UnetInputs
+from fastory.models.text import token_places
+from fastory.settings import Settings
+from fastory.story import Story
+
+NEEDED = "they need rounds, a model that is no export, and two named characters (or boxes); with auto not the references `all`"
+NOISE = 0.5  # of the noise schedule: at half of it outlines are set and the UNet still asks the caption what is where
+Mentions = Mapping[str, Sequence[tuple[int, int]]]
+"""The characters of a frame, each with where the prompt speaks of it: first letter, and one past the last."""
+
+
+def mentions(story: Story, i: int, prompt: str, plain: bool) -> dict[str, list[tuple[int, int]]]:
+    """Who is in frame i, in the story's order. plain: the animals of the built-in world are, named or not."""
+    if plain:
+        found = {name: _words(prompt, options) for name, options in SPECIES_WORDS.items()}
+        return {name: spans for name, spans in found.items() if spans}
+    spans_of: dict[str, list[tuple[int, int]]] = {
+        character.name: [] for character in story.characters if character.name in story.cast(i)
+    }
+    for name, first, end in story.spans(prompt):
+        spans_of.setdefault(name, []).append((first, end))
+    return spans_of
+
+
+def _words(prompt: str, options: Sequence[str]) -> list[tuple[int, int]]:
+    found = re.finditer(rf"\b(?:{'|'.join(options)})\b", prompt, re.IGNORECASE)
+    return [match.span() for match in found]
+
+
+def settled(model: Model, story: Story, settings: Settings, prompts: Sequence[str]) -> str:
+    """The setting `regions` as it decides this story: `off` where nothing would be another with it.
+
+    `auto` minds stories that name characters; boxes always count; the rule `all` without boxes is the paper's, where every
+    frame sees every picture whole.
+    """
+    plain = is_plain(model, story, settings)
+    boxes = any(frame.boxes for frame in story.frames)
+    whole = settings.references == "all" and settings.regions == "auto" and not boxes
+    if settings.regions == "off" or not model.takes_masks or whole or not (plain or story.characters):
+        return "off"
+    casts = [mentions(story, i, prompt, plain) for i, prompt in enumerate(prompts)]
+    several = len({name for cast in casts for name in cast}) > 1
+    return settings.regions if boxes or (several and settings.iterations) else "off"
+
+
+def check_boxes(story: Story) -> None:
+    """InputError for the box of a character that its frame does not have: nothing could be drawn in it."""
+    for i, frame in enumerate(story.frames):
+        for name, _ in frame.boxes:
+            if name not in story.cast(i):
+                where = story.where(("frames", i, "boxes", name)) or f"frame {i}"
+                raise InputError(
+                    f"{where}: the box of {name}: wanted a character of frame {i}, got one that neither its caption nor its "
+                    "`characters:` names; name it there or remove the box"
+                )
+
+
+def is_plain(model: Model, story: Story, settings: Settings) -> bool:
+    """Whether the animals of the captions are the characters: with `regions` on, in the built-in model's plain stories."""
+    return settings.regions == "on" and not story.characters and model.name == "builtin"
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a picture of the last round gives the next one.
+
+    whole: its reference tokens (1, T, C_x), None for one that was left out. own: those of each character in it. masks: where
+    the characters are, (h, w); none where they could not be told apart.
+    """
+
+    whole: Tensor | None
+    own: Mapping[str, Tensor] = field(default_factory=dict)
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Regions:
+    """Who is in which frame, and what each of them sees."""
+
+    def __init__(
+        self,
+        model: Model,
+        story: Story,
+        settings: Settings,
+        prompts: Sequence[str],
+        captions: Sequence[Caption],
+        size: tuple[int, int],
+    ) -> None:
+        """prompts, captions: of every frame. size: of the pictures, (width, height) in pixels."""
+        self.model, self.settings, self.captions, self.size = model, settings, captions, size
+        plain = is_plain(model, story, settings)
+        self.casts = [mentions(story, i, prompt, plain) for i, prompt in enumerate(prompts)]
+        self.names = list(dict.fromkeys(name for cast in self.casts for name in cast))
+        self.prompts = prompts
+        self.grid = Grid(size[1] // model.vae_factor, size[0] // model.vae_factor)
+        boxes = [dict(frame.boxes) for frame in story.frames]
+        self.boxes = [{name: self.grid.box(box) for name, box in of_frame.items()} for of_frame in boxes]
+
+    def see(self, i: int, image: Image.Image, whole: Tensor | None) -> Seen:
+        """What the picture of frame i gives the next round. whole: its reference tokens."""
+        cast = list(self.casts[i])
+        if whole is None or not cast:
+            return Seen(whole)
+        if len(cast) == 1 and not self.boxes[i]:
+            return Seen(whole, {cast[0]: whole})
+        masks = self._located(i, image)
+        own = {}
+        for name, mask in masks.items():
+            part = cut_out(image, mask)
+            if part is not None:
+                own[name] = self.model.encode_reference(part, self.settings.reference_fit)
+        return Seen(whole, own, masks)
+
+    def _located(self, i: int, image: Image.Image) -> dict[str, Tensor]:
+        """Masks of the characters in the picture of frame i; none where one of several has neither box nor words."""
+        masks = dict(self.boxes[i])
+        missing = [name for name in self.casts[i] if name not in masks]
+        if missing:
+            found = self._maps(i, image)
+            if any(name not in found for name in missing):
+                return {}
+            masks |= {name: mask for name, mask in from_maps(found, self.grid).items() if name in missing}
+        return apart({name: masks[name] for name in self.casts[i]})
+
+    @torch.inference_mode()
+    def _maps(self, i: int, image: Image.Image) -> dict[str, Tensor]:
+        """How much each part of a picture looks at each character's words: one UNet call on the picture, half noise."""
+        words = token_places(self.model.tokenizer, self.prompts[i], self.casts[i])
+        words = {name: places for name, places in words.items() if places}
+        model, caption = self.model, self.captions[i]
+        scheduler = DDPMScheduler.from_config(dict(model.scheduler_config))
+        step = torch.tensor(int(NOISE * scheduler.config.num_train_timesteps))
+        latents = model.encode_picture(image)
+        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0)).to(latents)
+        noisy = scheduler.add_noise(latents, noise, step)
+        text_kv = model.layers.project_text(caption.tokens)
+        references = References.of(
+            (), lambda: text_kv, lambda tokens: tokens, tokens_per_ref=model.tokens_per_ref, like=text_kv
+        )
+        context = references.context(1)
+        context.put(0, references.row(i, text_kv))
+        watched = Watched(context, words, self.grid)
+        cond = None
+        if model.sizes.guidance_embedding is not None:
+            cond = model.guidance_embedding(self.settings.guidance_scale, 1)
+        added = None
+        if caption.pooled is not None:
+            added = model.added_conditions(caption.pooled, *self.size)
+        model.predict(UnetInputs(noisy, step.to(latents.device), watched, cond, added))
+        return watched.sums
+
+    def places(self, i: int, last: Mapping[int, Seen]) -> dict[str, Tensor | None]:
+        """The mask of each character of frame i, None for the whole picture; nobody where they could not be told apart."""
+        cast = list(self.casts[i])
+        if len(cast) == 1 and not self.boxes[i]:
+            return {cast[0]: None}
+        if set(self.boxes[i]) == set(cast) and cast:
+            return {**apart(self.boxes[i])}
+        return dict(last[i].masks) if i in last else {}
+
+    def rest(self, i: int, last: Mapping[int, Seen]) -> Tensor | None:
+        """Where frame i sees the story's pictures; None for everywhere."""
+        masks = self.places(i, last)
+        if not masks:
+            return None
+        return rest_of(
+            [torch.ones(self.grid.height, self.grid.width) if m is None else m for m in masks.values()]
+        )
+
+    def mask_of(self, name: str, last: Mapping[int, Seen]) -> Callable[[int], Tensor | None]:
+        """Where a character's references reach, by frame."""
+        return lambda i: self.places(i, last).get(name)
+
+    def groups(self, k: int, last: Mapping[int, Seen]) -> Iterator[Group]:
+        """A group for each character: its appearances in the last round."""
+        rule = self.settings.references
+        for name in self.names:
+            frames = [j for j in sorted(last) if name in last[j].own]
+            if not frames:
+                continue
+
+            def sees(i: int, n: int, name: str = name, frames: Sequence[int] = frames) -> bool:
+                return name in self.places(i, last) and (rule == "all" or frames[n] != i)
+
+            tokens = [last[j].own[name] for j in frames]
+            yield Group(tokens, self.settings.reference_scale_of(k), sees, self.mask_of(name, last))

@@ -1,0 +1,169 @@
+"""A group of references must reach its part of the picture and no more, and a mask of ones must change nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from torch import Tensor
+
+from fastory import StoryModel
+from fastory.conditioning.references import Group, ReferenceContext, References
+from fastory.conditioning.regions import Grid, apart, cut_out, from_maps, rest_of
+from fastory.models.protocol import UnetInputs
+
+GRID = Grid(16, 16)
+LEFT, RIGHT = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)
+
+
+def test_a_box_is_whole_inside_and_nothing_outside_with_a_soft_edge() -> None:
+    mask = Grid(16, 32).box((0.25, 0.5, 0.75, 1.0))
+    assert mask.shape == (16, 32)
+    assert mask[9:, 9:23].min() == 1  # down to the lower edge, which is the picture's
+    assert mask[:7].max() == 0 and mask[:, :7].max() == 0 and mask[:, 25:].max() == 0
+    edge = mask[12, 7:9]
+    assert 0 < edge[0] < edge[1] < 1
+    assert torch.equal(GRID.box((0, 0, 1, 1)), torch.ones(16, 16))
+
+
+def test_halves_share_their_border_and_overlapping_boxes_their_middle() -> None:
+    halves = apart({"a": GRID.box(LEFT), "b": GRID.box(RIGHT)})
+    assert torch.allclose(halves["a"] + halves["b"], torch.ones(16, 16))
+    overlapping = apart({"a": GRID.box((0, 0, 0.75, 1)), "b": GRID.box((0.25, 0, 1, 1))})
+    assert torch.allclose(overlapping["a"][:, 7:9], torch.full((16, 2), 0.5))
+    assert overlapping["a"][0, 0] == 1 and overlapping["b"][0, 0] == 0
+    assert torch.allclose(rest_of([GRID.box(LEFT)]), GRID.box(RIGHT))
+
+
+def test_a_pixel_goes_to_the_character_whose_map_is_highest_there() -> None:
+    low, high = torch.full((8, 8), 0.001), torch.full((8, 8), 0.001)
+    low[2:6, 1:4], high[2:6, 4:7] = 0.01, 0.1  # words differ in how much is looked at them
+    masks = from_maps({"a": low, "b": high}, GRID)
+    assert masks["a"][6:10, 3:6].min() > 0.9 and masks["a"][:, 9:].max() < 0.1
+    assert masks["b"][6:10, 10:13].min() > 0.9 and masks["b"][:, :6].max() < 0.1
+    assert max(mask[[0, 0, 15, 15], [0, 15, 0, 15]].max() for mask in masks.values()) == 0
+    assert (masks["a"] + masks["b"]).max() <= 1 + 1e-6
+
+
+def test_what_is_cut_out_is_square_and_lies_in_the_picture() -> None:
+    picture = Image.new("RGB", (160, 80))
+    for box, wanted in (
+        ((0, 0, 0.3, 1), (0, 0, 80, 80)),  # as high as the picture, at its left edge
+        ((0.4, 0.4, 0.6, 0.6), (52, 12, 108, 68)),
+    ):
+        grid = Grid(40, 80)
+        part = cut_out(picture, grid.box(box))
+        assert part is not None
+        assert abs(part.width - part.height) <= 2
+        assert abs(part.width - (wanted[2] - wanted[0])) <= 8
+    assert cut_out(picture, torch.zeros(8, 16)) is None
+
+
+@pytest.fixture
+def model(sd15_folder: Path, sd15_adapter_base: Path) -> StoryModel:
+    return StoryModel.open(str(sd15_folder), ip_adapter=str(sd15_adapter_base))
+
+
+def references(model: StoryModel, tokens: list[Tensor], masks: list[Tensor | None] | None) -> References:
+    """A group for each of the tokens, with its mask."""
+    text = model.layers.project_text(torch.zeros(1, 7, model.cross_attention_dim))
+    given = masks or [None] * len(tokens)
+    groups = [
+        Group([one], 0.8, lambda i, n: True, lambda i, m=m: m) for one, m in zip(tokens, given, strict=True)
+    ]
+    return References.of(
+        groups,
+        model.null_reference,
+        model.layers.project_references,
+        tokens_per_ref=model.tokens_per_ref,
+        like=text,
+        grid=None if masks is None else GRID,
+    )
+
+
+def tokens_of(model: StoryModel, count: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    shape = (1, model.tokens_per_ref, model.cross_attention_dim)
+    return [torch.randn(shape, generator=generator) for _ in range(count)]
+
+
+@torch.inference_mode()
+def predict(model: StoryModel, shared: References) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    caption = torch.randn(1, 7, model.cross_attention_dim, generator=generator)
+    context = shared.context(1)
+    context.put(0, shared.row(0, model.layers.project_text(caption)))
+    latents = torch.randn(1, model.sizes.latent_channels, 16, 16, generator=generator)
+    return model.predict(UnetInputs(latents, torch.tensor(500), context, None, None))
+
+
+def test_masks_of_ones_are_no_masks(model: StoryModel) -> None:
+    tokens = tokens_of(model, 2)
+    plain = predict(model, references(model, tokens, None))
+    ones = predict(model, references(model, tokens, [None, torch.ones(16, 16)]))
+    assert (plain - ones).abs().max() < 1e-6
+    half = predict(model, references(model, tokens, [None, GRID.box(LEFT)]))
+    assert (plain - half).abs().max() > 1e-3
+
+
+def test_masks_are_those_of_diffusers(sd15_folder: Path, sd15_adapter_base: Path, model: StoryModel) -> None:
+    """One picture a group is what a stock pipeline calls several images with ip_adapter_masks."""
+    pipe = StableDiffusionPipeline.from_pretrained(sd15_folder, safety_checker=None, local_files_only=True)
+    pipe.load_ip_adapter(
+        sd15_adapter_base.parent, subfolder="", weight_name=sd15_adapter_base.name, image_encoder_folder=None
+    )
+    pipe.set_ip_adapter_scale([[0.8, 0.8, 0.8]])
+    embeds = torch.randn(1, 3, model.checkpoint.image_encoder.config.projection_dim)  # type: ignore[union-attr]
+    tokens = [model._project_image(embeds[:, n]) for n in range(3)]
+    masks = torch.stack([torch.full((16, 16), value) for value in (0.3, 1.0, 0.0)])
+    generator = torch.Generator().manual_seed(1)
+    caption = torch.randn(1, 7, model.cross_attention_dim, generator=generator)
+    latents = torch.randn(1, model.sizes.latent_channels, 16, 16, generator=generator)
+    with torch.inference_mode():
+        wanted = pipe.unet(
+            latents,
+            torch.tensor(500),
+            caption,
+            added_cond_kwargs={"image_embeds": [embeds]},
+            cross_attention_kwargs={"ip_adapter_masks": [masks[None]]},
+        ).sample
+    got = predict(model, references(model, tokens, list(masks)))
+    assert (wanted - got).abs().max() < 1e-5
+    assert (got - predict(model, references(model, tokens, None))).abs().max() > 1e-3
+
+
+def test_every_layer_reads_the_mask_on_its_own_grid(model: StoryModel) -> None:
+    """Rows of one call have masks of their own, the unconditional one too, on pictures that are not square."""
+    text = model.layers.project_text(torch.zeros(1, 7, model.cross_attention_dim))
+    grid = Grid(8, 24)
+    groups = [
+        Group(tokens_of(model, 1), 0.8, lambda i, n: True, lambda i: grid.box(LEFT) if i else grid.box(RIGHT))
+    ]
+    shared = References.of(
+        groups,
+        model.null_reference,
+        model.layers.project_references,
+        tokens_per_ref=model.tokens_per_ref,
+        like=text,
+        grid=grid,
+    )
+    context = shared.context(3)
+    for index, row in enumerate((shared.row(0, text), shared.row(1, text), shared.null_row(1, text))):
+        context.put(index, row)
+    assert isinstance(context, ReferenceContext) and context.masks is not None
+    assert {tokens: mask.shape for tokens, mask in context.masks.items()} == {
+        length: (3, 1, length) for length in (8 * 24, 4 * 12, 2 * 6, 1 * 3)
+    }
+    for tokens, width in ((8 * 24, 24), (4 * 12, 12), (2 * 6, 6)):
+        right, left, null = context.masks[tokens].view(3, -1, width)
+        assert right[:, 0].max() == 0 and right[:, -1].min() == 1
+        assert left[:, 0].min() == 1 and left[:, -1].max() == 0
+        assert torch.equal(left, null)
+    same = References.of(
+        groups, model.null_reference, model.layers.project_references,
+        tokens_per_ref=model.tokens_per_ref, like=text,
+    )  # fmt: skip
+    assert shared.refill(context) and not same.refill(context)

@@ -1,0 +1,210 @@
+"""Two characters of a frame that see all pictures end alike: each must see its own, where it stands, and nobody else's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from counted_calls import calls
+from drawn_rounds import Kept, Pictures
+from PIL import Image
+
+from fastory import InputError, Story, StoryModel, generate
+from fastory.builtin.world.captions import caption
+from fastory.builtin.world.corpus import sample_tale
+from fastory.builtin.world.drawing import draw_with_boxes
+from fastory.events import FrameDrawn, Notice
+from fastory.models.text import token_places
+from fastory.modes.iterative import iterative
+from fastory.modes.mode import StoryPlan
+from fastory.modes.regions import Regions, Seen, settled
+from fastory.settings import Settings, resolve
+
+STORY = """\
+title: Two
+characters:
+  Ann: {prompt: a rabbit}
+  Bob: {prompt: a fox}
+frames:
+- Ann is sleeping in the snow
+- Bob is jumping in the forest
+- Ann and Bob are standing on the beach%s
+- Bob is standing in the city
+- It is standing on the mountain
+"""
+
+
+@pytest.fixture(scope="module")
+def model() -> StoryModel:
+    return StoryModel.open("builtin")
+
+
+def story(folder: Path, boxes: str = "") -> Story:
+    text = STORY % ""
+    if boxes:
+        text = text.replace(
+            "- Ann and Bob are standing on the beach",
+            f"- {{caption: Ann and Bob are standing on the beach, boxes: {boxes}}}",
+        )
+    (folder / "two.yaml").write_text(text)
+    return Story.read(folder / "two.yaml")
+
+
+def chosen(model: StoryModel, **values: object) -> Settings:
+    given = {"steps": 2, "iterations": 1, "reference_scale": 0.5, "references": "others", **values}
+    return resolve(given, {}, None, model.defaults)[0]
+
+
+def draw(model: StoryModel, given: Story, kept: Pictures | None = None, **values: object) -> Pictures:
+    plan = StoryPlan(given, chosen(model, **values), finished=Kept(kept or {}))
+    events = iterative(model, plan, batch_sizes=[2])
+    return {(e.round, e.frame): e.image for e in events if isinstance(e, FrameDrawn)}
+
+
+def same(one: Image.Image, other: Image.Image) -> bool:
+    return one.tobytes() == other.tobytes()
+
+
+def test_a_story_that_names_nobody_is_drawn_as_without_regions(model: StoryModel) -> None:
+    plain = Story.from_captions(["a fox is jumping", "a bear and a fox are standing"])
+    auto, off, on = (draw(model, plain, regions=value) for value in ("auto", "off", "on"))
+    assert all(same(auto[key], off[key]) for key in off)
+    assert not same(on[1, 1], off[1, 1])  # its animals are its characters where that is asked for
+
+
+def test_each_frame_sees_the_pictures_of_its_own_characters_alone(model: StoryModel, tmp_path: Path) -> None:
+    given = story(tmp_path, "{Ann: [0, 0, 0.4, 1], Bob: [0.6, 0, 1, 1]}")
+    first = {key: image for key, image in draw(model, given).items() if key[0] == 0}
+    as_drawn = draw(model, given, first)
+    for changed, seen_by in ((0, {2, 4}), (1, {2, 3, 4}), (2, {0, 1, 3, 4}), (4, {2})):
+        others = {**first, (0, changed): Image.new("RGB", first[0, 0].size, "purple")}
+        after = draw(model, given, others)
+        moved = {frame for (_, frame), image in after.items() if not same(image, as_drawn[1, frame])}
+        assert moved == seen_by
+
+
+def test_a_resumed_story_goes_on_to_the_same_bytes(model: StoryModel, tmp_path: Path) -> None:
+    given = story(tmp_path)
+    whole = draw(model, given, iterations=2)
+    for done in (lambda k, i: k == 0, lambda k, i: k < 2 and (k, i) != (1, 2), lambda k, i: (k, i) != (2, 2)):
+        kept = {key: image for key, image in whole.items() if done(*key)}
+        rest = draw(model, given, kept, iterations=2)
+        assert set(rest) == set(whole) - set(kept)
+        assert all(same(image, whole[key]) for key, image in rest.items())
+
+
+def test_a_picture_of_two_costs_one_more_call_and_one_of_one_none(model: StoryModel, tmp_path: Path) -> None:
+    given = story(tmp_path)
+    counted = {}
+    for value in ("off", "auto"):
+        with calls({"unet": model.unet, "image": model.checkpoint.image_encoder}) as count:
+            draw(model, given, regions=value)
+        counted[value] = (count["unet"], count["image"])
+    null = 1 if model.adapter is not None and model.adapter.kind == "plus" else 0
+    assert counted["off"][1] == 5 + null
+    assert counted["auto"][0] == counted["off"][0] + 1  # where the two of frame 2 are
+    assert counted["auto"][1] == counted["off"][1] + 2  # and what each of them looks like
+
+
+def test_boxes_say_where_without_a_call_and_swapped_ones_swap(model: StoryModel, tmp_path: Path) -> None:
+    left, right = "[0, 0, 0.5, 1]", "[0.5, 0, 1, 1]"
+    one = story(tmp_path, f"{{Ann: {left}, Bob: {right}}}")
+    first = {key: image for key, image in draw(model, one).items() if key[0] == 0}
+    with calls({"unet": model.unet}) as count:
+        drawn = draw(model, one, first)
+    with calls({"unet": model.unet}) as plain:
+        draw(model, one, first, regions="off")
+    assert count == plain
+    swapped = draw(model, story(tmp_path, f"{{Ann: {right}, Bob: {left}}}"), first)
+    assert not same(drawn[1, 2], swapped[1, 2])
+    regions = Regions(model, one, chosen(model), [""] * 5, [], (128, 128))
+    places = regions.places(2, {})
+    assert torch.allclose(places["Ann"].flip(1), places["Bob"])  # type: ignore[union-attr]
+    assert regions.places(0, {}) == {"Ann": None}
+    assert regions.places(4, {}) == {}
+
+
+def test_a_box_of_somebody_who_is_not_there_is_refused_with_its_line(
+    model: StoryModel, tmp_path: Path
+) -> None:
+    text = STORY.replace(
+        "- Bob is jumping in the forest", "- caption: Bob is jumping\n  boxes:\n    Ann: [0, 0, 1, 1]"
+    )
+    (tmp_path / "lost.yaml").write_text(text % "")
+    with pytest.raises(
+        InputError, match=r"lost\.yaml:9: the box of Ann: wanted a character of frame 1"
+    ) as error:
+        list(generate(Story.read(tmp_path / "lost.yaml"), model=model, steps=1, iterations=1))
+    assert "\n" not in str(error.value)
+
+
+def test_where_regions_decide_nothing_they_are_off(model: StoryModel, tmp_path: Path) -> None:
+    given, boxes = story(tmp_path), story(tmp_path, "{Ann: [0, 0, 0.5, 1]}")
+    prompts = [given.prompt(i) for i in range(5)]
+    alone = replace(given, frames=given.frames[:1])
+    plain = Story.from_captions(prompts)
+
+    def of(one: Story, settings: Settings) -> str:
+        return settled(model, one, settings, [one.prompt(i) for i in range(len(one.frames))])
+
+    assert of(given, chosen(model)) == "auto"
+    assert of(given, chosen(model, references="all")) == "off"
+    assert of(boxes, chosen(model, references="all")) == "auto"
+    assert of(given, chosen(model, iterations=0)) == "off"
+    assert of(given, chosen(model, regions="off")) == of(boxes, chosen(model, regions="off")) == "off"
+    assert of(alone, chosen(model)) == "off"
+    assert of(plain, chosen(model)) == "off" and of(plain, chosen(model, regions="on")) == "on"
+    assert "regions" not in chosen(model, regions="off").identity()  # a run folder of before goes on
+    assert chosen(model).identity()["regions"] == "auto"
+
+
+def test_regions_that_are_asked_for_in_vain_are_told(model: StoryModel) -> None:
+    events = generate(Story.from_captions(["a fox"]), model=model, steps=1, iterations=1, regions="on")
+    assert any("`regions` are off" in event.message for event in events if isinstance(event, Notice))
+
+
+def test_the_tokens_of_a_character_are_its_name_and_description(model: StoryModel, tmp_path: Path) -> None:
+    given = story(tmp_path)
+    prompt = given.prompt(2)
+    spans: dict[str, list[tuple[int, int]]] = {}
+    for name, first, end in given.spans(prompt):
+        spans.setdefault(name, []).append((first, end))
+    assert {name: [prompt[a:b] for a, b in found] for name, found in spans.items()} == {
+        "Ann": ["Ann, a rabbit"],
+        "Bob": ["Bob, a fox"],
+    }
+    places = token_places(model.tokenizer, prompt, spans)
+    ids = model.tokenizer(prompt).input_ids
+    said = {name: model.tokenizer.decode([ids[i] for i in found]).split() for name, found in places.items()}
+    assert said["Ann"][-2:] == ["a", "rabbit"] and said["Bob"][-2:] == ["a", "fox"]
+    assert not set(places["Ann"]) & set(places["Bob"])
+
+
+def overlaps(model: StoryModel, seeds: Sequence[int]) -> np.ndarray:
+    """Of found masks on drawn pictures: the share in the character's own box, and in the other's alone."""
+    rows = []
+    for seed in seeds:
+        rng = np.random.default_rng(seed)
+        tale = sample_tale(rng, 8, 2)
+        for scene in [one for one in tale.scenes if len(one.roles) == 2][:2]:
+            text = caption(rng, tale.cast, scene)
+            picture, boxes = draw_with_boxes(tale.cast, scene, rng)
+            plain, settings = Story.from_captions([text]), chosen(model, regions="on")
+            regions = Regions(model, plain, settings, [text], [model.encode_caption(text)], (128, 128))
+            seen: Seen = regions.see(0, picture, torch.zeros(1))
+            truth = [regions.grid.box(box) for box in boxes]
+            for slot, role in enumerate(scene.roles):
+                mask = seen.masks[tale.cast[role.member].species]
+                own, other = truth[slot], truth[1 - slot] * (1 - truth[slot])
+                rows.append([float((mask * one).sum() / mask.sum()) for one in (own, other)])
+    return np.array(rows)
+
+
+def test_characters_are_found_where_they_are_drawn(model: StoryModel) -> None:
+    own, other = overlaps(model, range(5)).mean(0)
+    assert own > 0.6
+    assert other < 0.15
