@@ -259,8 +259,14 @@ class Iterative:
 
     def reference_groups(self, story: Story, settings: Settings) -> list[int]:
         """All frames of the last round, and every character's pictures."""
+        shown = settings.reference_start <= settings.iterations
+        given = [
+            len(character.references) for character in story.characters if character.references and shown
+        ]
+        if not settings.iterations:
+            return given
         own = [len(story.frames)] * (0 if settings.regions == "off" else len(story.characters))
-        return [len(story.frames), *own, *(len(c.references) for c in story.characters if c.references)]
+        return [len(story.frames), *own, *given]
 
     def unused(self, story: Story, settings: Settings) -> dict[str, str]:
         """Settings of references where there are none."""
