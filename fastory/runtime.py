@@ -148,7 +148,10 @@ def free_bytes(device: torch.device) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """True for CUDA's OutOfMemoryError, the CPU allocator's RuntimeError, and what they turn into on the way."""
+    """True for CUDA's OutOfMemoryError, the CPU allocator's RuntimeError, and what they turn into on the way.
+
+    accelerate's should_reduce_batch_size knows two of these signs, and takes a refusal of cuDNN for memory as well.
+    """
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     text = str(error)

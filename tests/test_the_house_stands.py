@@ -154,6 +154,17 @@ def test_no_file_is_too_long_to_read() -> None:
     assert long == []
 
 
+def test_no_function_is_too_long_to_read() -> None:
+    long = [
+        f"{path.relative_to(ROOT)}:{node.lineno}: {node.name}"
+        for path, tree in sources("fastory", "kernels", "export", "bench")
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and (node.end_lineno or 0) - node.lineno >= 60
+    ]
+    assert long == []
+
+
 def test_the_check_of_imports_finds_one() -> None:
     lines = (
         "from fastory import files",

@@ -361,7 +361,10 @@ def one_step(
 
 
 def learning_rate_factor(step: int, tuning: Tuning) -> float:
-    """Warm-up, then constant, then a straight line down to 2 % over the last half."""
+    """Warm-up, then constant, then a straight line down to 2 % over the last half: no schedule of diffusers' get_scheduler.
+
+    It is a function of the step alone, so a resume needs no state of it.
+    """
     rest = 2 * (1 - step / tuning.steps)
     return min(1.0, (step + 1) / max(1, tuning.warmup)) * max(0.02, min(1.0, rest))
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from diffusers import DDPMScheduler
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -361,11 +361,8 @@ def add_updates(unet: Any, rank: int, tensors: Mapping[str, Tensor], self_attent
     pattern = r"\.(to_q|to_k|to_v|to_out\.0)"
     layers = r".*\.attn[12]" if both else r".*\.attn2"
     unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=layers + pattern))
-    parameters = dict(unet.named_parameters())
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            if name.startswith("unet."):
-                parameters[f"{name.removeprefix('unet.')}.default.weight"].copy_(tensor)
+    updates = {n.removeprefix("unet."): tensor for n, tensor in tensors.items() if n.startswith("unet.")}
+    set_peft_model_state_dict(unet, {f"{name}.weight": tensor for name, tensor in updates.items()})
 
 
 def adapter_file(
@@ -376,10 +373,13 @@ def adapter_file(
     What learned, and of the encoder also what did not but is not in `of_base`, the base's own.
     A second key of metadata would stand before or behind the first by chance, and equal weights must be equal bytes.
     """
-    tensors: dict[str, Tensor] = {}
-    kept = {f"encoder.{n}": p for n, p in module.encoder.named_parameters() if n not in of_base}
-    for name, parameter in {**kept, **module.learning()}.items():
-        part, rest = name.split(".", 1)
-        key = f"history.{rest}" if part == "encoder" else f"unet.{rest.removesuffix('.default.weight')}"
-        tensors[key] = parameter.detach().cpu().contiguous().clone()
-    return tensors, {"history": json.dumps(module.encoder.config.as_dict())}
+    tensors = {
+        f"history.{name}": parameter
+        for name, parameter in module.encoder.named_parameters()
+        if parameter.requires_grad or name not in of_base
+    }
+    if hasattr(module.unet, "peft_config"):  # rank 0 has no updates
+        updates = get_peft_model_state_dict(module.unet, save_embedding_layers=False)
+        tensors |= {f"unet.{name.removesuffix('.weight')}": tensor for name, tensor in updates.items()}
+    copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    return copies, {"history": json.dumps(module.encoder.config.as_dict())}

@@ -109,6 +109,40 @@ def _add_short_groups(
     return longer, beyond, out0, out1
 
 
+@triton.jit
+def _add_group(
+    q0, q1, k_ref, v_ref, scale, ref_offsets, ref_visible, mask, query, keep, group, ref_keys, kr_token, vr_token,
+    scale_group, mask_group, mask_query, out0, out1,
+    TOKENS: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, SCALE: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Both parts of out with one group added, or, where SLOTS is not 0, with one that _add_short_groups left out."""
+    first, last = _group_bounds(ref_offsets, group, ref_keys)
+    gap, gap_end = None, None
+    if ref_visible is not None:
+        block, after = seen_range(ref_visible, first // TOKENS, tl.cdiv(last, TOKENS), 1, 128)
+        first = tl.maximum(first, block * TOKENS)
+        last = tl.minimum(last, after * TOKENS)
+        if BLOCK_N > 16:
+            gap, gap_end = last, last
+            if last - first >= BLOCK_N:
+                gap, gap_end = unseen_range(ref_visible, block, after, 1, BLOCK_N)
+                gap *= TOKENS
+                gap_end *= TOKENS
+    if SLOTS == 0 or last - first > SLOT:
+        top, total, acc0, acc1 = empty_softmax(BLOCK_M, D0, D1)
+        top, total, acc0, acc1 = attend_keys(
+            q0, q1, k_ref, v_ref, ref_visible, gap, gap_end, None, None, first, last, kr_token, vr_token,
+            top, total, acc0, acc1, 1, TOKENS, False, D, D0, D1, SCALE, PRECISION, UPCAST, BLOCK_N,
+        )  # fmt: skip
+        gate = _gate(scale, mask, group, query, keep, scale_group, mask_group, mask_query)
+        gate /= tl.where(total > 0.0, total, 1.0)
+        out0 += acc0 * gate[:, None]
+        if D1 > 0:
+            out1 += acc1 * gate[:, None]
+    return out0, out1
+
+
 @triton.jit(do_not_specialize=RUNTIME)
 def grca_kernel(
     q, k_text, v_text, k_ref, v_ref, scale, ref_offsets, ref_visible, mask, out,
@@ -161,29 +195,11 @@ def grca_kernel(
             TOKENS, D, D0, D1, SCALE, PRECISION, UPCAST, SLOTS,
         )  # fmt: skip
     for group in range(longer, end):
-        first, last = _group_bounds(ref_offsets, group, ref_keys)
-        gap, gap_end = None, None
-        if ref_visible is not None:
-            block, after = seen_range(ref_visible, first // TOKENS, tl.cdiv(last, TOKENS), 1, 128)
-            first = tl.maximum(first, block * TOKENS)
-            last = tl.minimum(last, after * TOKENS)
-            if BLOCK_N > 16:
-                gap, gap_end = last, last
-                if last - first >= BLOCK_N:
-                    gap, gap_end = unseen_range(ref_visible, block, after, 1, BLOCK_N)
-                    gap *= TOKENS
-                    gap_end *= TOKENS
-        if SLOTS == 0 or last - first > SLOT:
-            top, total, acc0, acc1 = empty_softmax(BLOCK_M, D0, D1)
-            top, total, acc0, acc1 = attend_keys(
-                q0, q1, k_ref, v_ref, ref_visible, gap, gap_end, None, None, first, last, kr_token, vr_token,
-                top, total, acc0, acc1, 1, TOKENS, False, D, D0, D1, SCALE, PRECISION, UPCAST, BLOCK_N,
-            )  # fmt: skip
-            gate = _gate(scale, mask, group, query, keep, scale_group, mask_group, mask_query)
-            gate /= tl.where(total > 0.0, total, 1.0)
-            out0 += acc0 * gate[:, None]
-            if D1 > 0:
-                out1 += acc1 * gate[:, None]
+        out0, out1 = _add_group(
+            q0, q1, k_ref, v_ref, scale, ref_offsets, ref_visible, mask, query, keep, group, ref_keys, kr_token, vr_token,
+            scale_group, mask_group, mask_query, out0, out1,
+            TOKENS, D, D0, D1, SCALE, PRECISION, UPCAST, SLOTS, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
     out += row * out_row * STRIDE_DIVISOR + start * out_token + head * D
     store_rows(out + step * out_token, keep, out0, out1, D, D0, D1)
 

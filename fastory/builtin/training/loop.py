@@ -1,4 +1,9 @@
-"""The training loop that all stages share: seeded, resumable, one or several processes with averaged gradients."""
+"""The training loop that all stages share: seeded, resumable, one or several processes with averaged gradients.
+
+A loop of its own beside that of fastory.tuning: a stage ends after minutes of processor time, draws its batches in worker
+processes and shows samples, where a tuning ends after steps, reads tables and writes TensorBoard's files. What both do is
+the step of an optimizer.
+"""
 
 import json
 import os
@@ -148,7 +153,10 @@ class TrainingState:
 
 
 def learning_rate_factor(step: int, progress: float) -> float:
-    """Warm-up over 150 steps, constant, then a straight line down to 2 % over the last half."""
+    """Warm-up over 150 steps, constant, then a straight line down to 2 % over the last half.
+
+    progress: of the plan, which may be bounded by minutes. The schedules of diffusers' get_scheduler count steps.
+    """
     return min(1.0, (step + 1) / 150) * max(0.02, min(1.0, 2 * (1 - progress)))
 
 
