@@ -260,13 +260,13 @@ class Iterative:
     def reference_groups(self, story: Story, settings: Settings) -> list[int]:
         """All frames of the last round, and every character's pictures."""
         shown = settings.reference_start <= settings.iterations
-        given = [
+        pictures = [
             len(character.references) for character in story.characters if character.references and shown
         ]
         if not settings.iterations:
-            return given
+            return pictures
         own = [len(story.frames)] * (0 if settings.regions == "off" else len(story.characters))
-        return [len(story.frames), *own, *given]
+        return [len(story.frames), *own, *pictures]
 
     def unused(self, story: Story, settings: Settings) -> dict[str, str]:
         """Settings of references where there are none."""
