@@ -57,12 +57,13 @@ class Group:
 class ReferenceRow:
     """What one row of a UNet call attends to. text_kv (1, Lt, W); ref_visible (1, blocks) bool.
 
-    masks: as of ReferenceContext, (1, G, L) each.
+    masks, text_bias: as of ReferenceContext, of one row.
     """
 
     text_kv: Tensor
     ref_visible: Tensor
     masks: dict[int, Tensor] | None = None
+    text_bias: dict[int, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,8 @@ class ReferenceContext:
 
     text_kv: (B, Lt, W). ref_kv: (1, Lr, W), every row reads it without a copy; Lr = 0 in a call without references.
     scale: (G,) weight l_g of each group. ref_visible: (B, Lr / tokens_per_ref) bool. ref_offsets: (G + 1,) int32.
-    masks: for a layer of L query tokens, masks[L] is (B or 1, G, L) in [0, 1].
+    masks: for a layer of L query tokens, masks[L] is (B or 1, G, L) in [0, 1]. text_bias: text_bias[L] is (B, L, Lt), added to
+    the scores of the text's tokens, where characters' words reach their own part alone.
     """
 
     text_kv: Tensor
@@ -81,6 +83,7 @@ class ReferenceContext:
     ref_offsets: Tensor
     tokens_per_ref: int
     masks: dict[int, Tensor] | None = None
+    text_bias: dict[int, Tensor] | None = None
 
     def put(self, index: int, row: ReferenceRow) -> None:
         """Write a row's text and which references it sees where row `index` of the buffers is."""
@@ -90,6 +93,8 @@ class ReferenceContext:
             assert row.masks is not None
             for tokens, mask in self.masks.items():
                 mask[index : index + 1] = row.masks[tokens]
+        for tokens, bias in (self.text_bias or {}).items():
+            bias[index : index + 1] = 0 if row.text_bias is None else row.text_bias[tokens]
 
     def attend(self, layer: Layer, query: Tensor) -> Tensor:
         """query (B, L, H, d) -> (B, L, H, d)."""
@@ -103,6 +108,7 @@ class ReferenceContext:
             ref_offsets=self.ref_offsets,
             ref_visible=self.ref_visible,
             mask=None if self.masks is None else self.masks[query.shape[1]],
+            text_bias=None if self.text_bias is None else self.text_bias[query.shape[1]],
         )
 
     def last_rows(self, count: int) -> ReferenceContext:
@@ -110,8 +116,9 @@ class ReferenceContext:
         masks = self.masks and {
             L: mask if len(mask) == 1 else mask[-count:] for L, mask in self.masks.items()
         }
+        bias = self.text_bias and {L: bias[-count:] for L, bias in self.text_bias.items()}
         text_kv, ref_visible = self.text_kv[-count:], self.ref_visible[-count:]
-        return replace(self, text_kv=text_kv, ref_visible=ref_visible, masks=masks)
+        return replace(self, text_kv=text_kv, ref_visible=ref_visible, masks=masks, text_bias=bias)
 
     def without_references(self) -> ReferenceContext:
         """The same rows, the text in the same memory, and no references."""
@@ -158,7 +165,7 @@ class References:
     """The references that all frames of a round share, made by `of`; contexts of any number of rows read them.
 
     ref_kv (1, Lr, W); scale (G,); offsets (G + 1,) int32, in tokens. text_tokens: Lt of the captions beside them. grid: of
-    the latents, where groups have masks.
+    the latents, where groups have masks; words: where rows have a text_bias.
     """
 
     groups: tuple[Group, ...]
@@ -168,6 +175,7 @@ class References:
     tokens_per_ref: int
     text_tokens: int
     grid: Grid | None = None
+    words: Grid | None = None
 
     @classmethod
     def of(
@@ -179,12 +187,14 @@ class References:
         tokens_per_ref: int,
         like: Tensor,
         grid: Grid | None = None,
+        words: Grid | None = None,
     ) -> References:
         """The only constructor: K and V of all blocks, each group ending with its null block.
 
         null: gives the tokens (1, T, C_x) of the unconditional reference; asked where there are groups. project: reference
         tokens (1, Lr, C_x) -> (1, Lr, W). like: text K/V (1, Lt, W), which gives text_tokens, W, device and type.
-        grid: of the latents; without it the groups' masks are not read.
+        grid: of the latents; without it the groups' masks are not read. words: of the latents; without it no row has a
+        text_bias.
         """
         bounds = [0]
         for group in groups:
@@ -203,12 +213,13 @@ class References:
             tokens_per_ref,
             like.shape[1],
             grid if groups else None,
+            words,
         )
 
-    def row(self, frame: int, text_kv: Tensor) -> ReferenceRow:
+    def row(self, frame: int, text_kv: Tensor, text_bias: dict[int, Tensor] | None = None) -> ReferenceRow:
         """What the conditional row of `frame` attends to."""
         visible = _flags(group.visible(frame) for group in self.groups)
-        return ReferenceRow(text_kv, visible, self.masks(frame))
+        return ReferenceRow(text_kv, visible, self.masks(frame), text_bias)
 
     def null_row(self, frame: int, text_kv: Tensor) -> ReferenceRow:
         """What its unconditional row attends to."""
@@ -234,11 +245,16 @@ class References:
             ref_offsets=self.offsets,
             tokens_per_ref=self.tokens_per_ref,
             masks=None if self.grid is None else self._room_for_masks(rows, self.grid),
+            text_bias=None if self.words is None else self._room_for_bias(rows, self.words),
         )
 
     def _room_for_masks(self, rows: int, grid: Grid) -> dict[int, Tensor]:
         groups, device = len(self.groups), self.ref_kv.device
         return {tokens: torch.ones(rows, groups, tokens, device=device) for tokens in grid.layers()}
+
+    def _room_for_bias(self, rows: int, grid: Grid) -> dict[int, Tensor]:
+        device = self.ref_kv.device
+        return {L: torch.zeros(rows, L, self.text_tokens, device=device) for L in grid.layers()}
 
     def refill(self, context: Context) -> bool:
         """Other references of the same number, in the same buffers."""
@@ -248,6 +264,7 @@ class References:
             or context.scale.shape != self.scale.shape
             or context.text_kv.shape[1] != self.text_tokens
             or (context.masks is None) != (self.grid is None)
+            or (context.text_bias is None) != (self.words is None)
         ):
             return False
         context.ref_kv.copy_(self.ref_kv)

@@ -25,6 +25,7 @@ SOFT = 1 / 16  # of the picture: the width of a box's edge
 LEAST = 0.2  # of a map's highest value: less is background
 STEEP = 6  # how fast a mask rises at its edges
 DOWN = 8  # the deepest cross-attention of SD1.5 and SDXL has an eighth of the latents' side
+SILENT = 1e-4  # of a word's weight is what it keeps outside its mask
 MARGIN = 0.08  # of the picture, around a character that is cut out
 
 
@@ -92,6 +93,22 @@ def layer_masks(masks: Sequence[Tensor], grid: Grid) -> dict[int, Tensor]:
         tokens: functional.adaptive_avg_pool2d(stacked, size).flatten(2)
         for tokens, size in grid.layers().items()
     }
+
+
+def text_bias(
+    masks: Mapping[str, Tensor], words: Mapping[str, Sequence[int]], count: int, grid: Grid
+) -> dict[int, Tensor]:
+    """(1, L, count) for every layer of L query tokens: what is added to the scores of `count` text tokens.
+
+    words: a character's positions among them, which reach its mask; 0 for the words of nobody, which reach everything.
+    """
+    biases = {tokens: torch.zeros(1, tokens, count) for tokens in grid.layers()}
+    names = [name for name in masks if words.get(name)]
+    if names:
+        for tokens, layer in layer_masks([masks[name] for name in names], grid).items():
+            for mask, name in zip(layer[0], names, strict=True):
+                biases[tokens][0, :, list(words[name])] = mask.clamp(min=SILENT).log()[:, None]
+    return biases
 
 
 def cut_out(image: Image.Image, mask: Tensor) -> Image.Image | None:

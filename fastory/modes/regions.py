@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastory.builtin.words import SPECIES_WORDS
 from fastory.conditioning.references import Group, References
-from fastory.conditioning.regions import Grid, Watched, apart, cut_out, from_maps, rest_of
+from fastory.conditioning.regions import Grid, Watched, apart, cut_out, from_maps, rest_of, text_bias
 from fastory.errors import InputError
 from fastory.models.protocol import Caption, Model, UnetInputs
 from fastory.models.text import token_places
@@ -115,6 +115,7 @@ class Regions:
         self.prompts = prompts
         self.grid = Grid(size[1] // model.vae_factor, size[0] // model.vae_factor)
         boxes = [dict(frame.boxes) for frame in story.frames]
+        self.words = self.grid if any(boxes) else None
         self.boxes = [{name: self.grid.box(box) for name, box in of_frame.items()} for of_frame in boxes]
 
     def see(self, i: int, image: Image.Image, whole: Tensor | None) -> Seen:
@@ -191,6 +192,14 @@ class Regions:
     def mask_of(self, name: str, last: Mapping[int, Seen]) -> Callable[[int], Tensor | None]:
         """Where a character's references reach, by frame."""
         return lambda i: self.places(i, last).get(name)
+
+    def text_bias(self, i: int, last: Mapping[int, Seen], count: int) -> dict[int, Tensor] | None:
+        """Where the words of frame i's characters reach, with boxes; None in a story without. count: of text tokens."""
+        if self.words is None:
+            return None
+        masks = {name: mask for name, mask in self.places(i, last).items() if mask is not None}
+        words = token_places(self.model.tokenizer, self.prompts[i], self.casts[i])
+        return text_bias(masks if self.boxes[i] else {}, words, count, self.grid)
 
     def groups(self, k: int, last: Mapping[int, Seen]) -> Iterator[Group]:
         """A group for each character: its appearances in the last round."""

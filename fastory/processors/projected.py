@@ -58,15 +58,23 @@ def attend_references(
     ref_offsets: Tensor,
     ref_visible: Tensor,
     mask: Tensor | None,
+    text_bias: Tensor | None = None,
 ) -> Tensor:
     """Global reference cross-attention of one layer (Story-Adapter, arXiv 2410.06244, eq. of GRCA).
 
     query (B, L, H, d) -> (B, L, H, d). text_kv (B, Lt, W) and ref_kv (1, Lr, W) hold all layers side by side; the rest
-    is the operator's, see fastory.kernels.grca.
+    is the operator's, see fastory.kernels.grca. text_bias (B, L, Lt) is added to the scores of the text's tokens.
     """
     k_text, v_text = layer.keys_values(text_kv)
     k_ref, v_ref = layer.keys_values(ref_kv)
-    return grca(
+    text: Tensor | None = None
+    if text_bias is not None:
+        heads_first = (query.transpose(1, 2), k_text.transpose(1, 2), v_text.transpose(1, 2))
+        bias = text_bias[:, None].to(query.dtype)
+        text = functional.scaled_dot_product_attention(*heads_first, attn_mask=bias).transpose(1, 2)
+        # The operator has no bias of text; one key without value leaves it the references alone.
+        k_text = v_text = torch.zeros_like(k_text[:, :1])
+    out = grca(
         query,
         k_text,
         v_text,
@@ -78,6 +86,7 @@ def attend_references(
         ref_visible=ref_visible,
         mask=mask,
     )
+    return out if text is None else text + out
 
 
 def attend_window(

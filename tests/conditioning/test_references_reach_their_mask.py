@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastory import StoryModel
 from fastory.conditioning.references import Group, ReferenceContext, References
-from fastory.conditioning.regions import Grid, apart, cut_out, from_maps, rest_of
+from fastory.conditioning.regions import Grid, apart, cut_out, from_maps, rest_of, text_bias
 from fastory.models.protocol import UnetInputs
 
 GRID = Grid(16, 16)
@@ -167,3 +167,41 @@ def test_every_layer_reads_the_mask_on_its_own_grid(model: StoryModel) -> None:
         tokens_per_ref=model.tokens_per_ref, like=text,
     )  # fmt: skip
     assert shared.refill(context) and not same.refill(context)
+
+
+def attended(model: StoryModel, words: dict[str, list[int]] | None, captions: Tensor) -> Tensor:
+    """What one layer of 16 x 16 queries gets, (L, H, d), where each character's words reach its half."""
+    text = model.layers.project_text(captions)
+    shared = References.of(
+        [Group(tokens_of(model, 1), 0.8, lambda i, n: True)],
+        model.null_reference,
+        model.layers.project_references,
+        tokens_per_ref=model.tokens_per_ref,
+        like=text,
+        words=None if words is None else GRID,
+    )
+    halves = {"a": GRID.box((0, 0, 0.4, 1)), "b": GRID.box((0.6, 0, 1, 1))}
+    bias = None if words is None else text_bias(halves, words, captions.shape[1], GRID)
+    context = shared.context(1)
+    context.put(0, shared.row(0, text, bias))
+    layer = model.layers.layers[0]
+    heads, width = layer.attn.heads, layer.channels // layer.attn.heads
+    query = torch.randn(1, 256, heads, width, generator=torch.Generator().manual_seed(2))
+    return context.attend(layer, query)[0]
+
+
+@torch.inference_mode()
+def test_words_of_a_character_reach_its_box_and_words_of_nobody_reach_all(model: StoryModel) -> None:
+    captions = torch.randn(1, 5, model.cross_attention_dim, generator=torch.Generator().manual_seed(4))
+    plain = attended(model, None, captions)
+    assert (attended(model, {"a": [], "b": []}, captions) - plain).abs().max() < 1e-5
+    out = attended(model, {"a": [1, 2], "b": [3]}, captions).unflatten(0, (16, 16))
+    without = {
+        name: attended(model, None, captions[:, kept])
+        for name, kept in (("b", [0, 1, 2, 4]), ("a", [0, 3, 4]))
+    }
+    without = {name: value.unflatten(0, (16, 16)) for name, value in without.items()}
+    # A word keeps a ten-thousandth of its weight where it does not reach.
+    assert (out[:, :5] - without["b"][:, :5]).abs().max() < 1e-2
+    assert (out[:, 11:] - without["a"][:, 11:]).abs().max() < 1e-2
+    assert (out[:, :5] - plain.unflatten(0, (16, 16))[:, :5]).abs().max() > 0.1

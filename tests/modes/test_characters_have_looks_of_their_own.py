@@ -128,6 +128,18 @@ def test_boxes_say_where_without_a_call_and_swapped_ones_swap(model: StoryModel,
     assert regions.places(4, {}) == {}
 
 
+def test_boxes_hold_words_too_and_from_round_0(model: StoryModel, tmp_path: Path) -> None:
+    left, right = "[0, 0, 0.5, 1]", "[0.5, 0, 1, 1]"
+    plain = draw(model, story(tmp_path), iterations=0)
+    boxed = draw(model, story(tmp_path, f"{{Ann: {left}, Bob: {right}}}"), iterations=0)
+    swapped = draw(model, story(tmp_path, f"{{Ann: {right}, Bob: {left}}}"), iterations=0)
+    # Frames without boxes differ by no more than what another order of sums does.
+    for frame in (0, 1, 3, 4):
+        pixels = [np.asarray(one[0, frame]).astype(int) for one in (plain, boxed)]
+        assert abs(pixels[0] - pixels[1]).max() <= 1
+    assert len({one[0, 2].tobytes() for one in (plain, boxed, swapped)}) == 3
+
+
 def test_a_box_of_somebody_who_is_not_there_is_refused_with_its_line(
     model: StoryModel, tmp_path: Path
 ) -> None:
