@@ -1,9 +1,11 @@
-"""What users name models and weights by: a path that exists, or else an id of the hub. Told without PyTorch."""
+"""What users name models and weights by: a path that exists, else a name of PUBLISHED or an id of the hub. No PyTorch."""
 
 from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from fastory.errors import InputError
@@ -13,6 +15,36 @@ PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth")
 # owner/name, and for a file or folder in a repository owner/name/path
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 HUB_PATH = re.compile(rf"({HUB_ID.pattern})/(.+)")
+
+SD15, SDXL = "stable-diffusion-v1-5/stable-diffusion-v1-5", "stabilityai/stable-diffusion-xl-base-1.0"
+ADAPTERS = "h94/IP-Adapter"
+
+
+@dataclass(frozen=True)
+class Published:
+    """A base checkpoint of the hub, an IP-Adapter for it, and the image encoder that this adapter was trained with."""
+
+    model: str
+    ip_adapter: str
+    image_encoder: str
+
+
+# The files of an adapter and their encoders, from the model card of h94/IP-Adapter: ViT-H lies in models/, ViT-bigG in
+# sdxl_models/, and of SDXL's adapters the first alone was trained with ViT-bigG.
+PUBLISHED: Mapping[str, Published] = {
+    name: Published(model, f"{ADAPTERS}/{adapter}.safetensors", f"{ADAPTERS}/{encoder}/image_encoder")
+    for name, model, adapter, encoder in (
+        ("sd15", SD15, "models/ip-adapter_sd15", "models"),
+        ("sd15-plus", SD15, "models/ip-adapter-plus_sd15", "models"),
+        ("sdxl", SDXL, "sdxl_models/ip-adapter_sdxl", "sdxl_models"),
+        ("sdxl-plus", SDXL, "sdxl_models/ip-adapter-plus_sdxl_vit-h", "models"),
+    )
+}
+
+
+def published(model: str | Path) -> Published | None:
+    """What a name of PUBLISHED stands for; None for other names, and where a folder or file of that name is here."""
+    return PUBLISHED.get(str(model)) if local_path(model, "Model") is None else None
 
 
 def user_path(name: str | Path, what: str) -> Path:
@@ -54,10 +86,13 @@ def refuse_pickle(path: Path) -> None:
 
 
 def local_model(model: str | Path) -> Path | None:
-    """The folder or file of a model, or None for a hub id. Raises InputError where it is neither."""
+    """The folder or file of a model, or None for a name of PUBLISHED or a hub id. Raises InputError for anything else."""
     path = local_path(model, "Model")
-    if path is None and not HUB_ID.fullmatch(str(model)):
-        raise InputError(f"Model {model} does not exist: no folder, no file, and no hub id (owner/name).")
+    if path is None and str(model) not in PUBLISHED and not HUB_ID.fullmatch(str(model)):
+        raise InputError(
+            f"Model {model} does not exist: no folder, no file, and no hub id (owner/name). Names of their own have builtin, "
+            f"{', '.join(PUBLISHED)}."
+        )
     return path
 
 

@@ -16,7 +16,7 @@ from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 from fastory.checkpoints.folder import Family, Pipeline, open_folder
 from fastory.checkpoints.hashes import tensors_hash
 from fastory.checkpoints.history import History, open_history, read_adapter_config
-from fastory.checkpoints.hub import encoder_path, model_path, weight_path
+from fastory.checkpoints.hub import encoder_path, model_path, require_parts, weight_path
 from fastory.checkpoints.image_encoder import find_image_encoder, image_processor, load_image_encoder
 from fastory.checkpoints.ip_adapter import (
     AdapterHeader,
@@ -30,7 +30,7 @@ from fastory.checkpoints.lora import fuse_loras
 from fastory.checkpoints.single_file import open_single_file
 from fastory.checkpoints.weights import is_inside, is_there, read_json, tensor_shapes
 from fastory.errors import InputError
-from fastory.model_names import local_path
+from fastory.model_names import local_path, published
 
 DEFAULTS_FILE = "fastory_defaults.json"
 DEFAULTS_SCHEMA = 1
@@ -72,16 +72,17 @@ def open_checkpoint(
     dtype: torch.dtype = torch.float32,
     offline: bool = False,
 ) -> Checkpoint:
-    """Opens `model`: "builtin", a diffusers folder, a .safetensors file (with `config`, a diffusers
-    folder), or a hub id.
+    """Opens `model`: "builtin", a diffusers folder, a .safetensors file (with `config`, a diffusers folder), a hub id, or a
+    name of model_names.PUBLISHED, which brings an IP-Adapter and its image encoder.
 
-    `ip_adapter` and each LoRA are a .safetensors file or `owner/name/path` of the hub, `image_encoder` a
-    folder or `owner/name/folder`; `adapter` is a .safetensors file that `fastory tune` wrote. A folder's own
-    ones (the keys ip_adapter and adapter of its fastory_defaults.json) are used when none is given.
+    `ip_adapter` and each LoRA are a .safetensors file or `owner/name/path` of the hub, `image_encoder` a folder or
+    `owner/name/folder`; `adapter` is a .safetensors file that `fastory tune` wrote. A folder's own ones (the keys ip_adapter
+    and adapter of its fastory_defaults.json) are used when none is given.
     Everything small is looked at before anything large is read. Raises InputError for whatever cannot be used.
     """
     with enough_memory(f"the model {model}"):
         config = None if config is None else _config_folder(config)
+        model, ip_adapter, image_encoder = _named_parts(model, ip_adapter, image_encoder, offline)
         path = builtin_folder() if model == "builtin" else model_path(model, offline=offline)
         configs = path if path.is_dir() else config
         defaults = read_defaults(path) if path.is_dir() else {}
@@ -121,6 +122,19 @@ def open_checkpoint(
             *(history.sources if history else ()),
         ),
     )
+
+
+def _named_parts(
+    model: str | Path, ip_adapter: str | Path | None, image_encoder: str | Path | None, offline: bool
+) -> tuple[str | Path, str | Path | None, str | Path | None]:
+    """What a name of PUBLISHED stands for, downloaded, under what is asked for beside it; other models as they are."""
+    row = published(model)
+    if row is None:
+        return model, ip_adapter, image_encoder
+    if ip_adapter is None:
+        ip_adapter, image_encoder = row.ip_adapter, image_encoder or row.image_encoder
+    require_parts(str(model), row.model, ip_adapter, image_encoder, offline=offline)
+    return row.model, ip_adapter, image_encoder
 
 
 def _config_folder(config: str | Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
@@ -9,6 +10,7 @@ from diffusers.loaders.single_file_utils import DIFFUSERS_DEFAULT_PIPELINE_PATHS
 from huggingface_hub import hf_hub_download, snapshot_download
 
 from fastory.checkpoints.loading import loading
+from fastory.errors import InputError
 from fastory.model_names import local_encoder, local_model, local_weights
 
 TOKENIZER = [
@@ -61,6 +63,36 @@ def tokenizer_folder(repository: str, *, offline: bool) -> Path:
     """A published tokenizer, without the weights it lies beside."""
     with loading(_absent(f"The tokenizer of {repository}", offline)):
         return Path(snapshot_download(repository, allow_patterns=TOKENIZER, local_files_only=offline))
+
+
+def require_parts(
+    name: str, model: str, ip_adapter: str | Path, image_encoder: str | Path | None, *, offline: bool
+) -> None:
+    """Download what the model `name` is made of. Raises InputError, which names all that is missing, where that cannot be."""
+    wanted: dict[str, Callable[[bool], Path]] = {
+        model: lambda local: model_path(model, offline=local),
+        str(ip_adapter): lambda local: weight_path(ip_adapter, what="IP-Adapter", offline=local),
+    }
+    if image_encoder is not None:
+        wanted[str(image_encoder)] = lambda local: encoder_path(image_encoder, offline=local) / "config.json"
+    missing = [part for part, path in wanted.items() if not _is_cached(path)]
+    said = (
+        f"Model {name} wants {', '.join(wanted)}; not here and not in the hub's cache: {', '.join(missing)}"
+    )
+    if missing and offline:
+        raise InputError(f"{said}. --offline forbids downloading: run once without it")
+    try:
+        for part in missing:
+            wanted[part](False)
+    except InputError as error:
+        raise InputError(f"{said}. {error}") from error
+
+
+def _is_cached(path: Callable[[bool], Path]) -> bool:
+    try:
+        return path(True).exists()
+    except InputError:
+        return False
 
 
 def _absent(what: str, offline: bool) -> str:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Self
 import typer
 
 from fastory.cli.reporting import quiet_libraries
+from fastory.model_names import PUBLISHED
 from fastory.settings import choices
 
 STORY, MODEL, METHOD, SAMPLING, PICTURE, TENSORRT, RUN, OUTPUT = (
@@ -44,8 +45,15 @@ def among(words: Iterable[str]) -> Callable[[str], list[str]]:
     return lambda incomplete: [word for word in words if word.startswith(incomplete)]
 
 
+NAMED_MODELS = ("builtin", *PUBLISHED)
 ModelName = Annotated[
-    str, option(MODEL, help="builtin, a diffusers folder, a .safetensors file (with --config), or a hub id.")
+    str,
+    option(
+        MODEL,
+        autocompletion=among(NAMED_MODELS),
+        help=f"{', '.join(NAMED_MODELS)} (of the hub, with IP-Adapter), a diffusers folder, a hub id, or a .safetensors file "
+        "(with --config).",
+    ),
 ]
 Config = Annotated[
     Path | None, option(MODEL, help="Folder with the configuration of a single .safetensors file.")

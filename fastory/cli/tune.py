@@ -14,6 +14,7 @@ from fastory import packages
 from fastory.cli.options import (
     METHOD,
     MODEL,
+    NAMED_MODELS,
     OUTPUT,
     PICTURE,
     RUN,
@@ -43,7 +44,14 @@ Stories = Annotated[
 Output = Annotated[
     Path, option(OUTPUT, "--output", "-o", help="The adapter to write (.safetensors), for --adapter.")
 ]
-Model = Annotated[str, option(MODEL, help="The base: builtin, a diffusers folder, or a hub id.")]
+Model = Annotated[
+    str,
+    option(
+        MODEL,
+        autocompletion=among(NAMED_MODELS),
+        help=f"The base: {', '.join(NAMED_MODELS)}, a diffusers folder, or a hub id.",
+    ),
+]
 Adapter = Annotated[str | None, option(MODEL, help="An adapter to start from (.safetensors).")]
 HistorySize = Annotated[str | None, choice(MODEL, SIZES, help="Make the history encoder new.")]
 FrameTokens = Annotated[int | None, option(MODEL, help="Tokens of a frame (new encoder).")]

@@ -94,6 +94,8 @@ class StoryModel:
     ) -> StoryModel:
         """Open `builtin`, a diffusers folder, a .safetensors file (with `config`) or a hub id.
 
+        sd15, sd15-plus, sdxl and sdxl-plus are the hub's base checkpoints with IP-Adapter, base or Plus, and its encoder.
+
         adapter: a file that `fastory tune` wrote, for causal mode.
         loras: (path, weight) pairs, in effect before any K and V are projected. device: auto, cpu, cuda or cuda:N.
         dtype: auto, float32, float16 or bfloat16. graphs: auto (CUDA graphs on CUDA) or off.
