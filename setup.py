@@ -31,6 +31,7 @@ install_requires = [
     "PyYAML>=6",  # story files, with line numbers
     "typer>=0.15",  # the command line
     "rich>=13",  # progress, tables
+    "tqdm>=4.64",  # the bar of a program's drawing, in notebooks too
     "jinja2>=3.1",  # the storybook page
     "filelock>=3.13",  # one process per run folder, released by the system on a kill
     "psutil>=5.9",  # free memory, for the micro-batch

@@ -1,11 +1,11 @@
 """fastory: a list of captions in, a consistent sequence of pictures out.
 
-    from fastory import Story, StoryModel, generate
+    from fastory import draw
 
-    for event in generate(Story.from_captions(["a rabbit is reading a book", "a rabbit is sleeping"])):
-        ...
+    draw(["a rabbit is reading a book", "a rabbit is sleeping"]).images
 
-`generate` yields events (fastory.events.Event); a FrameDrawn holds a picture. Nothing is written without `output`.
+`generate` yields what happens instead, as events (fastory.events.Event); a FrameDrawn holds a picture. Nothing is written
+without `output`.
 
 On a CPU with other work, start Python with OMP_WAIT_POLICY=PASSIVE in its environment, as the `fastory` command does:
 PyTorch reads it when it is loaded, and a library does not change its user's process.
@@ -24,12 +24,14 @@ if TYPE_CHECKING:
     from fastory.models.torch_model import StoryModel
     from fastory.processors.stock import install, uninstall
     from fastory.runs.generate import generate
+    from fastory.runs.result import Drawing, draw
     from fastory.settings import PRESETS, Settings
     from fastory.story import Character, Frame, Story
 
 __all__ = [
     "PRESETS",
     "Character",
+    "Drawing",
     "Event",
     "FastoryError",
     "Frame",
@@ -37,6 +39,7 @@ __all__ = [
     "Settings",
     "Story",
     "StoryModel",
+    "draw",
     "generate",
     "install",
     "uninstall",
@@ -53,6 +56,8 @@ _ROOMS = {
     "FastoryError": "errors",
     "InputError": "errors",
     "StoryModel": "models.torch_model",
+    "Drawing": "runs.result",
+    "draw": "runs.result",
     "generate": "runs.generate",
     "install": "processors.stock",
     "uninstall": "processors.stock",

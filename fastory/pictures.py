@@ -1,12 +1,16 @@
-"""Opening pictures that others made: of six formats, of bounded size, from regular files alone."""
+"""Pictures that others made: files of six formats, of bounded size, from regular files alone; and such in memory."""
 
 from __future__ import annotations
 
+import hashlib
+import io
 import os
 import stat
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,9 +22,62 @@ PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # Pillow's EPS 
 WANTED = f"wanted a picture ({', '.join(PICTURE_FORMATS)})"
 
 
-def open_picture(path: str | Path) -> Image.Image:
-    """A picture from disk as 8-bit RGB. Raises InputError, in one line that names the file, where it is none."""
-    with _whole(path), _decoder(path) as image:
+@dataclass(frozen=True)
+class MemoryPicture:
+    """A picture that a program gave in memory. data: the file that a run folder keeps of it.
+
+    That is a BMP in 8-bit RGB: its bytes, and so the hash of a story with it, are the same whatever Pillow wrote it.
+    """
+
+    data: bytes = field(repr=False)
+
+    @classmethod
+    def of(cls, image: Image.Image) -> MemoryPicture:
+        """The picture as it is now; an alpha channel is left off."""
+        buffer = io.BytesIO()
+        image.convert("RGB").save(buffer, "BMP")
+        return cls(buffer.getvalue())
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the file, in hex."""
+        return hashlib.sha256(self.data).hexdigest()
+
+    @property
+    def name(self) -> str:
+        """Where it lies in a run folder."""
+        return f"inputs/{self.sha256[:16]}.bmp"
+
+
+Picture = Path | MemoryPicture
+
+
+def as_picture(picture: object) -> Picture:
+    """A path, made absolute, or what is in memory. Raises InputError for anything else."""
+    if isinstance(picture, MemoryPicture):
+        return picture
+    if isinstance(picture, Image.Image):
+        return MemoryPicture.of(picture)
+    if isinstance(picture, str | Path):
+        return Path(picture).absolute()
+    raise InputError(f"a picture: wanted a path or a PIL picture, got a {type(picture).__name__}")
+
+
+def as_pictures(pictures: object) -> tuple[Picture, ...]:
+    """A picture, or some. Raises InputError for what is neither."""
+    if isinstance(pictures, str | Path | MemoryPicture | Image.Image):
+        return (as_picture(pictures),)
+    if not isinstance(pictures, Iterable):
+        raise InputError(f"pictures: wanted paths or PIL pictures, got a {type(pictures).__name__}")
+    return tuple(as_picture(picture) for picture in pictures)
+
+
+def open_picture(picture: str | Picture) -> Image.Image:
+    """A picture as 8-bit RGB. Raises InputError, in one line that names the file, where it is none."""
+    if isinstance(picture, MemoryPicture):
+        with Image.open(io.BytesIO(picture.data), formats=("BMP",)) as image:
+            return image.convert("RGB")
+    with _whole(picture), _decoder(picture) as image:
         return image.convert("RGB")
 
 

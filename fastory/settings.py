@@ -114,6 +114,16 @@ class Settings:
         """How often every frame is drawn: in iterative mode in round 0 and the iterations, in causal mode once."""
         return self.iterations + 1 if "iterations" in MODES[self.mode].own else 1
 
+    def said(self) -> dict[str, Any]:
+        """What this object says of a run of its mode: a size, a style or a negative prompt that it has not is left open."""
+        check("mode", self.mode, "settings")
+        others = foreign(self.mode)
+        return {
+            name: value
+            for name, value in asdict(self).items()
+            if name not in others and value not in (None, "")
+        }
+
     def identity(self) -> dict[str, Any]:
         """The values that this mode reads, as a manifest holds them."""
         others = {
@@ -229,11 +239,13 @@ def resolve(
     story: Mapping[str, Any],
     preset: str | None,
     folder_defaults: Mapping[str, Any],
+    whole: Mapping[str, Any] | None = None,
 ) -> tuple[Settings, dict[str, str]]:
     """The settings and where each came from: flag > story file > preset > the model folder's defaults > paper.
 
-    A value of None in `flags` or `story` means "not given". The folder's defaults may hold others under the name of a mode,
-    which count in that mode alone. Raises InputError for an unknown preset, name or value.
+    whole: the values of a Settings object, which come before the story file's. A value of None in `flags` or `story` means
+    "not given". The folder's defaults may hold others under the name of a mode, which count in that mode alone. Raises
+    InputError for an unknown preset, name or value.
     """
     check_preset(preset)
     general = {name: value for name, value in folder_defaults.items() if name not in MODES}
@@ -241,6 +253,7 @@ def resolve(
         ("model", general),
         (f"preset {preset}", PRESETS[preset] if preset else {}),
         ("story", story),
+        ("settings", whole or {}),
         ("flag", flags),
     ]
     modes = (chosen.get("mode") for _, chosen in reversed(origins))

@@ -13,7 +13,7 @@ from fastory.cli.reporting import plain, say, stderr
 from fastory.wording import counted
 
 if TYPE_CHECKING:
-    from fastory.events import Event, FrameDrawn
+    from fastory.events import Event, FrameDrawn, StepDone, StoryStarted
 
 
 def show_json(events: Iterable[Any]) -> None:
@@ -119,26 +119,40 @@ class Screen:
         seconds, self.since = time.monotonic() - self.since, time.monotonic()
         self.note(f"{title}frame {drawn.frame} drawn ({done + 1} of {total}): {seconds:.1f} s")
 
+    def begin(self, event: StoryStarted) -> None:
+        """A story begins: what it is, and its steps in the bar."""
+        state = f"; {event.finished} of {counted(event.total, 'picture')} finished" if event.finished else ""
+        rounds = f", {counted(event.rounds - 1, 'round')}" if event.rounds > 1 else ""
+        self.note(f"[bold]{plain(event.story)}[/]: {counted(event.frames, 'frame')}{rounds}{state}")
+        self.drawn[event.story_index] = (event.finished, event.total)
+        self.total += event.steps_left
+        if self.titles:  # drawn side by side with others
+            self.progress.update(self.task, total=self.total, visible=self.total > 0)
+        else:
+            self.progress.reset(self.task, total=self.total, visible=self.total > 0)
+        self.titles[event.story_index] = event.story
+
+    def step(self, event: StepDone) -> None:
+        """A denoising step of some frames, in the bar."""
+        first, last = event.frames[0], event.frames[-1]
+        which = f"frame {first}" if first == last else f"frames {first}-{last}"
+        if not self.round and first != self.frame:  # causal: what memory may cost is one frame
+            self.frame, self.done_in_round = first, 0
+        title = self.titles[event.story_index] if len(self.titles) > 1 else ""
+        which += f", draft {event.draft}" if event.draft else ""
+        parts = [title, self.round, which, f"step {event.step} of {event.steps}"]
+        described = plain(", ".join(part for part in parts if part))
+        done = 0 if event.draft else len(event.frames)
+        self.done_in_round += done
+        self.progress.update(self.task, advance=done, description=described)
+
     def show(self, event: Event) -> None:
         """One event."""
         from fastory import events
 
         match event:
             case events.StoryStarted():
-                state = (
-                    f"; {event.finished} of {counted(event.total, 'picture')} finished"
-                    if event.finished
-                    else ""
-                )
-                rounds = f", {counted(event.rounds - 1, 'round')}" if event.rounds > 1 else ""
-                self.note(f"[bold]{plain(event.story)}[/]: {counted(event.frames, 'frame')}{rounds}{state}")
-                self.drawn[event.story_index] = (event.finished, event.total)
-                self.total += event.steps_left
-                if self.titles:  # drawn side by side with others
-                    self.progress.update(self.task, total=self.total, visible=self.total > 0)
-                else:
-                    self.progress.reset(self.task, total=self.total, visible=self.total > 0)
-                self.titles[event.story_index] = event.story
+                self.begin(event)
             case events.BatchChosen():
                 self.note(plain(event.reason))
             case events.Notice():
@@ -146,17 +160,7 @@ class Screen:
             case events.RoundStarted():
                 self.round, self.done_in_round = f"round {event.round} of {event.rounds}", 0
             case events.StepDone():
-                first, last = event.frames[0], event.frames[-1]
-                which = f"frame {first}" if first == last else f"frames {first}-{last}"
-                if not self.round and first != self.frame:  # causal: what memory may cost is one frame
-                    self.frame, self.done_in_round = first, 0
-                title = self.titles[event.story_index] if len(self.titles) > 1 else ""
-                which += f", draft {event.draft}" if event.draft else ""
-                parts = [title, self.round, which, f"step {event.step} of {event.steps}"]
-                described = plain(", ".join(part for part in parts if part))
-                done = 0 if event.draft else len(event.frames)
-                self.done_in_round += done
-                self.progress.update(self.task, advance=done, description=described)
+                self.step(event)
             case events.FrameDrawn() if event.left_out:
                 which = (
                     f"frame {event.frame} of round {event.round}" if self.round else f"frame {event.frame}"

@@ -3,6 +3,7 @@
 story/
   manifest.json                       what was asked, with what, and every picture's state; written first
   story.yaml                          the story as understood
+  inputs/                             pictures that a program gave in memory, which story.yaml names
   iteration-00/frame-000.png ...      every round
   frames/frame-000.png ...            the final pictures
   sheet.png  storybook.html
@@ -181,7 +182,7 @@ class RunFolder:
         unfinished = self.manifest.get("anew") and not identity.differences(self.manifest)
         if unfinished and not identity.changed(self.manifest):
             return False
-        future = {"story": identity.record(), "settings": identity.settings}
+        future = {"story": identity.record(), "settings": identity.settings, "inputs": identity.inputs}
         own = set(listed_files(self.manifest))
         names = [name for name in listed_files(future) if name not in own]
         strange = [name for name in names if (self.path / name).exists() or (self.path / name).is_symlink()]
@@ -216,13 +217,18 @@ class RunFolder:
             "seeds": {},
             "pictures": {},
             "products": {},
+            **({"inputs": dict(identity.inputs)} if identity.inputs else {}),
             **({"anew": True} if self._old else {}),
         }
         self._old = {}
         self._write_story(story)
 
     def restore_story(self, story: Story) -> str | None:
-        """Write story.yaml where it is missing or damaged. Returns a notice where it was changed and still is a story."""
+        """Write story.yaml where it is missing or damaged. Returns a notice where it was changed and still is a story.
+
+        Pictures that were given in memory are written again, too, where their files are not as they were.
+        """
+        self._write_inputs(story)
         file = self.path / "story.yaml"
         stored = self.manifest.get("story_file")
         if stored is None and file.exists():
@@ -241,7 +247,16 @@ class RunFolder:
         data = story.to_yaml(self.path).encode()
         self.manifest["story_file"] = hashlib.sha256(data).hexdigest()
         self.save_manifest()
+        self._write_inputs(story)
         self.write("story.yaml", data)
+
+    def _write_inputs(self, story: Story) -> None:
+        for picture in story.inputs():
+            if (
+                picture.name in self.manifest.get("inputs", ())
+                and self._sha256(self.path / picture.name) != picture.sha256
+            ):
+                self.write(picture.name, picture.data)
 
     def remove(self, names: Iterable[str]) -> None:
         """Remove these files, and the folders they were in where nothing else is left there."""

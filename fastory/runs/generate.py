@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from fastory.errors import FastoryError, InputError
 from fastory.events import Event, Notice
 from fastory.models.protocol import Model
 from fastory.models.torch_model import StoryModel
-from fastory.pictures import open_picture
+from fastory.pictures import as_picture, open_picture
 from fastory.runs.drawing import draw_group
 from fastory.runs.folder import RunFolder, run_paths
+from fastory.runs.progress import StepBar
 from fastory.runs.resolve import Frames, ResolvedStory, resolve_story
 from fastory.runs.story_run import begin_runs, drawn_together, open_folder
 from fastory.runtime import under_threads
-from fastory.settings import check
-from fastory.story import Story, are_captions
+from fastory.settings import Settings, check
+from fastory.story import Character, Story, are_captions
 
 Opened = list[tuple[ResolvedStory, RunFolder | None]]
 
@@ -28,65 +31,89 @@ def generate(
     stories: Story | str | Path | Sequence[Story | str | Path],
     *,
     model: Model | str = "builtin",
+    settings: Settings | None = None,
     preset: str | None = None,
+    characters: Sequence[Character] = (),
+    first_frame: str | Path | Image.Image | None = None,
     output: str | Path | None = None,
     under: str | Path | None = None,
     overwrite: bool = False,
     frames: Sequence[int] | slice | None = None,
     redraw_seed: int | None = None,
     batch_size: int | None = None,
-    first_frame: str | Path | None = None,
-    **settings: Any,
+    callback: Callable[[Event], object] | None = None,
+    progress: bool = False,
+    **values: Any,
 ) -> Iterator[Event]:
     """Draw one story or many; yields events, among them every picture as it is finished.
 
     stories: Story objects or story files; a list of texts of which none is a file, or has the suffix of one, is the captions
-    of one story, as Story.from_captions takes them. model: an opened StoryModel, or what StoryModel.open takes. output: the run
-    folder (with several stories, the folder of their run folders); under: a folder in which run folders are named by
-    story and settings. Without both, nothing is written. frames: only redraw these, in a finished run folder; in causal
-    mode all from one on, as a slice(k, None). Causal stories with the same settings are drawn side by side, and
-    first_frame of a story (or of all, as an argument) is its given frame 0.
-    settings: fields of Settings, over those of the story file, the preset and the model's folder.
+    of one story, as Story.from_captions takes them. model: an opened StoryModel, or what StoryModel.open takes.
+    settings: all that decides the pictures, in place of what the story file and the model's folder say; `values` are single
+    fields of Settings and come before it. Without it they come before the story file, the preset and the model's folder.
+    characters: with pictures, as paths or PIL's, for every story. first_frame: causal, a path or a PIL picture: the frame 0 of
+    all stories; those with the same settings are drawn side by side.
+    output: the run folder (with several stories, the folder of their run folders); under: a folder in which run folders are
+    named by story and settings. Without both, nothing is written. frames: only redraw these, in a finished run folder; in
+    causal mode all from one on, as a slice(k, None).
+    callback: called with every event before it is yielded. progress: a bar over the denoising steps, in a notebook too.
 
     Everything is checked before the first event: raises InputError for what cannot be used. While drawing, raises
     FastoryError for a full disk or for memory that does not suffice for one frame.
     """
-    read = _read_stories(stories, first_frame)
+    read = _read_stories(stories, characters, first_frame)
     opened_model: Model = StoryModel.open(model) if isinstance(model, (str, Path)) else model
     somewhere = output is not None or under is not None
     _check_request(frames, redraw_seed, batch_size, overwrite=overwrite, somewhere=somewhere)
-    resolved = [
-        resolve_story(opened_model, story, settings, preset=preset, redrawn=frames, batch_size=batch_size)
-        for story in read
-    ]
+    _check_settings(settings, preset)
+    how: dict[str, Any] = {"preset": preset, "whole": settings, "redrawn": frames, "batch_size": batch_size}
+    resolved = [resolve_story(opened_model, story, values, **how) for story in read]
     stack = ExitStack()
     try:
         opened = _open_folders(resolved, output, under, overwrite, redraw_seed, stack)
     except BaseException:
         stack.close()
         raise
-    events = _draw(opened, batch_size, stack)
+    listeners: list[Callable[[Event], object]] = [] if callback is None else [callback]
+    if progress:
+        listeners.append(stack.enter_context(StepBar()))
+    events = _draw(opened, batch_size, stack, listeners)
     next(events)  # a generator that was never begun would not release the folders when it is closed
     return events
 
 
 def _read_stories(
-    stories: Story | str | Path | Sequence[Story | str | Path], first_frame: str | Path | None
+    stories: Story | str | Path | Sequence[Story | str | Path],
+    characters: Sequence[Character],
+    first_frame: str | Path | Image.Image | None,
 ) -> list[Story]:
-    """The stories, files read and captions taken as one story; with `first_frame` as the frame 0 of all, if it is given."""
+    """The stories, files read and captions taken as one story; with these characters and this frame 0, if they are given."""
     listed = [stories] if isinstance(stories, (Story, str, Path)) else list(stories)
     if not listed:
         raise InputError("no story was given; wanted at least one story file")
     if not isinstance(stories, str) and are_captions(listed):
         listed = [Story.from_captions([str(text) for text in listed])]
     read = [story if isinstance(story, Story) else Story.read(story) for story in listed]
+    read = [story.with_characters(characters) for story in read] if characters else read
     if first_frame is None:
         return read
     try:
-        open_picture(Path(first_frame))
+        picture = as_picture(first_frame)
+        open_picture(picture)
     except FastoryError as error:
         raise InputError(f"--first-frame: {error}") from error
-    return [replace(story, first_frame=Path(first_frame).resolve()) for story in read]
+    picture = picture.resolve() if isinstance(picture, Path) else picture
+    return [replace(story, first_frame=picture) for story in read]
+
+
+def _check_settings(settings: Settings | None, preset: str | None) -> None:
+    """InputError for what is no Settings, and for a preset beside it."""
+    if settings is not None and not isinstance(settings, Settings):
+        raise InputError(
+            f"settings: wanted a Settings object, got a {type(settings).__name__}; give single values by their names"
+        )
+    if settings is not None and preset is not None:
+        raise InputError("a Settings object says everything, and so does a preset; give one of the two")
 
 
 def _check_request(
@@ -133,7 +160,9 @@ def _open_folders(
     return opened
 
 
-def _draw(opened: Opened, batch_size: int | None, stack: ExitStack) -> Iterator[Event]:
+def _draw(
+    opened: Opened, batch_size: int | None, stack: ExitStack, listeners: Sequence[Callable[[Event], object]]
+) -> Iterator[Event]:
     """Draw story after story, causal ones side by side, with the run's own number of threads.
 
     The first thing it yields is no event of the story's: it says that the run folders will be released.
@@ -141,6 +170,9 @@ def _draw(opened: Opened, batch_size: int | None, stack: ExitStack) -> Iterator[
     try:
         yield Notice("ready")
         for group in drawn_together(begin_runs(opened, batch_size)):
-            yield from under_threads(group[0].threads, draw_group(group))
+            for event in under_threads(group[0].threads, draw_group(group)):
+                for listener in listeners:
+                    listener(event)
+                yield event
     finally:
         stack.close()

@@ -6,7 +6,7 @@ import difflib
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastory.settings import Settings
@@ -19,7 +19,8 @@ class Identity:
     """What a run folder belongs to. Two runs with one identity draw the same bytes on the same machine.
 
     story: Story.digest; rest: everything but the frames, and parts: its parts, by name; frames: a digest a frame; seeds:
-    the frames' own. settings: resolved. models: sha256 by file name, LoRA weights included. dtype: only where it was
+    the frames' own. inputs: pictures that were given in memory, their sha256 by the name a run folder keeps them under.
+    settings: resolved. models: sha256 by file name, LoRA weights included. dtype: only where it was
     asked for.
     """
 
@@ -32,6 +33,7 @@ class Identity:
     settings: Mapping[str, Any]
     models: Mapping[str, str]
     dtype: str | None
+    inputs: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, story: Story, settings: Settings, models: Mapping[str, str], dtype: str | None) -> Identity:
@@ -40,7 +42,10 @@ class Identity:
         seeds = tuple(frame.seed for frame in story.frames)
         plain = json.loads(json.dumps(settings.identity()))
         rest, parts = story.digest_without_frames(), _parts(story)
-        return cls(story.title, story.digest(), rest, parts, frames, seeds, plain, dict(models), dtype)
+        inputs = {picture.name: picture.sha256 for picture in story.inputs()}
+        return cls(
+            story.title, story.digest(), rest, parts, frames, seeds, plain, dict(models), dtype, inputs
+        )
 
     def digest(self) -> str:
         """sha256 of story and settings; its first 8 hex digits name the default folder."""

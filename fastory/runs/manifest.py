@@ -93,6 +93,7 @@ class _Manifest(_Strict):
     pictures: Pictures
     products: dict[Name, Sha256]
     story_file: Sha256 | None = None
+    inputs: dict[Annotated[str, StringConstraints(pattern=r"^inputs/[0-9a-f]{16}\.bmp$")], Sha256] = {}
     history: dict[Annotated[str, StringConstraints(pattern=r"^[0-9]{3,6}$")], list[Name]] = {}
     redraw: _Redraw | None = None
     anew: bool = False
@@ -176,4 +177,4 @@ def listed_files(manifest: Mapping[str, Any]) -> list[str]:
     ]
     if moving := redrawn.get("moving"):
         kept += [f"{moving['history']}/{name.removeprefix('redraw/')}" for name in staged]
-    return [*pictures, *product_names(frames), "story.yaml", *staged, *kept]
+    return [*pictures, *product_names(frames), "story.yaml", *manifest.get("inputs", ()), *staged, *kept]

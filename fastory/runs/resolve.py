@@ -50,15 +50,19 @@ def resolve_story(
     flags: Mapping[str, Any],
     *,
     preset: str | None = None,
+    whole: Settings | None = None,
     redrawn: Frames | None = None,
     batch_size: int | None = None,
 ) -> ResolvedStory:
-    """Resolve a story's settings and check them against the model. Raises InputError for what it cannot draw."""
+    """Resolve a story's settings and check them against the model. Raises InputError for what it cannot draw.
+
+    whole: settings that were given as one object, under the flags.
+    """
     for name, value in story.settings.items():
         check(name, value, story.where(f"settings.{name}") or "story")
     named = {"style": story.style, "negative_prompt": story.negative_prompt}
     own = {**story.settings, **{name: value for name, value in named.items() if value is not None}}
-    settings, sources = resolve(flags, own, preset, model.defaults)
+    settings, sources = resolve(flags, own, preset, model.defaults, whole.said() if whole else None)
     width, height = model.native_size
     settings = replace(settings, width=settings.width or width, height=settings.height or height)
     in_vain = False

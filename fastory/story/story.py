@@ -8,7 +8,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 
 from fastory import files
 from fastory.errors import InputError
-from fastory.pictures import check_picture
+from fastory.pictures import MemoryPicture, Picture, as_picture, as_pictures, check_picture
 from fastory.story.files import READERS, read_document, yaml_text
 from fastory.story.names import Names
 from fastory.story.schema import (
@@ -46,14 +46,18 @@ class Character:
 
     name: as it occurs in captions, as a whole word in any case.
     prompt: what follows the name's first occurrence in a caption, or None.
-    references: absolute paths of pictures that show the character.
+    references: pictures that show the character: paths, made absolute, and PIL pictures, kept as MemoryPicture.
     scale: weight of these pictures; None is the round's reference scale.
     """
 
     name: str
     prompt: str | None = None
-    references: tuple[Path, ...] = ()
+    references: tuple[Picture, ...] = ()
     scale: float | None = None
+
+    def __post_init__(self) -> None:
+        """One picture stands for a list of one. InputError for what is no picture."""
+        object.__setattr__(self, "references", as_pictures(self.references))
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ class Story:
 
     style: a name in STYLES, a text with {prompt}, or None for captions as they are.
     settings: the file's `settings:` as given; whoever uses them checks them and can say `where` they stand.
-    first_frame: absolute path of the picture that causal mode takes as frame 0; iterative mode says that it does not.
+    first_frame: the picture that causal mode takes as frame 0, as a path or PIL's; iterative mode says that it does not.
     source, lines: the file, and the line (from 1) of every key and list item in it.
     """
 
@@ -87,9 +91,14 @@ class Story:
     style: str | None = None
     negative_prompt: str | None = None
     settings: Mapping[str, object] = field(default_factory=dict, hash=False)
-    first_frame: Path | None = None
+    first_frame: Picture | None = None
     source: Path | None = field(default=None, compare=False)
     lines: Mapping[Location, int] = field(default_factory=dict, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """A first frame in memory is kept as a file would be."""
+        if self.first_frame is not None:
+            object.__setattr__(self, "first_frame", as_picture(self.first_frame))
 
     @classmethod
     def read(cls, path: str | Path) -> Story:
@@ -103,14 +112,35 @@ class Story:
         return _build(Origin(str(path), lines), data, path)
 
     @classmethod
-    def from_captions(cls, captions: Sequence[str], title: str = "story") -> Story:
-        """A story of captions alone, a frame for each. Raises InputError as `read` does."""
+    def from_captions(
+        cls, captions: Sequence[str], title: str = "story", characters: Sequence[Character] = ()
+    ) -> Story:
+        """A story of captions, a frame for each, and of characters that they name. Raises InputError as `read` does."""
         if isinstance(captions, str | bytes) or not isinstance(captions, Iterable):
             raise InputError(
                 f"captions: wanted a list of texts, got {describe(captions)}: pass [caption, ...]."
             )
         frames = list(islice(captions, MAX_FRAMES + 1))  # what gives captions may never end
-        return _build(Origin("captions", {}), {"title": title, "frames": frames}, None)
+        return _build(Origin("captions", {}), {"title": title, "frames": frames}, None).with_characters(
+            characters
+        )
+
+    def with_characters(self, characters: Sequence[Character]) -> Story:
+        """The story with these characters too; one of the same name, in any case, takes the place of the story's own.
+
+        Raises InputError for a name, a prompt or a scale that no story file may have, and for what is no picture.
+        """
+        cast = {character.name.casefold(): character for character in self.characters}
+        for character in characters:
+            said = {"prompt": character.prompt, "scale": character.scale}
+            origin = Origin("characters", {})
+            entry = check_entry(origin, {"frames": ["-"], "characters": {character.name: said}})
+            (checked,) = _characters(origin, entry, _Pictures(origin, None))
+            for picture in character.references:
+                if isinstance(picture, Path):
+                    check_picture(picture)
+            cast[checked.name.casefold()] = replace(checked, references=character.references)
+        return replace(self, characters=tuple(cast.values()))
 
     @property
     def slug(self) -> str:
@@ -208,16 +238,25 @@ class Story:
         first_frame = pictures[self.first_frame] if self.first_frame else None
         return _sha256([self.title, self.style, self.negative_prompt, cast, first_frame, len(self.frames)])
 
-    def picture_digests(self) -> dict[Path, str]:
+    def pictures(self) -> set[Picture]:
+        """Every picture that the story names, or was given."""
+        first = {self.first_frame} if self.first_frame else set[Picture]()
+        return first.union(*(character.references for character in self.characters))
+
+    def inputs(self) -> list[MemoryPicture]:
+        """Those of its pictures that are in memory, sorted by name."""
+        inputs = (picture for picture in self.pictures() if isinstance(picture, MemoryPicture))
+        return sorted(inputs, key=lambda picture: picture.name)
+
+    def picture_digests(self) -> dict[Picture, str]:
         """Hex sha256 of every picture the story names, each read once, as it is now. Raises InputError for a lost one."""
-        first = {self.first_frame} if self.first_frame else set[Path]()
-        paths = first.union(*(character.references for character in self.characters))
-        return {path: _picture_digest(path) for path in paths}
+        return {picture: _picture_digest(picture) for picture in self.pictures()}
 
     def to_yaml(self, base: Path | None = None) -> str:
         """The story as a YAML file that reads back to the same digest.
 
-        base: the folder that picture paths are written relative to; None is the story file's own.
+        base: the folder that picture paths are written relative to; None is the story file's own. Pictures in memory are
+        named as a run folder keeps them.
         """
         folder = base or (self.source.parent if self.source else Path())
         data = {
@@ -352,7 +391,9 @@ def _sha256(value: object) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
-def _picture_digest(path: Path) -> str:
+def _picture_digest(path: Picture) -> str:
+    if isinstance(path, MemoryPicture):
+        return path.sha256
     try:
         return files.sha256_of(path)
     except OSError as error:
@@ -361,7 +402,9 @@ def _picture_digest(path: Path) -> str:
         ) from error
 
 
-def _relative(path: Path, folder: Path) -> str:
+def _relative(path: Picture, folder: Path) -> str:
+    if isinstance(path, MemoryPicture):
+        return path.name
     return Path(os.path.relpath(path, folder.resolve())).as_posix()
 
 

@@ -21,6 +21,7 @@ TABLES = {
         "--preset": settings.PRESETS,
         "--references": settings.REFERENCES,
         "--reference-fit": settings.REFERENCE_FITS,
+        "--regions": settings.choices("regions"),
         "--scheduler": settings.SCHEDULERS,
         "--noise": settings.NOISES,
         "--dtype": ("auto", *settings.DTYPES),
