@@ -77,8 +77,8 @@ def open_checkpoint(
 
     `ip_adapter` and each LoRA are a .safetensors file or `owner/name/path` of the hub, `image_encoder` a folder or
     `owner/name/folder`; `adapter` is a .safetensors file that `fastory tune` wrote. A folder's own ones (the keys ip_adapter
-    and adapter of its fastory_defaults.json) are used when none is given.
-    Everything small is looked at before anything large is read. Raises InputError for whatever cannot be used.
+    and adapter of its fastory_defaults.json) are used when none is given. What is small is looked at before what is large is
+    read. Raises InputError for whatever cannot be used.
     """
     with enough_memory(f"the model {model}"):
         config = None if config is None else _config_folder(config)
@@ -115,8 +115,7 @@ def open_checkpoint(
         history=history,
         defaults=defaults,
         sources=(
-            *sources,
-            *((header.path,) if header else ()),
+            *(*sources, *((header.path,) if header else ())),
             *encoder_sources,
             *(file for file, _ in lora_files),
             *(history.sources if history else ()),
