@@ -141,6 +141,16 @@ def check_tuning(stories: Path, output: Path, tuning: Any, sizes: Any) -> None:
         files.check_unlocked(tuning_folder(path), "tunes in", "choose another --output")
 
 
+def check_new_file(path: Path | None, what: str) -> None:
+    """InputError for a file that is there already, or whose folder is not: nothing of a user's is replaced."""
+    if path is None:
+        return
+    if user_path(path, what).exists():
+        raise InputError(f"{what} {path} exists; wanted a name that is free")
+    if not path.parent.is_dir():
+        raise InputError(f"{what} {path}: wanted a file in a folder that exists, and {path.parent} does not")
+
+
 def check_pickle(path: Path) -> None:
     """InputError for what `fastory convert` cannot convert, by its name."""
     user_path(path, "The checkpoint")

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 ROOMS = (
     ("cli", "__main__"),
     ("door",),
+    ("evaluation",),
     ("builtin.evaluation", "builtin.moved"),
     ("builtin.training",),
     ("builtin.world",),

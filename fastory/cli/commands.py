@@ -13,6 +13,7 @@ from fastory import __version__
 from fastory.cli import reporting
 from fastory.cli.convert import convert
 from fastory.cli.doctor import doctor
+from fastory.cli.eval import evaluate
 from fastory.cli.export import export
 from fastory.cli.generate import generate
 from fastory.cli.tune import tune
@@ -77,6 +78,7 @@ def common(
 
 for command in (generate, tune, export, convert, doctor, words):
     app.command(cls=Command)(command)
+app.command("eval", cls=Command)(evaluate)
 
 
 def main() -> None:

@@ -15,6 +15,12 @@ from fastory.errors import InputError
 from fastory.files import check_names_fit
 from fastory.story.schema import MAX_FRAMES, TOO_MANY, Location, Origin, check_length, describe
 
+STORY_FILES = (
+    "story.yaml",
+    "story.yml",
+    "story.json",
+    "story.txt",
+)  # what a folder with pictures calls its story
 MAX_BYTES = 2**20  # a thousand captions of a thousand characters; PyYAML takes seconds for each megabyte
 MAX_DEPTH = 32  # of nested brackets; what lies deeper can only be meant to exhaust the stack
 

@@ -17,9 +17,7 @@ from pathlib import Path
 from PIL import Image
 
 from fastory.errors import InputError
-from fastory.story import Story
-
-STORY_FILES = ("story.yaml", "story.yml", "story.json", "story.txt")
+from fastory.story import STORY_FILES, Story
 
 
 @dataclass(frozen=True)

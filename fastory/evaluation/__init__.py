@@ -1,0 +1,1 @@
+"""Measures of drawn stories: pictures and captions in, rows of figures out."""

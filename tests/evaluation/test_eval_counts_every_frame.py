@@ -1,0 +1,125 @@
+"""Risk: a measure leaves frames out in silence, compares the wrong pairs, or is not what the field computes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from small_clip import write_clip
+from transformers import CLIPModel, CLIPProcessor
+from typer.testing import CliRunner
+
+from fastory import Story, StoryModel, generate
+from fastory.cli import app
+from fastory.evaluation.clip import Clip
+from fastory.evaluation.measures import FrameMeasured, StoryMeasured, Summary, measure, off_diagonal_mean
+from fastory.evaluation.stories import read_drawn
+
+CAPTIONS = ["a fox is sleeping in the snow", "a cat is jumping", "a bear is reading a book in the house"]
+
+
+@pytest.fixture(scope="module")
+def clip_folder(builtin_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_clip(tmp_path_factory.mktemp("clip"), builtin_folder / "tokenizer")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A story of three frames with random pictures, as a folder that is no run."""
+    noise = np.random.default_rng(0).integers(0, 256, (3, 40, 48, 3), dtype=np.uint8)
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "story.txt").write_text("\n".join(CAPTIONS))
+    for i, pixels in enumerate(noise):
+        Image.fromarray(pixels).save(tmp_path / "own" / f"frame-{i:03d}.png")
+    return tmp_path / "own"
+
+
+def test_a_frame_s_clip_t_is_the_cosine_that_transformers_computes(clip_folder: Path, folder: Path) -> None:
+    """logits_per_image is the cosine times exp(logit_scale); its diagonal belongs to the captions of the frames."""
+    model, processor = CLIPModel.from_pretrained(clip_folder), CLIPProcessor.from_pretrained(clip_folder)
+    images = [Image.open(folder / f"frame-{i:03d}.png") for i in range(3)]
+    inputs = processor(text=CAPTIONS, images=images, return_tensors="pt", padding=True)
+    with torch.no_grad():
+        out = model(**inputs)
+    wanted = (out.logits_per_image / model.logit_scale.exp()).detach().diagonal()
+    rows = list(measure(Clip(clip_folder), [read_drawn(folder)], "small"))
+    found = [row.clip_t for row in rows if isinstance(row, FrameMeasured)]
+    np.testing.assert_allclose(found, wanted.numpy(), atol=1e-5)
+    images_alone = torch.nn.functional.normalize(out.image_embeds, dim=-1)
+    cosines = [float(images_alone[i] @ images_alone[j]) for i in range(3) for j in range(3) if i != j]
+    (story,) = (row for row in rows if isinstance(row, StoryMeasured))
+    assert story.clip_i_self == pytest.approx(np.mean(cosines), abs=1e-5)
+    assert story.clip_t == pytest.approx(float(wanted.mean()), abs=1e-5)
+
+
+def test_off_diagonal_mean_by_hand() -> None:
+    features = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
+    assert off_diagonal_mean(features) == pytest.approx((0.0 + 0.6 + 0.8) / 3)
+    assert off_diagonal_mean(features[:1]) is None
+
+
+def test_a_picture_that_cannot_be_read_is_a_row_with_its_reason(clip_folder: Path, folder: Path) -> None:
+    (folder / "frame-001.png").write_bytes(b"no picture")
+    (folder / "frame-002.png").unlink()
+    rows = list(measure(Clip(clip_folder), [read_drawn(folder)], "small"))
+    frames = [row for row in rows if isinstance(row, FrameMeasured)]
+    assert [row.clip_t is None for row in frames] == [False, True, True]
+    assert "frame-001.png" in str(frames[1].missing) and "frame-002.png" in str(frames[2].missing)
+    (story,) = (row for row in rows if isinstance(row, StoryMeasured))
+    assert (story.frames, story.of, story.clip_i_self) == (1, 3, None)
+    assert story.clip_t == frames[0].clip_t
+
+
+def test_a_story_without_any_picture_is_counted_as_left_out(clip_folder: Path, folder: Path) -> None:
+    whole = read_drawn(folder)
+    for picture in whole.pictures:
+        picture.rename(picture.with_suffix(".gone"))
+    *_, summary = measure(Clip(clip_folder), [whole], "small")
+    assert summary == Summary("small", 1, None, None, 1)
+
+
+def test_the_command_measures_a_run_folder_and_writes_what_it_found(
+    clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = StoryModel.open("builtin", device="cpu")
+    story = Story.from_captions(CAPTIONS[:2], title="two")
+    list(generate(story, model=model, output=tmp_path / "run", iterations=0, steps=1))
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    command = ["eval", "run", "--clip", str(clip_folder), "--device", "cpu"]
+    done = CliRunner().invoke(app, [*command, "-o", "table.json"])
+    assert done.exit_code == 0, done.output
+    assert "two" in done.stdout and "2 of 2" in done.stdout and "table.json" in done.stdout
+    rows = json.loads((tmp_path / "table.json").read_text())
+    assert [row["kind"] for row in rows] == ["FrameMeasured", "FrameMeasured", "StoryMeasured", "Summary"]
+    assert rows[0]["caption"] == CAPTIONS[0] and rows[-1]["encoder"] == str(clip_folder)
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    lines = CliRunner().invoke(app, [*command, "--json"]).stdout.splitlines()
+    assert [json.loads(line)["event"] for line in lines] == [row["kind"] for row in rows]
+    again = CliRunner().invoke(app, [*command, "-o", "table.json"])
+    assert again.exit_code == 2 and "exists; wanted a name that is free" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nowhere"], "wanted a run folder"),
+        (["."], "wanted a story file"),
+        (["own", "--clip", "no/such/thing/here"], "no/such/thing/here"),
+        (["own", "--clip", "own"], "own"),
+        (["own", "--clip", "owner/name", "--offline"], "--offline forbids downloading"),
+        (["own", "-o", "missing/table.json"], "wanted a file in a folder that exists"),
+    ],
+    ids=["no folder", "no story", "no hub id", "no CLIP", "offline", "no folder for the table"],
+)
+def test_what_cannot_be_measured_is_one_line(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], said: str
+) -> None:
+    monkeypatch.chdir(folder.parent)
+    done = CliRunner().invoke(app, ["eval", *arguments, "--device", "cpu"])
+    assert done.exit_code == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert said in done.stderr
