@@ -350,7 +350,7 @@ def _float32_parity(model: StoryModel) -> list[Parity]:
             "an export in bfloat16 is compared in float32; wanted a model made by StoryModel.open"
         )
     wide = StoryModel.open(**model.options, device="cpu", dtype="float32")
-    with tempfile.TemporaryDirectory(prefix="fastory-twin-") as aside:
+    with tempfile.TemporaryDirectory(prefix="fastory-float32-") as aside:
         for component in components(wide, 1):
             export_component(component, Path(aside), 1, "ort")
         return compare(wide, Path(aside), 1)
