@@ -82,7 +82,7 @@ setup(
     packages=packages,
     package_dir={"fastory.kernels": "kernels", "fastory.export": "export"},
     package_data={
-        "fastory": ["py.typed"],
+        "fastory": ["py.typed", "GUIDE.md"],
         "fastory.runs": ["templates/*"],
         "fastory.builtin": ["weights/**/*", "weights/*", "stories/*", "*.md"],
         "fastory.builtin.world": ["*.json"],

@@ -1,4 +1,4 @@
-"""What the README shows runs as it stands there: its Python, with the built-in model as the pipeline, and its commands."""
+"""What README and guide show runs as it stands there: its Python, with the built-in model as the pipeline, and its commands."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from typer.main import get_command
 import fastory
 from fastory.cli import app
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+README, GUIDE = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "fastory/GUIDE.md"))
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    return re.findall(rf"```{language}\n(.*?)```", README + GUIDE, re.DOTALL)
 
 
 @pytest.fixture
@@ -73,3 +74,10 @@ def test_the_commands_have_the_options_that_they_are_given(line: str) -> None:
     given += ["x"] if given[-1:] == ["-o"] else []
     command = get_command(app).commands[name]  # type: ignore[attr-defined]
     command.make_context(name, [*given, *(["-o", "x"] if name == "tune" and "-o" not in given else [])])
+
+
+def test_what_they_link_to_is_there() -> None:
+    for file, text in ((ROOT / "README.md", README), (ROOT / "fastory" / "GUIDE.md", GUIDE)):
+        links = re.findall(r"\]\((?!https?:)([^)]+)\)", text)
+        assert links
+        assert [link for link in links if not (file.parent / link).exists()] == []
