@@ -17,6 +17,7 @@ from PIL import Image
 from fastory import Story, StoryModel
 from fastory.modes import iterative as mode
 from fastory.modes.mode import StoryPlan
+from fastory.modes.regions import Seen
 from fastory.sampling.schedulers import make_scheduler
 from fastory.settings import Settings
 
@@ -81,8 +82,8 @@ def own_latents(
         **settings,  # type: ignore[arg-type]
     )
     run = mode.IterativeRun.of(model, StoryPlan(story, chosen), [batch])
-    tokens = {n: model.encode_reference(image, chosen.reference_fit) for n, image in enumerate(images)}
-    references = mode.references_of(run, 1 if images else 0, dict(tokens))
+    seen = {n: Seen(model.encode_reference(image, chosen.reference_fit)) for n, image in enumerate(images)}
+    references = mode.references_of(run, 1 if images else 0, seen)
     sampler = run.sampler_of(batch)
     sampler.set_round(references)
     for _ in sampler.denoise([mode.row_of(run, references, 0)]):

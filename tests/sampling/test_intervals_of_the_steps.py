@@ -21,6 +21,7 @@ from fastory.conditioning.references import ReferenceContext
 from fastory.models.protocol import UnetInputs
 from fastory.modes import iterative as mode
 from fastory.modes.mode import StoryPlan
+from fastory.modes.regions import Seen
 
 STEPS, SCALE, GUIDANCE, SEED, CAPTION = 10, 0.4, 5.0, 3, "a rabbit in the snow"
 # As in test_parity_with_diffusers: two orders of summation in float32 over 10 steps; guidance by 1 + 1e-6 in place of none
@@ -79,8 +80,8 @@ def own(folder: Path, adapter: Path, **intervals: tuple[float, float]) -> torch.
     )
     plan = StoryPlan(Story.from_captions([CAPTION, "a fox"]), chosen)
     run = mode.IterativeRun.of(model, plan, [2])
-    tokens = {n: model.encode_reference(image, chosen.reference_fit) for n, image in enumerate(PICTURES)}
-    references = mode.references_of(run, 1, dict(tokens))
+    seen = {n: Seen(model.encode_reference(image, chosen.reference_fit)) for n, image in enumerate(PICTURES)}
+    references = mode.references_of(run, 1, seen)
     sampler = run.sampler_of(2)
     sampler.set_round(references)
     for _ in sampler.denoise([mode.row_of(run, references, i) for i in range(2)]):
