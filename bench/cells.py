@@ -28,7 +28,10 @@ RATES = {"H100": Rates(3.0e12, 750e12, 3.9e12, 2.5e-6)}
 
 @dataclass(frozen=True)
 class Cell:
-    """One row of a table. `references` counts pictures (4 keys each); `groups` > 1 has a mask and a scale each."""
+    """One row of a table. `references` counts pictures (4 keys each); `groups` > 1 has a mask and a scale each.
+
+    The first half of `rows` is unconditional and sees a null block in place of each group's pictures, as in the runtime.
+    """
 
     operator: str
     model: str
@@ -64,7 +67,9 @@ class Cell:
     def keys_read(self) -> float:
         """Keys that a query's softmax sees, on average."""
         if self.operator == "grca":
-            return self.text + self.references * TOKENS
+            unconditional = self.rows // 2 / self.rows
+            pictures = self.references * (1 - unconditional) + self.groups * unconditional
+            return self.text + pictures * TOKENS
         if not self.self_attention:
             return self.text if not self.padded else self.text - self.group_size
         frames = self.queries // self.group_size
@@ -88,32 +93,50 @@ class Cell:
         )
 
 
+def group_bounds(cell: Cell) -> list[int]:
+    """Where the groups begin and end, in blocks: each has its pictures and, last, its null block."""
+    pictures = [cell.references * g // cell.groups for g in range(cell.groups + 1)]
+    return [count + g for g, count in enumerate(pictures)]
+
+
+def visible_blocks(cell: Cell) -> Tensor:
+    """(rows, blocks) bool: unconditional rows see the null blocks, the others see the pictures."""
+    bounds = group_bounds(cell)
+    null = torch.zeros(bounds[-1], dtype=torch.bool)
+    null[[bound - 1 for bound in bounds[1:]]] = True
+    half = cell.rows // 2
+    return torch.cat([null.expand(half, -1), ~null.expand(cell.rows - half, -1)])
+
+
 def grca_inputs(cell: Cell, device: str, seed: int = 0) -> dict[str, Any]:
-    """The operator's arguments: text for every row, references shared by all, K and V as views of wide tensors."""
+    """The operator's arguments as the runtime gives them, so that the binary that runs is the runtime's.
+
+    K and V are views of tensors that hold other layers beside them; text is a row's own, references are shared; offsets,
+    visibility and null blocks are there in every call (fastory.conditioning.references).
+    """
     generator = torch.Generator().manual_seed(seed)
     dtype = DTYPES[cell.dtype]
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(device, dtype)
 
-    channels = cell.heads * cell.width
-    heads = (cell.heads, cell.width)
-    text = draw(cell.rows, cell.text, 2 * channels)
-    refs = draw(1, cell.references * TOKENS, 2 * channels)
+    heads, bounds = (cell.heads, cell.width), group_bounds(cell)
+    layers = 4 * cell.heads * cell.width
+    text, refs = draw(cell.rows, cell.text, layers), draw(1, bounds[-1] * TOKENS, layers)
     (k_text, v_text), (k_ref, v_ref) = (
-        [half.unflatten(-1, heads) for half in wide.chunk(2, -1)] for wide in (text, refs)
+        [part.unflatten(-1, heads) for part in wide.chunk(4, -1)[1:3]] for wide in (text, refs)
     )
+    offsets = torch.tensor(bounds, dtype=torch.int32) * TOKENS
     inputs: dict[str, Any] = {
         "q": draw(cell.rows, cell.queries, *heads),
         "k_text": k_text,
         "v_text": v_text,
         "k_ref": k_ref,
         "v_ref": v_ref,
-        "scale": torch.full((cell.groups,) if cell.groups > 1 else (), 0.4, device=device),
+        "scale": torch.full((cell.groups,), 0.4, device=device),
+        "ref_offsets": offsets.to(device),
+        "ref_visible": visible_blocks(cell).to(device),
     }
-    if cell.groups > 1:
-        cuts = [TOKENS * (cell.references * g // cell.groups) for g in range(cell.groups + 1)]
-        inputs["ref_offsets"] = torch.tensor(cuts, device=device)
     if cell.masked:
         inputs["mask"] = torch.rand(1, cell.groups, cell.queries, generator=generator).to(device)
     return inputs

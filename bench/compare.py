@@ -58,7 +58,10 @@ def _turn(cell: Cell, device: str) -> float:
     call = _call(cell, device)
     with torch.inference_mode():
         if device == "cuda":
-            return time_cuda({"it": [call] * 20}, samples=5)["it"]["p50"]
+            times, failed = time_cuda({"it": [call] * 20}, samples=5)
+            if failed:
+                raise RuntimeError(f"{cell.name}: {failed['it']}")
+            return times["it"]["p50"]
         return time_cpu({"it": call}, budget=0.05, samples=5)["it"]["p50"]
 
 

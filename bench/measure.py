@@ -69,7 +69,7 @@ def _errors(cell: Cell, inputs: Inputs, calls: dict[str, Callable[[], Tensor]]) 
     return {name: float((calls[name]().double() - exact).abs().max()) for name in same}
 
 
-def _cold(cell: Cell, names: list[str]) -> dict[str, dict[str, float]]:
+def _cold(cell: Cell, names: list[str]) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
     """Every way over copies of its inputs that together are more than the cache."""
     size = 2 * cell.rows * cell.queries * cell.heads * cell.width * DTYPES[cell.dtype].itemsize
     chains: dict[str, list] = {name: [] for name in names}
@@ -86,14 +86,18 @@ def measure(cell: Cell, device: str, budget: float = 0.3) -> dict[str, Any]:
     Times are microseconds. On CUDA `hot` repeats one call twenty times in a graph, `cold` walks over copies of
     the inputs; ratios are taken from the cold medians. A ratio above 1 means that fastory is faster.
     """
+    torch._dynamo.reset()  # compiled peers would run this cell with another one's dynamic graph, or eagerly
     inputs = inputs_of(cell, device)
     with torch.inference_mode():
         calls, absent = _build(cell, inputs)
         errors = _errors(cell, inputs, calls)
         if device == "cuda":
-            hot = time_cuda({name: [call] * 20 for name, call in calls.items()})
-            times = {"cold": _cold(cell, list(calls)), "hot": hot}
-            deciding = times["cold"]
+            hot, uncaptured = time_cuda({name: [call] * 20 for name, call in calls.items()})
+            deciding, failed = _cold(cell, list(hot))
+            absent |= uncaptured | failed
+            if "fastory" in absent:
+                raise RuntimeError(f"{cell.name}: {absent['fastory']}")
+            times = {"cold": deciding, "hot": hot}
         else:
             deciding = time_cpu(calls, budget)
             times = {"hot": deciding}

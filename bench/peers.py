@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from cells import TOKENS, Cell
+from cells import TOKENS, Cell, group_bounds
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -32,18 +32,28 @@ def _wide(x: Tensor, rows: int) -> Tensor:
     return x.expand(rows, -1, -1, -1).transpose(1, 2).contiguous()
 
 
+def _group_keys(cell: Cell, keys: Tensor, first: int, last: int) -> Tensor:
+    """(B, H, tokens, d) of one group's K or V: its pictures, and for unconditional rows as many null blocks.
+
+    That is what diffusers gives them, and a softmax over equal keys is the one over a single block.
+    """
+    half, pictures, null = cell.rows // 2, keys[:, first : last - TOKENS], keys[:, last - TOKENS : last]
+    unconditional = null.repeat(1, pictures.shape[1] // TOKENS, 1, 1).expand(half, -1, -1, -1)
+    rows = torch.cat([unconditional, pictures.expand(cell.rows - half, -1, -1, -1)])
+    return rows.transpose(1, 2).contiguous()
+
+
 def _groups(cell: Cell, inputs: dict[str, Any]) -> list[tuple[Tensor, Tensor, float, Tensor | None]]:
     """Keys and values, weight and mask (1, 1, L, 1) of each group, cut and transposed once."""
-    cuts = inputs["ref_offsets"].tolist() if "ref_offsets" in inputs else [0, cell.references * TOKENS]
     mask = inputs.get("mask")
     return [
         (
-            _wide(inputs["k_ref"][:, first:last], cell.rows),
-            _wide(inputs["v_ref"][:, first:last], cell.rows),
+            _group_keys(cell, inputs["k_ref"], first * TOKENS, last * TOKENS),
+            _group_keys(cell, inputs["v_ref"], first * TOKENS, last * TOKENS),
             0.4,
             None if mask is None else mask[:, g, None, :, None].to(inputs["q"].dtype),
         )
-        for g, (first, last) in enumerate(itertools.pairwise(cuts))
+        for g, (first, last) in enumerate(itertools.pairwise(group_bounds(cell)))
     ]
 
 
@@ -121,7 +131,8 @@ def _paper(cell: Cell, inputs: dict[str, Any]) -> Call:
         raise Absent("the paper has one group and no masks")
     q = inputs["q"].transpose(1, 2).flatten(0, 1)
     channels = cell.heads * cell.width
-    context = {name: torch.randn(cell.rows, inputs[name].shape[1], 768).to(q) for name in ("k_text", "k_ref")}
+    tokens = {"k_text": cell.text, "k_ref": cell.references * TOKENS}
+    context = {name: torch.randn(cell.rows, count, 768).to(q) for name, count in tokens.items()}
     weights = {
         name: torch.randn(768, channels).to(q) * 768**-0.5 for name in ("k_text", "v_text", "k_ref", "v_ref")
     }

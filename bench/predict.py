@@ -17,7 +17,7 @@ from typing import Any
 import results
 import torch
 import triton
-from cells import DTYPES, RATES, TOKENS, Cell, gpu_matrix
+from cells import DTYPES, RATES, TOKENS, Cell, gpu_matrix, group_bounds
 from torch import Tensor
 
 from fastory.kernels.banded import triton as banded
@@ -157,15 +157,16 @@ def _columns(trips: list[int], block: int) -> int:
 
 
 def build_grca(cell: Cell, capability: int) -> tuple[Compiled, dict[str, Any], Trips, int]:
-    """(kernel, launch settings, trips of its loops, columns of scores that a query computes)."""
-    dtype = DTYPES[cell.dtype]
+    """(kernel, launch settings, trips of its loops, columns of scores) of a row that sees every picture.
+
+    The call is the runtime's, as grca_inputs makes it: offsets, visibility and null blocks always.
+    """
+    dtype, blocks = DTYPES[cell.dtype], group_bounds(cell)[-1]
     q = _empty(cell.rows, cell.queries, cell.heads, cell.width, dtype=dtype)
-    text, refs = _views(cell, cell.rows, cell.text), _views(cell, 1, cell.references * TOKENS)
-    grouped = cell.groups > 1
+    text, refs = _views(cell, cell.rows, cell.text), _views(cell, 1, blocks * TOKENS)
     arguments, divisor = grca.arguments(
-        q, *text, *refs, _empty(cell.groups, dtype=torch.float32),
-        _empty(cell.groups + 1, dtype=torch.int64) if grouped else None,
-        _empty(cell.rows, cell.references, dtype=torch.bool),
+        q, *text, *refs, _empty(cell.groups, dtype=torch.float32), _empty(cell.groups + 1, dtype=torch.int32),
+        _empty(cell.rows, blocks, dtype=torch.bool),
         _empty(1, cell.groups, cell.queries, dtype=torch.float32) if cell.masked else None, q,
     )  # fmt: skip
     launch = grca.settings(capability, 8 * dtype.itemsize, cell.width, cell.queries, cell.groups)

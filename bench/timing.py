@@ -41,8 +41,12 @@ def time_cpu(calls: dict[str, Call], budget: float = 1.0, samples: int = 31) -> 
     return {name: summary(seconds) for name, seconds in taken.items()}
 
 
+class CaptureFailed(RuntimeError):
+    """A call that cannot be captured: timing it eagerly would time something else."""
+
+
 def capture(calls: Sequence[Call]) -> Callable[[], None]:
-    """One CUDA graph that makes these calls one after another; where one cannot be captured, the calls themselves."""
+    """One CUDA graph that makes these calls one after another. Raises CaptureFailed where one cannot be captured."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for call in calls:
@@ -54,26 +58,54 @@ def capture(calls: Sequence[Call]) -> Callable[[], None]:
         with torch.cuda.graph(graph):
             for call in calls:
                 call()
-    except RuntimeError:
+    except RuntimeError as error:
         torch.cuda.synchronize()
-        return lambda: [call() for call in calls] and None
+        raise CaptureFailed(str(error).strip().splitlines()[0]) from error
     return graph.replay
 
 
-def time_cuda(calls: dict[str, Sequence[Call]], samples: int = 25) -> dict[str, dict[str, float]]:
-    """Microseconds of one call on the device. Each way brings one call per copy of the inputs (cold) or one, repeated."""
-    replays = {name: capture(sequence) for name, sequence in calls.items()}
-    taken: dict[str, list[float]] = {name: [] for name in calls}
+def time_cuda(
+    calls: dict[str, Sequence[Call]], samples: int = 25
+) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
+    """Microseconds of one call on the device, and why a way has none.
+
+    Each way brings one call per copy of the inputs (cold) or one, repeated; a way that cannot be captured is not timed.
+    """
+    replays, failed = {}, {}
+    for name, sequence in calls.items():
+        try:
+            replays[name] = capture(sequence)
+        except CaptureFailed as error:
+            failed[name] = f"could not be captured: {error}"
+    taken: dict[str, list[float]] = {name: [] for name in replays}
     for sample in range(samples + 3):
         for name, replay in replays.items():
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            replay()
-            end.record()
-            end.synchronize()
+            seconds = cuda_seconds(replay) / len(calls[name])
             if sample >= 3:
-                taken[name].append(1e-3 * begin.elapsed_time(end) / len(calls[name]))
-    return {name: summary(seconds) for name, seconds in taken.items()}
+                taken[name].append(seconds)
+    return {name: summary(seconds) for name, seconds in taken.items()}, failed
+
+
+def cuda_seconds(call: Call) -> float:
+    """Seconds of one call on the device, by CUDA events."""
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return 1e-3 * begin.elapsed_time(end)
+
+
+def time_one(call: Call, device: str, samples: int = 25) -> dict[str, float]:
+    """Microseconds of one call (p20, p50, p80), after three that are not counted; on CUDA by events, as it is called."""
+
+    def cpu_seconds(call: Call) -> float:
+        begin = time.perf_counter()
+        call()
+        return time.perf_counter() - begin
+
+    seconds = cuda_seconds if device == "cuda" else cpu_seconds
+    return summary([seconds(call) for _ in range(samples + 3)][3:])
 
 
 def copies_for(bytes_of_inputs: int) -> int:

@@ -220,6 +220,9 @@ class _Event:
     def __init__(self, enable_timing: bool = False) -> None:
         pass
 
+    def record(self) -> None:
+        """On the current stream."""
+
     def synchronize(self) -> None:
         """The host waits for a step that was enqueued before the last one: what a clock does."""
 
@@ -263,6 +266,10 @@ def fake_cuda() -> Iterator[ShapesAlone]:
             "get_device_capability": lambda device=None: (9, 0),
             "mem_get_info": lambda device=None: (MEMORY, MEMORY),
             "empty_cache": lambda: None,
+            "synchronize": lambda device=None: None,
+            "reset_peak_memory_stats": lambda: None,
+            "max_memory_allocated": lambda: 0,
+            "max_memory_reserved": lambda: 0,
             "Event": _Event,
             "Stream": _Stream,
             "current_stream": _Stream,
