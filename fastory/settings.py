@@ -64,7 +64,7 @@ MODES: dict[str, ModeTraits] = {
         (
             *("iterations", "inner_steps", "reference_scale"),
             *("references", "reference_fit", "reference_start"),
-            *("reference_interval", "regions"),
+            *("reference_interval", "regions", "cast_limit"),
         )
     ),
     "causal": ModeTraits(("window", "drafts")),
@@ -79,7 +79,8 @@ class Settings:
     inner rounds are read by the image encoder alone. reference_scale: l_1 and l_K of the linear weighting.
     reference_start: the first round in which pictures given for a character are references. regions: whether characters
     have references of their own, each where it stands: `auto` in stories that name them, `on` in the built-in model's plain
-    stories too, see modes/regions.py. window: L_M of causal mode,
+    stories too, see modes/regions.py. cast_limit: the appearances of a character that are its references then, those that
+    stand for all best; 0 for all. window: L_M of causal mode,
     the frames before it that a frame sees, or "all" (AR-LDM). drafts: how often frame 0 of causal mode is drawn before it is
     kept, each time from the one before; see modes/causal.py. guidance_interval, reference_interval: the shares of the steps,
     from a start to before an end, in which there is classifier-free guidance, and in which references are read; outside, the
@@ -94,6 +95,7 @@ class Settings:
     reference_fit: str = "pad"
     reference_start: int = 1
     regions: str = "auto"
+    cast_limit: int = 0
     scheduler: str = "ddim"
     steps: int = 50
     guidance_scale: float = 7.5
@@ -206,12 +208,14 @@ _LATER = {
     "guidance_interval": (0.0, 1.0),
     "reference_interval": (0.0, 1.0),
     "regions": "off",
+    "cast_limit": 0,
 }
 _LEAST = {
     "iterations": 0,
     "steps": 1,
     "inner_steps": 0,
     "reference_start": 0,
+    "cast_limit": 0,
     "drafts": 0,
     "seed": 0,
     "width": 8,
@@ -222,6 +226,7 @@ _MOST = {
     "steps": 1000,
     "inner_steps": 1000,
     "reference_start": 1000,
+    "cast_limit": 10_000,
     "drafts": 100,
     "seed": SEED_LIMIT - 1,
     "width": 8192,

@@ -89,6 +89,12 @@ Regions = Annotated[
         help="Own references for characters, where they stand: named ones (auto), the built-in model's animals too (on).",
     ),
 ]
+CastLimit = Annotated[
+    int | None,
+    option(
+        METHOD, metavar="K", help="References of a character at most, those that stand for all (default all)."
+    ),
+]
 Window = Annotated[
     str | None,
     option(
@@ -169,6 +175,7 @@ def generate(
     reference_fit: ReferenceFit = None,
     reference_start: ReferenceStart = None,
     regions: Regions = None,
+    cast_limit: CastLimit = None,
     window: Window = None,
     drafts: Drafts = None,
     first_frame: FirstFrame = None,

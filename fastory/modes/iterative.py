@@ -8,7 +8,7 @@ x_i^k = D(c_i, z, R, l_k)                             rounds k = 1 .. K, every f
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Container, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -139,7 +139,7 @@ def draw_round(
     for members in (range(first, min(first + size, count)) for first in range(0, count, size)):
         if todo.isdisjoint(members):
             continue
-        rows = [row_of(run, references, i, last) for i in members]
+        rows = [row_of(run, references, i) for i in members]
         yield from report_steps(sampler, rows, k, todo)
         for n, row in enumerate(rows):
             if row.frame not in todo:
@@ -223,13 +223,11 @@ def references_of(run: IterativeRun, k: int, last: dict[int, Seen]) -> Reference
     )
 
 
-def row_of(
-    run: IterativeRun, references: References, frame: int, last: Mapping[int, Seen] | None = None
-) -> Row:
+def row_of(run: IterativeRun, references: References, frame: int) -> Row:
     """One frame's inputs: the seed of its noise, its text K/V (once a frame and round), and which references it sees."""
     plan, caption, bias = run.plan, run.captions[frame], None
     if run.regions is not None:
-        bias = run.regions.text_bias(frame, last or {}, references.text_tokens)
+        bias = run.regions.text_bias(frame, references.text_tokens)
     return Row(
         frame=frame,
         seed=frame_seed(plan.story.frames[frame].seed, plan.seeds.get(frame), plan.settings, frame),
@@ -283,6 +281,8 @@ class Iterative:
             if not pictures or settings.reference_start > 0:
                 why = "without iterations nothing is a reference"
                 reasons |= dict.fromkeys(("reference_scale", "reference_fit", "reference_interval"), why)
+        if settings.regions == "off":
+            reasons["cast_limit"] = "without regions no character has references of its own"
         if not pictures:
             reasons["reference_start"] = "the story gives no pictures of its characters"
         return reasons

@@ -15,6 +15,7 @@ import torch
 from diffusers import DDPMScheduler
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional
 
 from fastory.builtin.words import SPECIES_WORDS
 from fastory.conditioning.references import Group, References
@@ -75,6 +76,23 @@ def check_boxes(story: Story) -> None:
                     f"{where}: the box of {name}: wanted a character of frame {i}, got one that neither its caption nor its "
                     "`characters:` names; name it there or remove the box"
                 )
+
+
+def medoids(tokens: Sequence[Tensor], count: int) -> list[int]:
+    """The `count` that stand for all of `tokens` (1, T, C_x) best, by cosine distance, in their own order.
+
+    One after the other the one that brings all nearest to those chosen: the build of k-medoids (Kaufman and Rousseeuw, 1990).
+    """
+    flat = functional.normalize(torch.cat([one.float().flatten(1) for one in tokens]), dim=1).cpu()
+    distances = 1 - flat @ flat.T
+    chosen: list[int] = []
+    nearest = torch.full((len(tokens),), 2.0)  # no cosine distance is larger
+    for _ in range(count):
+        after = torch.minimum(nearest, distances).sum(1)
+        after[chosen] = torch.inf
+        chosen.append(int(after.argmin()))
+        nearest = torch.minimum(nearest, distances[chosen[-1]])
+    return sorted(chosen)
 
 
 def is_plain(model: Model, story: Story, settings: Settings) -> bool:
@@ -193,13 +211,13 @@ class Regions:
         """Where a character's references reach, by frame."""
         return lambda i: self.places(i, last).get(name)
 
-    def text_bias(self, i: int, last: Mapping[int, Seen], count: int) -> dict[int, Tensor] | None:
+    def text_bias(self, i: int, count: int) -> dict[int, Tensor] | None:
         """Where the words of frame i's characters reach, with boxes; None in a story without. count: of text tokens."""
         if self.words is None:
             return None
-        masks = {name: mask for name, mask in self.places(i, last).items() if mask is not None}
+        masks = apart(self.boxes[i]) if self.boxes[i] else {}
         words = token_places(self.model.tokenizer, self.prompts[i], self.casts[i])
-        return text_bias(masks if self.boxes[i] else {}, words, count, self.grid)
+        return text_bias(masks, words, count, self.grid)
 
     def groups(self, k: int, last: Mapping[int, Seen]) -> Iterator[Group]:
         """A group for each character: its appearances in the last round."""
@@ -208,6 +226,9 @@ class Regions:
             frames = [j for j in sorted(last) if name in last[j].own]
             if not frames:
                 continue
+            if 0 < self.settings.cast_limit < len(frames):
+                kept = medoids([last[j].own[name] for j in frames], self.settings.cast_limit)
+                frames = [frames[n] for n in kept]
 
             def sees(i: int, n: int, name: str = name, frames: Sequence[int] = frames) -> bool:
                 return name in self.places(i, last) and (rule == "all" or frames[n] != i)

@@ -19,9 +19,9 @@ from fastory.builtin.world.corpus import sample_tale
 from fastory.builtin.world.drawing import draw_with_boxes
 from fastory.events import FrameDrawn, Notice
 from fastory.models.text import token_places
-from fastory.modes.iterative import iterative
+from fastory.modes.iterative import IterativeRun, groups_of, iterative
 from fastory.modes.mode import StoryPlan
-from fastory.modes.regions import Regions, Seen, settled
+from fastory.modes.regions import Regions, Seen, medoids, settled
 from fastory.settings import Settings, resolve
 
 STORY = """\
@@ -194,6 +194,27 @@ def test_the_tokens_of_a_character_are_its_name_and_description(model: StoryMode
     said = {name: model.tokenizer.decode([ids[i] for i in found]).split() for name, found in places.items()}
     assert said["Ann"][-2:] == ["a", "rabbit"] and said["Bob"][-2:] == ["a", "fox"]
     assert not set(places["Ann"]) & set(places["Bob"])
+
+
+def test_medoids_stand_for_all() -> None:
+    """Two looks, one of them rare: two medoids are one of each, one is the frequent look's."""
+    generator = torch.Generator().manual_seed(0)
+    looks = torch.eye(8)[[0, 0, 3, 0, 0, 0]] + 0.05 * torch.randn(6, 8, generator=generator)
+    tokens = list(looks[:, None, None].flatten(1, 2)[:, None])
+    assert medoids(tokens, 1)[0] != 2
+    assert 2 in medoids(tokens, 2) and len(medoids(tokens, 2)) == 2
+    assert medoids(tokens, 6) == list(range(6))
+
+
+def test_a_limit_keeps_that_many_references_of_a_character(model: StoryModel, tmp_path: Path) -> None:
+    given = story(tmp_path, "{Ann: [0, 0, 0.5, 1], Bob: [0.5, 0, 1, 1]}")
+    first = draw(model, given, iterations=0)
+    found = {}
+    for limit in (0, 1, 2):
+        settings = chosen(model, cast_limit=limit)
+        run = IterativeRun.of(model, StoryPlan(given, settings, finished=Kept(first)), [2])
+        found[limit] = [len(group.tokens) for group in groups_of(run, 1, {})]
+    assert found == {0: [5, 2, 3], 1: [5, 1, 1], 2: [5, 2, 2]}
 
 
 def overlaps(model: StoryModel, seeds: Sequence[int]) -> np.ndarray:
