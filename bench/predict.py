@@ -1,9 +1,9 @@
 """Predicted cost of the kernels from their machine code, where there is no GPU: `python bench/predict.py`.
 
 A prediction, never a measurement: the largest of what one multiprocessor's issue slots, exponent units and matrix
-units, and the chip's L2 and memory, need for the instructions the compiler emitted, at the rates below. Latency that
-occupancy does not hide is not in it, so it is a bound that a launch setting can be compared by. Loops are weighted by
-the trips the shape gives them.
+units, and the chip's L2 and memory, need for the instructions the compiler emitted, at the rates below, and of the latency
+that occupancy leaves: how often a multiprocessor is filled with blocks, times the loads that a block waits for one after
+another. Loops are weighted by the trips the shape gives them.
 """
 
 from __future__ import annotations
@@ -39,6 +39,9 @@ class Chip:
 
 # Multiprocessors and clock: NVIDIA's H100 SXM data sheet; the matrix rate is the 750 TFLOP/s of RATES; L2 is assumed.
 H100 = Chip("H100", 132, 1.755e9, 750e12 / 132 / 1.755e9, 5.5e12)
+# Cycles from a load to its use, when it misses L1: assumed. How many loads of a program wait for one another: read from the
+# machine code of grca at SDXL 4096x10x64; nobody has counted banded's, whose latency is left out.
+LATENCY, DEPENDENT_LOADS = 700, {"grca": 8}
 INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*)")
 MATRIX = ("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA", "IMMA")
 
@@ -254,8 +257,13 @@ def predict(cell: Cell, chip: Chip) -> dict[str, Any]:
         "memory": memory / RATES[chip.name].bytes,
         "launch": RATES[chip.name].launch,
     }
+    without_latency = max(units.values())
+    if row["blocks_per_multiprocessor"] and cell.operator in DEPENDENT_LOADS:
+        fillings = -(-programs // (chip.multiprocessors * row["blocks_per_multiprocessor"]))
+        units["latency"] = fillings * DEPENDENT_LOADS[cell.operator] * LATENCY / chip.clock
     bound = max(units, key=lambda unit: units[unit])
     return row | {
+        "without_latency_us": round(1e6 * without_latency, 2),
         "units_us": {unit: round(1e6 * seconds, 2) for unit, seconds in units.items()},
         "bound_by": bound,
         "predicted_us": round(1e6 * units[bound], 2),
@@ -269,6 +277,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     head = [
         "cell",
         "predicted, us",
+        "without latency, us",
         "bound by",
         "floor, us",
         "floor / predicted",
@@ -279,6 +288,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     names = (
         "cell",
         "predicted_us",
+        "without_latency_us",
         "bound_by",
         "floor_us",
         "floor_over_predicted",
