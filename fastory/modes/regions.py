@@ -83,7 +83,7 @@ def medoids(tokens: Sequence[Tensor], count: int) -> list[int]:
 
     One after the other the one that brings all nearest to those chosen: the build of k-medoids (Kaufman and Rousseeuw, 1990).
     """
-    flat = functional.normalize(torch.cat([one.float().flatten(1) for one in tokens]), dim=1).cpu()
+    flat = functional.normalize(torch.cat([picture.float().flatten(1) for picture in tokens]), dim=1).cpu()
     distances = 1 - flat @ flat.T
     chosen: list[int] = []
     nearest = torch.full((len(tokens),), 2.0)  # no cosine distance is larger

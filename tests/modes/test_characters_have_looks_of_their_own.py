@@ -204,6 +204,7 @@ def test_medoids_stand_for_all() -> None:
     assert medoids(tokens, 1)[0] != 2
     assert 2 in medoids(tokens, 2) and len(medoids(tokens, 2)) == 2
     assert medoids(tokens, 6) == list(range(6))
+    assert medoids([tokens[0]] * 4, 3) == [0, 1, 2]  # equal ones are not taken twice
 
 
 def test_a_limit_keeps_that_many_references_of_a_character(model: StoryModel, tmp_path: Path) -> None:
