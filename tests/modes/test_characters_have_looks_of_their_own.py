@@ -196,6 +196,24 @@ def test_the_tokens_of_a_character_are_its_name_and_description(model: StoryMode
     assert not set(places["Ann"]) & set(places["Bob"])
 
 
+@pytest.mark.parametrize(("family", "kind"), [("sd15", "base"), ("sdxl", "plus")])
+def test_characters_are_looked_for_in_both_families(
+    family: str, kind: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    folder, adapter = (
+        request.getfixturevalue(name) for name in (f"{family}_folder", f"{family}_adapter_{kind}")
+    )
+    checkpoint = StoryModel.open(str(folder), ip_adapter=str(adapter))
+    given = story(tmp_path)
+    settings = replace(chosen(checkpoint), width=None, height=None)
+    run = IterativeRun.of(checkpoint, StoryPlan(given, settings), [2])
+    assert run.regions is not None
+    picture = Image.effect_noise(checkpoint.native_size, 60).convert("RGB")
+    found = run.regions._maps(2, picture)
+    assert set(found) == {"Ann", "Bob"}
+    assert all(map_.min() >= 0 and map_.sum() > 0 for map_ in found.values())
+
+
 def test_medoids_stand_for_all() -> None:
     """Two looks, one of them rare: two medoids are one of each, one is the frequent look's."""
     generator = torch.Generator().manual_seed(0)
