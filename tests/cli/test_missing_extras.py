@@ -9,19 +9,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from small_environments import MODULES, run, without
+from small_environments import MODULES, Environment, run, without
 
 STORY = "a fox is sleeping in the snow\na fox is jumping in the forest\n"
 
-Environment = Callable[..., dict[str, str]]
+Made = Callable[..., Environment]
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> Environment:
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """environment(EXTRA) or environment(modules=...): its variables, made once."""
-    made: dict[tuple[str, ...], dict[str, str]] = {}
+    made: dict[tuple[str, ...], Environment] = {}
 
-    def make(*extras: str, modules: tuple[str, ...] = ()) -> dict[str, str]:
+    def make(*extras: str, modules: tuple[str, ...] = ()) -> Environment:
         hidden = modules + tuple(module for extra in extras for module in MODULES[extra])
         if hidden not in made:
             made[hidden] = without(tmp_path_factory.mktemp("environment"), hidden)
@@ -36,7 +36,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def refuse(variables: dict[str, str], folder: Path, *arguments: str, wanted: str) -> str:
+def refuse(variables: Environment, folder: Path, *arguments: str, wanted: str) -> str:
     """One line with `wanted`, exit code 2, no file written. Returns the line."""
     before = sorted(folder.rglob("*"))
     done = run(variables, folder, *arguments)
@@ -47,7 +47,7 @@ def refuse(variables: dict[str, str], folder: Path, *arguments: str, wanted: str
     return done.stderr
 
 
-def test_the_main_job_needs_no_extra(environment: Environment, folder: Path) -> None:
+def test_the_main_job_needs_no_extra(environment: Made, folder: Path) -> None:
     every = environment(*MODULES)
     done = run(every, folder, "generate", "good.txt", "--iterations", "1", "--steps", "2", "-o", "out")
     assert done.returncode == 0, done.stderr
@@ -58,20 +58,18 @@ def test_the_main_job_needs_no_extra(environment: Environment, folder: Path) -> 
 
 
 @pytest.mark.parametrize("module", MODULES["onnx"])
-def test_export_without_one_of_the_packages_of_onnx(
-    environment: Environment, folder: Path, module: str
-) -> None:
+def test_export_without_one_of_the_packages_of_onnx(environment: Made, folder: Path, module: str) -> None:
     said = refuse(
         environment(modules=(module,)), folder, "export", "-o", "out", wanted="pip install 'fastory[onnx]'"
     )
     assert f"package {module}," in said
 
 
-def test_export_for_trt_without_onnx_names_onnx(environment: Environment, folder: Path) -> None:
+def test_export_for_trt_without_onnx_names_onnx(environment: Made, folder: Path) -> None:
     refuse(environment("onnx"), folder, "export", "-o", "out", "--trt", wanted="pip install 'fastory[onnx]'")
 
 
-def test_tune_without_tensorboard(environment: Environment, folder: Path) -> None:
+def test_tune_without_tensorboard(environment: Made, folder: Path) -> None:
     refuse(
         environment("tune"),
         folder,
@@ -80,8 +78,8 @@ def test_tune_without_tensorboard(environment: Environment, folder: Path) -> Non
     )
 
 
-def test_kernels_of_xformers_without_xformers(environment: Environment, folder: Path) -> None:
-    variables = {**environment("xformers"), "FASTORY_KERNELS": "xformers"}
+def test_kernels_of_xformers_without_xformers(environment: Made, folder: Path) -> None:
+    variables = environment("xformers").but(FASTORY_KERNELS="xformers")
     refuse(
         variables,
         folder,
@@ -90,7 +88,7 @@ def test_kernels_of_xformers_without_xformers(environment: Environment, folder: 
     )
 
 
-def test_an_export_is_not_drawn_without_onnxruntime(environment: Environment, folder: Path) -> None:
+def test_an_export_is_not_drawn_without_onnxruntime(environment: Made, folder: Path) -> None:
     from small_export import write_export
 
     write_export(folder / "export")
@@ -102,7 +100,7 @@ def test_an_export_is_not_drawn_without_onnxruntime(environment: Environment, fo
     )
 
 
-def test_doctor_names_what_is_not_installed(environment: Environment, folder: Path) -> None:
+def test_doctor_names_what_is_not_installed(environment: Made, folder: Path) -> None:
     done = run(environment(*MODULES), folder, "doctor")
     assert done.returncode == 0 and done.stderr == ""
     lines = [line.split(maxsplit=1) for line in done.stdout.splitlines() if line.startswith("  ")]
@@ -121,7 +119,7 @@ def test_doctor_names_what_is_not_installed(environment: Environment, folder: Pa
     ids=["trt", "rtx"],
 )
 def test_graphs_are_written_where_the_builder_is_missing(
-    environment: Environment, folder: Path, extra: str, options: list[str], wanted: str
+    environment: Made, folder: Path, extra: str, options: list[str], wanted: str
 ) -> None:
     """The graphs are the long part of the work: they are kept, and the exit code is 3. Quick, of a small export: see
     tests/export/test_export_tensorrt_without_it.py."""

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 # What an extra of setup.py brings, by extra: modules, and packages whose names differ from their modules'.
@@ -22,13 +23,27 @@ MODULES = {
 }
 
 
-def without(folder: Path, modules: Sequence[str]) -> dict[str, str]:
-    """The variables of an environment that has all packages of this one but these modules. Start Python with -S in it.
+@dataclass(frozen=True)
+class Environment:
+    """A Python and the variables it is started with; what it starts finds the same packages."""
 
-    folder: where links to the packages are put.
-    """
-    site = folder / "site"
+    python: str
+    variables: Mapping[str, str]
+
+    def but(self, **variables: str) -> Environment:
+        """The same with other variables."""
+        return Environment(self.python, {**self.variables, **variables})
+
+
+def without(folder: Path, modules: Sequence[str]) -> Environment:
+    """A virtual environment that has links to all packages of this one but these modules."""
+    place = folder / "environment"
+    site = place / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
     site.mkdir(parents=True)
+    (place / "bin").mkdir()
+    base = Path(sys.executable).resolve()
+    (place / "bin" / "python").symlink_to(base)
+    (place / "pyvenv.cfg").write_text(f"home = {base.parent}\ninclude-system-site-packages = false\n")
     hidden = {re.sub(r"[-_.]+", "-", name).lower() for name in modules}
     for path in map(Path, sys.path):
         if path.name not in ("site-packages", "dist-packages") or not path.is_dir():
@@ -36,10 +51,11 @@ def without(folder: Path, modules: Sequence[str]) -> dict[str, str]:
         for entry in path.iterdir():
             # onnx-1.23.2.dist-info -> onnx, so that the metadata go with the module
             name = re.sub(r"[-_.]+", "-", entry.name.split("-")[0].removesuffix(".py")).lower()
-            if name not in hidden and name != "fastory" and not (site / entry.name).exists():
+            leads_elsewhere = entry.suffix == ".pth" or name == "fastory"
+            if name not in hidden and not leads_elsewhere and not (site / entry.name).exists():
                 (site / entry.name).symlink_to(entry)
     _link_fastory(site)
-    return _variables(site)
+    return Environment(str(place / "bin" / "python"), _variables())
 
 
 def _link_fastory(site: Path) -> None:
@@ -56,28 +72,31 @@ def _link_fastory(site: Path) -> None:
         (package / name).symlink_to(Path(module.__path__[0]))
 
 
-def with_versions(folder: Path, versions: Mapping[str, str]) -> dict[str, str]:
-    """The variables of this environment, in which the metadata of packages tell other versions than are there."""
+def with_versions(folder: Path, versions: Mapping[str, str]) -> Environment:
+    """This environment, in which the metadata of packages tell other versions than are there."""
     for name, version in versions.items():
         info = folder / f"{name}-{version}.dist-info"
         info.mkdir(parents=True)
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-    return _variables(folder)
+    return Environment(sys.executable, {**_variables(), "PYTHONPATH": str(folder)})
 
 
-def _variables(first: Path) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(first), "PYTHONNOUSERSITE": "1", "COLUMNS": "200"}
+def _variables() -> dict[str, str]:
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return {**inherited, "PYTHONNOUSERSITE": "1", "COLUMNS": "200"}
 
 
-def run(
-    variables: Mapping[str, str], cwd: Path, *arguments: str, site: bool = False
-) -> subprocess.CompletedProcess[str]:
-    """`python -m fastory ARGUMENTS` in an environment. site: with the packages of this environment beside it."""
-    options = () if site else ("-S",)
+def run(environment: Environment, cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`python -m fastory ARGUMENTS` in an environment."""
+    return start(environment, cwd, "-m", "fastory", *arguments)
+
+
+def start(environment: Environment, cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`python ARGUMENTS` in an environment."""
     return subprocess.run(
-        [sys.executable, *options, "-m", "fastory", *arguments],
+        [environment.python, *arguments],
         cwd=cwd,
-        env=dict(variables),
+        env=dict(environment.variables),
         capture_output=True,
         text=True,
         check=False,
