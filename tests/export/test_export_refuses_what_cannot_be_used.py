@@ -73,7 +73,7 @@ def test_sizes_beyond_the_graphs_are_refused_before_drawing(export_folder: Path,
     engine = EngineModel.open_engine(export_folder)
     for settings, said in (
         ({"width": 100}, "multiple of 32 pixels"),
-        ({"width": 32 * 65}, "exported for a width of 32 to 2048 pixels"),
+        ({"width": 32 * 65}, "takes width of 32 to 2048 pixels"),
         ({"batch_size": 40}, "rows of a UNet call"),
     ):
         with pytest.raises(InputError, match=said):
