@@ -50,7 +50,7 @@ def read_bytes(path: Path, *, what: str, most: int = MOST_BYTES, todo: str = "ch
 def read_json(path: Path, *, what: str, most: int = MOST_BYTES, todo: str = "check the path") -> Any:
     """The values of a JSON file. Raises InputError as `read_bytes` does, and for text that is not JSON as we take it:
 
-    UTF-8, at most 32 nested brackets, whole numbers of at most 40 digits, other numbers finite, no key twice.
+    UTF-8, its escapes too, at most 32 nested brackets, whole numbers of at most 40 digits, other numbers finite, no key twice.
     """
     return parse_json(read_bytes(path, what=what, most=most, todo=todo), path, what=what, todo=todo)
 
@@ -66,6 +66,8 @@ def parse_json(data: bytes, path: Path, *, what: str, todo: str) -> Any:
             object_pairs_hook=_unique,
         )
         _check_depth(parsed)
+        if b"\\u" in data:  # half of a UTF-16 pair, which can be escaped and not be written again
+            json.dumps(parsed, ensure_ascii=False).encode()
     except RecursionError:
         said = f"more than {MOST_DEPTH} nested brackets"
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are among them

@@ -28,9 +28,11 @@ from fastory.errors import FastoryError, InputError
         b"NaN",
         b"-Infinity",
         b"[1e999]",
+        b'["\\ud800"]',
+        b'{"a\\uDC00b": 1}',
         b" " * (MOST_BYTES + 1),
     ],
-    ids=range(13),
+    ids=range(15),
 )
 def test_text_that_is_no_plain_json_is_refused_by_name(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "x.json").write_bytes(data)
