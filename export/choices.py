@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 from fastory.errors import InputError
 
@@ -55,6 +56,12 @@ def check_target(target: str) -> None:
             f"--rtx {target}: TensorRT for RTX builds for {', '.join(RTX_TARGETS)}; for other GPUs build with --trt "
             "on a machine that has one"
         )
+
+
+def check_is_no_file(folder: Path) -> None:
+    """InputError where a file stands in the place of an export's folder."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file; wanted a folder, or a name that is free")
 
 
 def check_binding(binding: str, groups: int) -> None:

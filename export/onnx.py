@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from fastory import __version__, files, packages
 from fastory.errors import InputError
-from fastory.export.choices import check_binding
+from fastory.export.choices import check_binding, check_is_no_file
 from fastory.export.component import Component
 from fastory.export.graphs import components, constants
 from fastory.export.parity import Parity, measure_apart, measure_folder, refuse_apart
@@ -118,8 +118,7 @@ def default_folder(model: StoryModel, identity: Mapping[str, Any]) -> Path:
 
 def _existing(folder: Path, identity: Mapping[str, Any], overwrite: bool) -> ExportFolder | None:
     """The finished export of the same in `folder`; None where there is nothing, or what is there is to go."""
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is a file; wanted a folder, or a name that is free")
+    check_is_no_file(folder)
     if not folder.exists() or not any(folder.iterdir()):
         return None
     if overwrite:

@@ -112,14 +112,13 @@ def check_output(output: Path | None, stories: Sequence[Story]) -> None:
 
 def check_export(output: Path | None, dtype: str, groups: int, binding: str) -> None:
     """InputError for values that no export takes; FastoryError where another process exports into `output`."""
-    from fastory.export.choices import check_binding
+    from fastory.export.choices import check_binding, check_is_no_file
 
     settings.check_placement("cpu", dtype, "off")
     check_binding(binding, groups)
     if output is not None:
         path = user_path(output, "--output")
-        if path.exists() and not path.is_dir():
-            raise InputError(f"{path} is a file; wanted a folder, or a name that is free")
+        check_is_no_file(path)
         files.check_nobody_makes(path, "exports into", "choose another --output")
 
 
@@ -129,16 +128,14 @@ def check_tuning(stories: Path, output: Path, tuning: Any, sizes: Any) -> None:
     tuning, sizes: fastory.tuning.sizes.Tuning and HistorySizes.
     """
     from fastory.tuning.sizes import tuning_folder
+    from fastory.tuning.stories import check_is_folder
 
     tuning.check()
     sizes.check()
-    if not user_path(stories, "STORIES").is_dir():
-        raise InputError(f"{stories}: wanted a folder of story folders, and there is none; check the path")
-    path = user_path(output, "--output")
-    if path.suffix != ".safetensors":
-        raise InputError(f"--output: wanted a file ADAPTER.safetensors, got {output}")
+    check_is_folder(user_path(stories, "STORIES"))
+    folder = tuning_folder(user_path(output, "--output"))
     if os.environ.get("RANK", "0") == "0":  # the others of torchrun would meet the lock of the first
-        files.check_unlocked(tuning_folder(path), "tunes in", "choose another --output")
+        files.check_unlocked(folder, "tunes in", "choose another --output")
 
 
 def check_new_file(path: Path | None, what: str) -> None:

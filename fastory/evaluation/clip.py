@@ -15,13 +15,10 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-from fastory.checkpoints.hashes import file_hash
 from fastory.checkpoints.hub import encoder_path
 from fastory.checkpoints.loading import loading
 from fastory.checkpoints.weights import component_weights
 from fastory.errors import InputError
-
-USUAL = "openai/clip-vit-base-patch32"
 
 
 class Clip:
@@ -36,8 +33,6 @@ class Clip:
             self.processor = CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
         self.model = opened.to(device, torch.float32).eval().requires_grad_(False)
         self.device = device
-        _, files = component_weights(folder)
-        self.digest = "".join(file_hash(file)[:8] for file in files)
 
     @classmethod
     def open(cls, name: str, *, device: str = "cpu", offline: bool = False) -> Clip:

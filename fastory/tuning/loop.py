@@ -140,8 +140,7 @@ def begin(
     """Open and check everything; writes nothing."""
     tuning.check()
     writer_class = summary_writer()
-    if output.suffix != ".safetensors":
-        raise InputError(f"--output: wanted a file ADAPTER.safetensors, got {output}")
+    folder = tuning_folder(output)
     if files.get("adapter") is not None and sizes.size is not None:
         raise InputError(
             "--adapter starts from an encoder, --history-size makes a new one; give one of the two"
@@ -169,7 +168,7 @@ def begin(
         opened, sizes, tuning.rank, max(window, 1), tuning.seed, tuning.self_attention, tuning.freeze_encoder
     )
     check_window(opened.require_history().encoder.config.positions, tuning, longest)
-    progress = Progress(tuning_folder(output), identity)
+    progress = Progress(folder, identity)
     check_output(output, progress, overwrite)
     return TuningRun(
         opened,

@@ -175,7 +175,9 @@ class HistorySizes:
 
 
 def tuning_folder(output: Path) -> Path:
-    """Where a tuning that writes `output` is kept."""
+    """Where a tuning that writes `output` is kept. Raises InputError for a name that is no adapter's."""
+    if output.suffix != ".safetensors":
+        raise InputError(f"--output: wanted a file ADAPTER.safetensors, got {output}")
     return output.with_suffix(".tuning")
 
 

@@ -36,8 +36,7 @@ def read_examples(folder: Path, size: tuple[int, int]) -> list[Example]:
     Raises InputError for a folder without stories, a story without one of its pictures, a picture that cannot be read
     or is smaller than `size`, and a story of a single frame, which has no history.
     """
-    if not folder.is_dir():
-        raise InputError(f"{folder}: wanted a folder of story folders, and there is none; check the path")
+    check_is_folder(folder)
     inside = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
     single = any((folder / name).is_file() for name in STORY_FILES)
     if single or not inside:
@@ -46,6 +45,12 @@ def read_examples(folder: Path, size: tuple[int, int]) -> list[Example]:
             f"got {'a single story' if single else 'none'}; put each story into a folder of its own"
         )
     return [read_example(story, size) for story in inside]
+
+
+def check_is_folder(folder: Path) -> None:
+    """InputError where no folder is at the path of the stories."""
+    if not folder.is_dir():
+        raise InputError(f"{folder}: wanted a folder of story folders, and there is none; check the path")
 
 
 def read_example(folder: Path, size: tuple[int, int]) -> Example:
