@@ -33,6 +33,7 @@ from transformers import (
 
 from fastory import StoryModel
 from fastory.checkpoints import Checkpoint, IPAdapter
+from fastory.checkpoints.family import family_of_encoders
 from fastory.runtime import Placement
 
 TOKENS = 4
@@ -226,7 +227,7 @@ def random_checkpoint(name: str, dtype: torch.dtype, device: torch.device) -> Ch
     side = sizes.vision[4]
     return Checkpoint(
         pipeline=pipeline,
-        family="sdxl" if len(sizes.texts) == 2 else "sd15",
+        family=family_of_encoders(len(sizes.texts)),
         image_encoder=encoder,
         image_processor=CLIPImageProcessorPil(
             size={"shortest_edge": side}, crop_size={"height": side, "width": side}

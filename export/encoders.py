@@ -27,17 +27,15 @@ class _TextEncoder(nn.Module):
         return (tokens, out.text_embeds) if self.pooled else tokens
 
 
-def text_encoder(model: StoryModel) -> Component:
-    """SD 1.5's only one: ids -> its last states."""
-    return _clip("text_encoder", model.pipeline.text_encoder, model.pipeline.tokenizer, False, False)
-
-
-def sdxl_text_encoders(model: StoryModel) -> list[Component]:
-    """Both encoders' last but one states; the second one's pooled text."""
-    pipeline = model.pipeline
+def text_encoders(model: StoryModel) -> list[Component]:
+    """Of one encoder the last states; of two both ones' last but one, and the second one's pooled text."""
+    names = [tokenizer.replace("tokenizer", "text_encoder") for tokenizer in model.family.tokenizers]
+    encoders = [getattr(model.pipeline, name) for name in names]
+    tokenizers = [getattr(model.pipeline, name) for name in model.family.tokenizers]
+    several = len(names) > 1
     return [
-        _clip("text_encoder", pipeline.text_encoder, pipeline.tokenizer, True, False),
-        _clip("text_encoder_2", pipeline.text_encoder_2, pipeline.tokenizer_2, True, True),
+        _clip(name, encoder, tokenizer, several, several and name == names[-1])
+        for name, encoder, tokenizer in zip(names, encoders, tokenizers, strict=True)
     ]
 
 

@@ -21,8 +21,7 @@ from fastory.export.component import Component
 from fastory.export.encoders import (
     image_encoder,
     reference_projector,
-    sdxl_text_encoders,
-    text_encoder,
+    text_encoders,
     text_projector,
     vae_decoder,
 )
@@ -37,8 +36,7 @@ def components(model: StoryModel, groups: int) -> Iterator[Component]:
         raise InputError(
             f"export wants the model on the CPU, where the graphs are traced; it is on {model.device}"
         )
-    family = sdxl_text_encoders(model) if model.family == "sdxl" else [text_encoder(model)]
-    yield from family
+    yield from text_encoders(model)
     causal = model.checkpoint.history is not None
     if model.adapter is not None:
         yield image_encoder(model)

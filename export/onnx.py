@@ -303,9 +303,7 @@ def _quiet() -> Iterator[None]:
 def _write_beside(model: StoryModel, folder: Path) -> None:
     """Tokenizers, image processors, the scheduler's configuration, and constants."""
     pipeline, checkpoint = model.pipeline, model.checkpoint
-    parts = {"tokenizer": pipeline.tokenizer, "scheduler": pipeline.scheduler}
-    if model.family == "sdxl":
-        parts["tokenizer_2"] = pipeline.tokenizer_2
+    parts = {name: getattr(pipeline, name) for name in model.family.others}
     if model.adapter is not None:
         parts["feature_extractor"] = checkpoint.image_processor
     if checkpoint.history is not None:
@@ -375,7 +373,7 @@ def _manifest(
         "identity": dict(identity),
         "versions": {"fastory": __version__, "torch": torch.__version__, "onnx": onnx.__version__},
         "name": Path(model.name).name,
-        "family": model.family,
+        "family": model.family.name,
         "dtype": model.placement.dtype_name,
         "opset": OPSET,
         "binding": binding,
@@ -399,9 +397,7 @@ def _manifest(
             "latents_mean": getattr(vae, "latents_mean", None),
             "latents_std": getattr(vae, "latents_std", None),
         },
-        "pooled_width": (
-            model.pipeline.text_encoder_2.config.projection_dim if model.family == "sdxl" else None
-        ),
+        "pooled_width": model.family.pooled_width(model.pipeline),
         "force_zeros_for_empty_prompt": bool(
             getattr(model.pipeline.config, "force_zeros_for_empty_prompt", False)
         ),

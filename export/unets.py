@@ -111,8 +111,8 @@ def _latents(model: StoryModel) -> tuple[dict[str, Input], dict[str, tuple[int, 
 def _added(model: StoryModel) -> dict[str, Input]:
     """SDXL's and LCM's further inputs."""
     added: dict[str, Input] = {}
-    if model.family == "sdxl":
-        width = int(model.pipeline.text_encoder_2.config.projection_dim)
+    width = model.family.pooled_width(model.pipeline)
+    if width is not None:
         added["text_embeds"] = Input(("batch", width), model.dtype)
         added["time_ids"] = Input(("batch", 6), model.dtype, lambda generator, size: torch.full(size, 256.0))
     if model.unet.config.time_cond_proj_dim is not None:

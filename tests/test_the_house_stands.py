@@ -166,6 +166,38 @@ def test_no_function_is_too_long_to_read() -> None:
     assert long == []
 
 
+def decided_by_family(tree: ast.Module) -> Iterator[int]:
+    """Lines that compare something with a family's name."""
+    for node in ast.walk(tree):
+        compared = [node.left, *node.comparators] if isinstance(node, ast.Compare) else []
+        compared += (
+            [node.pattern.value]
+            if isinstance(node, ast.match_case) and isinstance(node.pattern, ast.MatchValue)
+            else []
+        )
+        if any(isinstance(value, ast.Constant) and value.value in ("sd15", "sdxl") for value in compared):
+            yield node.lineno if isinstance(node, ast.Compare) else node.pattern.lineno
+
+
+def test_what_a_family_does_otherwise_stands_in_its_table() -> None:
+    found = [
+        f"{path.relative_to(ROOT)}:{line}"
+        for path, tree in sources("fastory", "kernels", "export", "bench")
+        for line in decided_by_family(tree)
+    ]
+    assert found == []
+
+
+def test_the_check_of_families_finds_a_comparison() -> None:
+    lines = (
+        'if model.family == "sdxl": pass',
+        'if "sd15" != name: pass',
+        'match name:\n    case "sdxl": pass',
+    )
+    assert all(list(decided_by_family(ast.parse(line))) for line in lines)
+    assert not list(decided_by_family(ast.parse('open("sdxl")')))
+
+
 def test_the_check_of_imports_finds_one() -> None:
     lines = (
         "from fastory import files",

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal
 
 import torch
 from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 
-from fastory.checkpoints.folder import Family, Pipeline, open_folder
+from fastory.checkpoints.family import Family, Pipeline
+from fastory.checkpoints.folder import open_folder
 from fastory.checkpoints.hashes import tensors_hash
 from fastory.checkpoints.history import History, open_history, read_adapter_config
 from fastory.checkpoints.hub import encoder_path, model_path, require_parts, weight_path
@@ -46,7 +46,7 @@ class Checkpoint:
     """
 
     pipeline: Pipeline
-    family: Literal["sd15", "sdxl"]
+    family: Family
     image_encoder: CLIPVisionModelWithProjection | None
     image_processor: CLIPImageProcessorPil
     adapter: IPAdapter | None
@@ -108,7 +108,7 @@ def open_checkpoint(
         encoder, encoder_sources = load_image_encoder(encoder_folder, dtype) if encoder_folder else (None, ())
     return Checkpoint(
         pipeline=pipeline,
-        family=family.name,
+        family=family,
         image_encoder=encoder,
         image_processor=image_processor(pipeline.feature_extractor, encoder),
         adapter=references,

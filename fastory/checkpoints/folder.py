@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
-from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
-from transformers import CLIPImageProcessorPil, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPImageProcessorPil, CLIPTokenizer
 
 from fastory.checkpoints.configs import (
     check_part,
@@ -23,45 +18,10 @@ from fastory.checkpoints.configs import (
     open_scheduler,
     open_tokenizer,
 )
+from fastory.checkpoints.family import PIPELINES, Family, Pipeline
 from fastory.checkpoints.loading import loading
 from fastory.checkpoints.weights import component_weights, is_there, read_json, tensor_shapes
 from fastory.errors import InputError
-
-Pipeline = StableDiffusionPipeline | StableDiffusionXLPipeline
-
-
-@dataclass(frozen=True)
-class Family:
-    """One of the two kinds of model: its stock pipeline, the parts with weights, and the parts without."""
-
-    name: Literal["sd15", "sdxl"]
-    title: str
-    pipeline: type[Pipeline]
-    parts: dict[str, Any]
-    others: tuple[str, ...]
-
-
-FAMILIES = {
-    "StableDiffusionPipeline": Family(
-        "sd15",
-        "Stable Diffusion 1.5",
-        StableDiffusionPipeline,
-        {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel},
-        ("tokenizer", "scheduler"),
-    ),
-    "StableDiffusionXLPipeline": Family(
-        "sdxl",
-        "SDXL",
-        StableDiffusionXLPipeline,
-        {
-            "unet": UNet2DConditionModel,
-            "vae": AutoencoderKL,
-            "text_encoder": CLIPTextModel,
-            "text_encoder_2": CLIPTextModelWithProjection,
-        },
-        ("tokenizer", "tokenizer_2", "scheduler"),
-    ),
-}
 
 
 def open_folder(folder: Path, dtype: torch.dtype) -> tuple[Pipeline, Family, tuple[Path, ...]]:
@@ -134,9 +94,9 @@ def check_folder(folder: Path) -> Family:
             "save_pretrained writes it, or a single .safetensors file with --config."
         )
     found = read_json(folder / "model_index.json").get("_class_name")
-    if not isinstance(found, str) or found not in FAMILIES:
-        raise InputError(f"{folder} is a {str(found)[:60]} model; wanted one of {', '.join(FAMILIES)}.")
-    family = FAMILIES[found]
+    if not isinstance(found, str) or found not in PIPELINES:
+        raise InputError(f"{folder} is a {str(found)[:60]} model; wanted one of {', '.join(PIPELINES)}.")
+    family = PIPELINES[found]
     for part in (*family.parts, *family.others):
         if not (folder / part).is_dir():
             raise InputError(f"{folder} has no {part} folder, and {family.title} needs one.")
@@ -154,7 +114,7 @@ def _check_unet_config(folder: Path, family: Family) -> None:
             f"{folder}: the UNet takes {channels} channels ({known.get(channels, 'another kind of model')}); "
             "wanted a text-to-image UNet with as many channels in as out."
         )
-    wanted = "text_time" if family.name == "sdxl" else None
+    wanted = family.addition_embed_type
     if config.get("addition_embed_type") != wanted or config.get("encoder_hid_dim_type") is not None:
         raise InputError(
             f"{folder}: the UNet's conditioning (addition_embed_type {str(config.get('addition_embed_type'))[:60]}, "
@@ -194,15 +154,16 @@ def load_part(model_class: Any, folder: Path, dtype: torch.dtype) -> tuple[torch
 def optional_parts(folder: Path, family: Family, safety_checker: torch.nn.Module | None) -> dict[str, Any]:
     """Optional arguments of the stock pipeline. The image encoder stays out: a Checkpoint holds it."""
     parts: dict[str, Any] = {"feature_extractor": feature_extractor(folder), "image_encoder": None}
-    if family.name == "sd15":
-        parts |= {
-            "safety_checker": safety_checker,
-            "requires_safety_checker": safety_checker is not None,
-        }
-    zeros = read_json(folder / "model_index.json").get("force_zeros_for_empty_prompt")
-    if family.name == "sdxl" and isinstance(zeros, bool):
-        parts["force_zeros_for_empty_prompt"] = zeros
-    return parts
+    options = {
+        "safety_checker": safety_checker,
+        "requires_safety_checker": safety_checker is not None,
+        "force_zeros_for_empty_prompt": read_json(folder / "model_index.json").get(
+            "force_zeros_for_empty_prompt"
+        ),
+    }
+    if not isinstance(options["force_zeros_for_empty_prompt"], bool):
+        del options["force_zeros_for_empty_prompt"]  # the pipeline has a default
+    return parts | {name: options[name] for name in family.pipeline_options if name in options}
 
 
 def feature_extractor(folder: Path) -> CLIPImageProcessorPil | None:

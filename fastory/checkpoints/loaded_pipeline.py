@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 
 from fastory.checkpoints.checkpoint import Checkpoint
-from fastory.checkpoints.folder import FAMILIES, Family
+from fastory.checkpoints.family import FAMILIES, PIPELINES, Family
 from fastory.checkpoints.image_encoder import image_processor
 from fastory.checkpoints.ip_adapter import IPAdapter, attn2_layers
 from fastory.errors import InputError
@@ -53,7 +53,7 @@ def checkpoint_of(pipe: Any) -> Checkpoint:
     weights = {name: getattr(shared, name).state_dict() for name in family.parts}
     if adapter is not None and encoder is not None:
         weights |= {"image_encoder": encoder.state_dict(), "ip_adapter": _adapter_weights(adapter)}
-    return Checkpoint(shared, family.name, encoder, processor, adapter, None, {}, (), weights)
+    return Checkpoint(shared, family, encoder, processor, adapter, None, {}, (), weights)
 
 
 def _family(pipe: Any) -> Family:
@@ -61,8 +61,8 @@ def _family(pipe: Any) -> Family:
         if isinstance(pipe, family.pipeline):
             return family
     raise InputError(
-        f"wanted a loaded {' or '.join(FAMILIES)}, got {type(pipe).__name__}; "
-        f"of another pipeline of these families one is made by {next(iter(FAMILIES))}.from_pipe(pipe)"
+        f"wanted a loaded {' or '.join(PIPELINES)}, got {type(pipe).__name__}; "
+        f"of another pipeline of these families one is made by {next(iter(PIPELINES))}.from_pipe(pipe)"
     )
 
 
@@ -91,7 +91,7 @@ def _check_unet(config: Any, family: Family) -> None:
             f"the pipeline's UNet takes {config.in_channels} channels and gives {config.out_channels}; wanted a "
             "text-to-image UNet with as many channels in as out"
         )
-    wanted = "text_time" if family.name == "sdxl" else None
+    wanted = family.addition_embed_type
     if config.addition_embed_type != wanted or config.encoder_hid_dim_type not in (None, "ip_image_proj"):
         raise InputError(
             f"the UNet's conditioning (addition_embed_type {config.addition_embed_type}, encoder_hid_dim_type "
@@ -174,9 +174,7 @@ def _shared_pipeline(pipe: Any, family: Family, device: torch.device, dtype: tor
         if name == "image_encoder":
             part = None
         elif name == "vae":
-            # SDXL's VAE overflows in float16, see StoryModel.
-            wide = family.name == "sdxl" and dtype == torch.float16
-            part = shared_weights_copy(part, device, torch.float32 if wide else part.dtype)
+            part = shared_weights_copy(part, device, family.vae_dtype(dtype, part.dtype))
         elif isinstance(part, nn.Module):
             part = _without_lora(part, device, dtype)
         else:

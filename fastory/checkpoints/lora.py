@@ -15,7 +15,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 
 from fastory import packages
-from fastory.checkpoints.folder import Family, Pipeline
+from fastory.checkpoints.family import Family, Pipeline
 from fastory.checkpoints.loading import loading
 from fastory.checkpoints.weights import load_finite
 from fastory.errors import InputError

@@ -8,15 +8,8 @@ import torch
 from diffusers.loaders.single_file_utils import infer_diffusers_model_type
 
 from fastory.checkpoints.configs import check_part
-from fastory.checkpoints.folder import (
-    FAMILIES,
-    Family,
-    Pipeline,
-    check_folder,
-    check_parts_fit,
-    optional_parts,
-    small_parts,
-)
+from fastory.checkpoints.family import Family, Pipeline, family_of_encoders
+from fastory.checkpoints.folder import check_folder, check_parts_fit, optional_parts, small_parts
 from fastory.checkpoints.hub import config_folder
 from fastory.checkpoints.loading import loading
 from fastory.checkpoints.weights import tensor_shapes
@@ -85,7 +78,7 @@ def _model_type(path: Path) -> str:
 
 def _check_same_family(path: Path, folder: Path, family: Family) -> None:
     two_encoders = any(name.startswith("conditioner.embedders.1.") for name in tensor_shapes(path))
-    found = FAMILIES["StableDiffusionXLPipeline" if two_encoders else "StableDiffusionPipeline"]
+    found = family_of_encoders(2 if two_encoders else 1)
     if found is not family:
         raise InputError(f"{path} is {found.title}; the configs in {folder} are of {family.title}.")
 

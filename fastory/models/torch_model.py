@@ -68,9 +68,7 @@ class StoryModel:
         self.pipeline.to(self.device)  # open_checkpoint has loaded it in its type
         self.pipeline.set_progress_bar_config(disable=True)
         self.unet, self.vae = self.pipeline.unet, self.pipeline.vae
-        if self.family == "sdxl" and self.dtype == torch.float16:
-            # SDXL's VAE overflows in fp16 (its config says force_upcast); decoding is a small share of a frame's time.
-            self.vae.to(torch.float32)
+        self.vae.to(self.family.vae_dtype(self.dtype, self.vae.dtype))
         if self.device.type == "cpu":
             embed_row_by_row(self.unet)
         self._place_references(checkpoint.adapter)
@@ -216,12 +214,11 @@ class StoryModel:
     def sizes(self) -> UnetSizes:
         """Sizes of the UNet."""
         config = self.unet.config
-        pooled = self.pipeline.text_encoder_2.config.projection_dim if self.family == "sdxl" else None
         return UnetSizes(
             latent_channels=int(config.in_channels),
             first_channels=int(config.block_out_channels[0]),
             guidance_embedding=config.time_cond_proj_dim,
-            pooled_width=pooled,
+            pooled_width=self.family.pooled_width(self.pipeline),
         )
 
     @property
@@ -264,13 +261,7 @@ class StoryModel:
     @torch.inference_mode()
     def encode_caption(self, prompt: str) -> Caption:
         """A caption as the text encoders see it, cut at the tokenizer's limit."""
-        if self.family == "sdxl":
-            tokens, _, pooled, _ = self.pipeline.encode_prompt(
-                prompt, device=self.device, do_classifier_free_guidance=False
-            )
-            return Caption(tokens, pooled)
-        tokens, _ = self.pipeline.encode_prompt(prompt, self.device, 1, do_classifier_free_guidance=False)
-        return Caption(tokens, None)
+        return Caption(*self.family.encode_prompt(self.pipeline, prompt, self.device))
 
     @torch.inference_mode()
     def encode_negative(self, negative_prompt: str) -> Caption:
@@ -363,10 +354,7 @@ class StoryModel:
                 f"{self.name} has no history encoder, and causal mode needs one; wanted: --adapter FILE.safetensors "
                 "(made by `fastory tune`), or a model folder that `fastory convert` made of an AR-LDM checkpoint"
             )
-        if self.family != "sd15":
-            raise InputError(
-                f"{self.name} is an SDXL model; wanted a UNet of the SD1.5 family for causal mode"
-            )
+        self.family.require_causal(self.name)
         return history
 
     def caption_padding(self, prompt: str) -> Tensor:
@@ -390,10 +378,9 @@ class StoryModel:
 
     def added_conditions(self, pooled: Tensor, width: int, height: int) -> dict[str, Tensor]:
         """SDXL's text_embeds and time_ids of one row: original and target size are the picture's, nothing cropped."""
-        projection = self.pipeline.text_encoder_2.config.projection_dim
-        size = (height, width)
+        size, pooled_width = (height, width), self.family.pooled_width(self.pipeline)
         ids = self.pipeline._get_add_time_ids(
-            size, (0, 0), size, self.dtype, text_encoder_projection_dim=projection
+            size, (0, 0), size, self.dtype, text_encoder_projection_dim=pooled_width
         )
         return {"text_embeds": pooled, "time_ids": ids.to(self.device)}
 

@@ -262,8 +262,7 @@ def prepare(
     longest: frames of the longest window. Returns the encoder's weights that the base brings: an adapter need not have
     them. Raises InputError where sizes, rank and what the model brings do not fit.
     """
-    if model.family != "sd15":
-        raise InputError(f"{model.name} is an SDXL model; wanted a UNet of the SD1.5 family for causal mode")
+    model.family.require_causal(model.name)
     history, tensors = start(model, sizes)
     if freeze_encoder and history is None:
         raise InputError(

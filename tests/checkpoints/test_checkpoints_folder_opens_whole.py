@@ -31,7 +31,7 @@ def test_opened_folder_draws_what_the_stock_pipeline_draws(
     folder = request.getfixturevalue(f"{family}_folder")
     stock = StableDiffusionPipeline if family == "sd15" else StableDiffusionXLPipeline
     checkpoint = open_checkpoint(str(folder), offline=True)
-    assert checkpoint.family == family and checkpoint.adapter is None and checkpoint.defaults == {}
+    assert checkpoint.family.name == family and checkpoint.adapter is None and checkpoint.defaults == {}
     assert torch.equal(draw(checkpoint.pipeline), draw(stock.from_pretrained(folder)))
 
 

@@ -17,7 +17,7 @@ STEPS = 3
 def drawn(folder: Path, adapter: Path, dtype: str) -> np.ndarray:
     model = StoryModel.open(str(folder), ip_adapter=str(adapter), dtype=dtype)
     if dtype == "float16":
-        assert (model.vae.dtype == torch.float32) == (model.family == "sdxl")
+        assert (model.vae.dtype == torch.float32) == (model.family.name == "sdxl")
     events = generate(Story.from_captions(["a fox", "a cat"]), model=model, steps=STEPS, iterations=2)
     return np.stack(
         [np.asarray(event.image, np.float64) for event in events if isinstance(event, FrameDrawn)]

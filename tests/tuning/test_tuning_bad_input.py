@@ -100,7 +100,7 @@ def test_option_that_cannot_be_used(
 def test_models_that_cannot_be_tuned(
     stories: Path, sd15_folder: Path, sdxl_folder: Path, tmp_path: Path
 ) -> None:
-    refuse(sdxl_folder, "is an SDXL model; wanted a UNet of the SD1.5 family")
+    refuse(sdxl_folder, "is an SDXL model; wanted a UNet of Stable Diffusion 1.5")
     own = write_causal_folder(sd15_folder, tmp_path / "own")
     refuse(
         own, "has a history encoder of its own, which an adapter cannot replace", "--history-size", "small"
