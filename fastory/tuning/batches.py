@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from fastory.checkpoints.history import History
-from fastory.tuning.paired_stories import LEAST_NOISE, PairedStories, paired_rows, patches_of
+from fastory.tuning.batch import Batch
+from fastory.tuning.objectives.paired_stories import LEAST_NOISE, PairedStories, paired_rows, patches_of
 from fastory.tuning.sizes import Tuning
 from fastory.tuning.tables import Tables, history_pixels
-from fastory.tuning.training_module import Batch
 
 
 class Batches:

@@ -17,14 +17,15 @@ from fastory import files
 from fastory.errors import FastoryError, InputError
 from fastory.models.torch_model import StoryModel
 from fastory.tuning.batches import Batches
-from fastory.tuning.imitation import Teacher
-from fastory.tuning.paired_stories import check_paired_stories, paired_stories_of
-from fastory.tuning.preservation import Untuned
+from fastory.tuning.objectives.imitation import Teacher
+from fastory.tuning.objectives.paired_stories import check_paired_stories, paired_stories_of
+from fastory.tuning.objectives.preservation import Untuned
 from fastory.tuning.sizes import HistorySizes, Tuning, tuning_folder
 from fastory.tuning.state import HINT, KEPT, Learner, Progress, is_adapter, write_tensors
 from fastory.tuning.stories import Example, digest_of, read_examples
 from fastory.tuning.tables import Tables, encode_examples, open_tables
-from fastory.tuning.training_module import TrainingModule, adapter_file, prepare
+from fastory.tuning.trainable import adapter_file, prepare
+from fastory.tuning.training_module import TrainingModule
 from fastory.tuning.validation import Validation
 from fastory.wording import counted
 
@@ -335,7 +336,7 @@ def batches_of(
     run: TuningRun, module: TrainingModule, tables: Tables, stories: range, tuning: Tuning
 ) -> Batches:
     """The batches of some of the stories."""
-    timesteps = int(module.scheduler.config.num_train_timesteps)
+    timesteps = int(module.denoising.scheduler.config.num_train_timesteps)
     paired = paired_stories_of(run.examples[: stories.stop]) if tuning.contrast or tuning.patches else ()
     return Batches(tables, stories, tuning, run.model.require_history(), timesteps, paired)
 

@@ -11,7 +11,7 @@ from PIL import Image
 from fastory.builtin.training.drawn_stories import main
 from fastory.builtin.words import words
 from fastory.builtin.world.drawing import COLOURS, HATS, SCARVES, SIZE
-from fastory.tuning.paired_stories import paired_stories_of
+from fastory.tuning.objectives.paired_stories import paired_stories_of
 from fastory.tuning.stories import digest_of, read_examples
 
 

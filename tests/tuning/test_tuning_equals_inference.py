@@ -23,11 +23,13 @@ from fastory.modes.mode import StoryPlan
 from fastory.pictures import open_picture
 from fastory.sampling.sampler import Row
 from fastory.settings import Settings
+from fastory.tuning.batch import Batch
 from fastory.tuning.batches import Batches
 from fastory.tuning.sizes import HistorySizes, Tuning
 from fastory.tuning.stories import read_examples
 from fastory.tuning.tables import Tables, encode_examples, encode_picture, open_tables
-from fastory.tuning.training_module import Batch, TrainingModule, adapter_file, prepare
+from fastory.tuning.trainable import adapter_file, prepare
+from fastory.tuning.training_module import TrainingModule
 
 TOLERANCE = 1e-5  # float32; the outputs are about 1. B A added to a weight rounds otherwise than two products
 SIZE = (64, 64)

@@ -16,10 +16,11 @@ from fastory import StoryModel
 from fastory.conditioning.references import ReferenceContext
 from fastory.files import sha256_of
 from fastory.tuning import loop
-from fastory.tuning.imitation import difference
+from fastory.tuning.batch import Batch, visible_references
 from fastory.tuning.loop import Stepped, tune
+from fastory.tuning.objectives.imitation import difference
 from fastory.tuning.sizes import HistorySizes, Tuning
-from fastory.tuning.training_module import Batch, TrainingModule, visible_references
+from fastory.tuning.training_module import TrainingModule
 
 SMALL = HistorySizes(positions=3, local_heads=4, bottleneck=8, frame_tokens=12)
 SHORT = Tuning(

@@ -16,7 +16,8 @@ from small_stories import encoded, write_stories
 from fastory.tuning import loop
 from fastory.tuning.sizes import HistorySizes, Tuning
 from fastory.tuning.state import Learner
-from fastory.tuning.training_module import TrainingModule, adapter_file
+from fastory.tuning.trainable import adapter_file
+from fastory.tuning.training_module import TrainingModule
 
 FLAGS = (
     "--steps=4 --batch-size=2 --frames=4 --rank=2 --self-attention --warmup=1 --learning-rate=1e-3 --imitate=2 "

@@ -17,7 +17,7 @@ from fastory.files import sha256_of
 from fastory.tuning import loop
 from fastory.tuning.batches import Batches
 from fastory.tuning.loop import Stepped, tune
-from fastory.tuning.paired_stories import (
+from fastory.tuning.objectives.paired_stories import (
     contrast,
     paired_rows,
     paired_stories_of,
@@ -206,7 +206,7 @@ def test_patches_are_seen_and_not_wanted(lot: Lot) -> None:
     """x_t is the patched picture under the drawn noise, and x0 of what is wanted is the picture: in float64."""
     batch = lot.batches().draw(2)
     assert batch.patches is not None
-    scheduler = TrainingModule(lot.run.model, lot.tables.nothing).scheduler
+    scheduler = TrainingModule(lot.run.model, lot.tables.nothing).denoising.scheduler
     alphas = scheduler.alphas_cumprod[batch.timesteps].double()
     latents, patches, noise = batch.latents.double(), batch.patches.double(), batch.noise.double()
     other = patched_noise(noise, patches, alphas)
@@ -237,15 +237,19 @@ def test_patch_loss_is_what_is_left_of_the_patches() -> None:
 def test_an_error_of_the_prediction_is_one_of_the_picture(lot: Lot, prediction: str) -> None:
     """x0 of a right and of a wrong prediction, by the scheduler's own equations."""
     module = TrainingModule(lot.run.model, lot.tables.nothing)
-    module.prediction = prediction
+    module.denoising.prediction = prediction
     latents, noise, wrong = torch.randn(3, 4, 4, 8, 8, generator=torch.Generator().manual_seed(8)).unbind(0)
     timesteps = torch.tensor([10, 300, 700, 990])
-    noisy = module.scheduler.add_noise(latents, noise, timesteps)
-    alphas = module.scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+    noisy = module.denoising.scheduler.add_noise(latents, noise, timesteps)
+    alphas = module.denoising.scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
     a, s = alphas.sqrt(), (1 - alphas).sqrt()
-    right = noise if prediction == "epsilon" else module.scheduler.get_velocity(latents, noise, timesteps)
+    right = (
+        noise
+        if prediction == "epsilon"
+        else module.denoising.scheduler.get_velocity(latents, noise, timesteps)
+    )
     pictures = [(noisy - s * p) / a if prediction == "epsilon" else a * noisy - s * p for p in (right, wrong)]
-    found = module.picture_errors(wrong - right, timesteps)
+    found = module.denoising.picture_errors(wrong - right, timesteps)
     expected = pictures[1] - pictures[0]
     assert (pictures[0] - latents).abs().max() < 1e-3
     assert ((found - expected).abs() <= 1e-4 * expected.abs().amax((1, 2, 3), keepdim=True)).all()
@@ -255,7 +259,7 @@ def test_the_trained_loss_is_of_the_patched_noise(lot: Lot) -> None:
     batch = lot.batches().draw(2)
     assert batch.patches is not None
     module = TrainingModule(lot.run.model, lot.tables.nothing)
-    alphas = module.scheduler.alphas_cumprod[batch.timesteps]
+    alphas = module.denoising.scheduler.alphas_cumprod[batch.timesteps]
     same = replace(batch, noise=patched_noise(batch.noise, batch.patches, alphas), patches=None)
     with torch.no_grad():
         assert torch.equal(module(batch), module(same))

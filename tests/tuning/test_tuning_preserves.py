@@ -12,10 +12,11 @@ from diffusers import UNet2DConditionModel
 from small_stories import encoded, write_paired_stories, write_stories
 
 from fastory.tuning import loop
+from fastory.tuning.batch import Batch
 from fastory.tuning.batches import Batches
-from fastory.tuning.paired_stories import paired_stories_of
+from fastory.tuning.objectives.paired_stories import paired_stories_of
 from fastory.tuning.sizes import HistorySizes, Tuning
-from fastory.tuning.training_module import Batch, TrainingModule
+from fastory.tuning.training_module import TrainingModule
 
 SMALL = HistorySizes(positions=3, local_heads=4, bottleneck=8, frame_tokens=12)
 OPTIONS: dict[str, Any] = {
@@ -48,7 +49,7 @@ class Lot:
     def untuned_prediction(self, batch: Batch) -> torch.Tensor:
         """What diffusers' UNet predicts for the same noisy latents from the same captions, with none of our layers."""
         unet = UNet2DConditionModel.from_pretrained(self.folder / "unet")
-        noisy = self.module.scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
+        noisy = self.module.denoising.scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
         captions = torch.where(batch.dropped[:, None, None], self.module.no_captions, batch.captions)
         output: torch.Tensor = unet(noisy, batch.timesteps, captions).sample
         return output
@@ -77,13 +78,13 @@ def test_the_loss_is_the_distance_to_diffusers_unet_where_there_is_no_history(lo
     batch = lot.batches().draw(1)
     kept = batch.preserved
     assert kept is not None and kept.any() and not kept.all()
-    noisy = lot.module.scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
+    noisy = lot.module.denoising.scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
     with torch.no_grad():
         predicted = lot.module.predict(noisy, batch)
         found = float(lot.module(batch))
         alone = float(lot.module(replace(batch, preserved=None)))
     untuned = lot.untuned_prediction(batch)
-    wanted = lot.module.scheduler.get_velocity(
+    wanted = lot.module.denoising.scheduler.get_velocity(
         batch.latents, batch.noise, batch.timesteps
     )  # this base predicts v
     assert (predicted - untuned)[kept].abs().max() > 100 * TOLERANCE
@@ -148,7 +149,7 @@ def test_a_tuning_with_a_large_weight_goes_back_to_the_base(
                          Tuning(**OPTIONS), HistorySizes(), 0, "cpu", False, True)  # fmt: skip
         module = TrainingModule(run.model, lot.tables.nothing)
         batch = lot.batches(first_frames=0.9).draw(4)
-        noisy = module.scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
+        noisy = module.denoising.scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
         assert batch.preserved is not None
         with torch.no_grad():
             change = (module.predict(noisy, batch) - lot.untuned_prediction(batch))[batch.preserved]

@@ -23,7 +23,8 @@ from fastory.tuning.loop import Stepped, tune
 from fastory.tuning.sizes import HistorySizes, Tuning
 from fastory.tuning.state import write_tensors
 from fastory.tuning.tables import encode
-from fastory.tuning.training_module import TrainingModule, adapter_file
+from fastory.tuning.trainable import adapter_file
+from fastory.tuning.training_module import TrainingModule
 
 SMALL = HistorySizes(positions=3, local_heads=4, bottleneck=8, frame_tokens=12)
 SHORT = Tuning(

@@ -28,7 +28,7 @@ from fastory.builtin.words import SPECIES_WORDS
 from fastory.builtin.world.captions import TOKEN_LIMIT
 from fastory.builtin.world.drawing import COLOURS, SIZE, SPECIES, Character, Scene, draw
 from fastory.checkpoints.history_encoder import HistoryConfig, HistoryEncoder
-from fastory.tuning.paired_stories import SMALLER_PART, patch_shares
+from fastory.tuning.objectives.paired_stories import SMALLER_PART, patch_shares
 
 POSITIONS = 39  # a story of 40 frames with the whole of its past
 START = "history-start.safetensors"

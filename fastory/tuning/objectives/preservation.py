@@ -49,3 +49,14 @@ class Untuned:
             return_dict=False,
         )[0]
         return output
+
+    def in_rows(
+        self, rows: Tensor, wanted: Tensor, noisy: Tensor, timesteps: Tensor, captions: Tensor
+    ) -> Tensor:
+        """`wanted` (R, c, h, w) with the base's prediction in the rows (R,) that are True."""
+        predicted = self.predict(noisy[rows], timesteps[rows], captions[rows])
+        return wanted.masked_scatter(rows.view(-1, 1, 1, 1), predicted.to(wanted))
+
+    def weights(self, rows: Tensor) -> Tensor:
+        """(R, 1, 1, 1): this loss's weight in the rows (R,) that are True, 1 in the others."""
+        return torch.where(rows, self.weight, 1.0).view(-1, 1, 1, 1)
