@@ -383,7 +383,7 @@ def _manifest(
         "vae_factor": model.vae_factor,
         "native_size": list(model.native_size),
         "width": model.layers.width,
-        "defaults": dict(model.defaults),
+        "defaults": dict(model.defaults) | ({"world": model.world} if model.world else {}),
         "unet": {
             "in_channels": unet.in_channels,
             "block_out_channels": list(unet.block_out_channels),

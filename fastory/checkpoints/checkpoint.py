@@ -168,7 +168,19 @@ def read_defaults(folder: Path) -> Mapping[str, object]:
             f"{path} has schema {schema}; this version of fastory reads schema {DEFAULTS_SCHEMA}. "
             "Update fastory."
         )
+    world_of(defaults, f"{path}: ")
     return defaults
+
+
+def world_of(defaults: Mapping[str, object], where: str = "") -> str | None:
+    """The drawn world, `builtin` or None, that a folder's defaults name: its model knows the words of that one alone.
+
+    where: the beginning of the message. Raises InputError for another name.
+    """
+    world = defaults.get("world")
+    if world not in (None, "builtin"):
+        raise InputError(f"{where}world is {str(world)[:60]!r}; wanted builtin, or no such key.")
+    return "builtin" if world else None
 
 
 def _named_file(

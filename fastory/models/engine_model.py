@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPImageProcessorPil
 
+from fastory.checkpoints.checkpoint import world_of
 from fastory.checkpoints.configs import (
     check_tokenizer,
     check_values,
@@ -57,7 +58,11 @@ class EngineModel:
         """session_of: makes the session of a component; each is made once, when it is first needed."""
         manifest = folder.manifest
         self.folder, self.manifest = folder, manifest
-        self.name, self.family = manifest["name"], manifest["family"]
+        self.name, self.family, self.world = (
+            manifest["name"],
+            manifest["family"],
+            world_of(manifest["defaults"]),
+        )
         self.placement = placement
         self.device, self.dtype = placement.device, placement.dtype
         self.session_of = session_of
@@ -140,7 +145,7 @@ class EngineModel:
     @property
     def defaults(self) -> Mapping[str, Any]:
         """The settings of the exported model's folder."""
-        return dict(self.manifest["defaults"])
+        return {name: value for name, value in self.manifest["defaults"].items() if name != "world"}
 
     @property
     def hashes(self) -> dict[str, str]:

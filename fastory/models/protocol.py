@@ -126,6 +126,10 @@ class Model(Protocol):
     def defaults(self) -> Mapping[str, Any]: ...
 
     @property
+    def world(self) -> str | None:
+        """`builtin` for a model that knows the words of the drawn world alone; None for one of any words."""
+
+    @property
     def hashes(self) -> dict[str, str]: ...
 
     @property

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastory.checkpoints import Checkpoint, IPAdapter, checkpoint_of, model_hashes, open_checkpoint
+from fastory.checkpoints.checkpoint import world_of
 from fastory.checkpoints.history import History
 from fastory.conditioning.history import EncodedFrame
 from fastory.errors import InputError
@@ -59,7 +60,7 @@ class StoryModel:
         self.requested = dict(requested or {})
         self.options: dict[str, Any] | None = None
         self.checkpoint = checkpoint
-        self.family = checkpoint.family
+        self.family, self.world = checkpoint.family, world_of(checkpoint.defaults)
         self.placement = placement
         self.device, self.dtype = placement.device, placement.dtype
         self.pipeline: Any = (
@@ -163,7 +164,7 @@ class StoryModel:
         return {
             k: v
             for k, v in self.checkpoint.defaults.items()
-            if k not in ("schema", "ip_adapter", "image_encoder", "adapter")
+            if k not in ("schema", "ip_adapter", "image_encoder", "adapter", "world")
         }
 
     @property

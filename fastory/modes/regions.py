@@ -96,8 +96,8 @@ def medoids(tokens: Sequence[Tensor], count: int) -> list[int]:
 
 
 def is_plain(model: Model, story: Story, settings: Settings) -> bool:
-    """Whether the animals of the captions are the characters: with `regions` on, in the built-in model's plain stories."""
-    return settings.regions == "on" and not story.characters and model.name == "builtin"
+    """Whether the animals of the captions are the characters: `regions` on, a plain story, a model of the drawn world."""
+    return settings.regions == "on" and not story.characters and model.world is not None
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ def unused_notices(model: Model, story: Story, settings: Settings, sources: Mapp
 def story_notices(model: Model, story: Story, settings: Settings, prompts: Sequence[str]) -> Iterator[str]:
     """What the user should know before drawing begins. prompts: one a frame, as the text encoder gets them."""
     yield from mode_of(settings.mode).notices(story, settings)
-    if model.name != "builtin":
+    if model.world is None:
         return
     yield from _size_notice(model, settings)
     from fastory.builtin.words import look_notice, notice_of, unknown_words

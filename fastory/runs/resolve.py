@@ -15,7 +15,7 @@ from fastory.modes.regions import NEEDED, settled
 from fastory.runs.identity import Identity
 from fastory.runs.notices import unused_notices
 from fastory.sampling.sampler import rows_per_frame
-from fastory.sampling.schedulers import make_scheduler
+from fastory.sampling.schedulers import check_steps
 from fastory.settings import MODES, Settings, check, resolve
 from fastory.story import Story
 
@@ -72,7 +72,7 @@ def resolve_story(
         settings = replace(settings, regions=settled(model, story, settings, prompts))
         in_vain = requested == "on" and settings.regions == "off"
     _check_drawable(model, story, settings, batch_size)
-    make_scheduler(model, settings.scheduler)  # refuses one that does not fit this UNet
+    check_steps(model, settings.scheduler, [n for n in (settings.steps, settings.inner_steps) if n])
     mode_of(settings.mode).check(model, story, settings)
     notices = tuple(unused_notices(model, story, settings, sources))
     if in_vain:

@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from fastory.errors import InputError
 from fastory.settings import SCHEDULERS
+from fastory.wording import counted
 
 if TYPE_CHECKING:
     from fastory.models.protocol import Model
@@ -34,6 +35,18 @@ def make_scheduler(model: Model, name: str) -> Any:
         # DDIM clips by default, which is for pixels. A checkpoint that came with another scheduler does not say so.
         config.setdefault("clip_sample", False)
     return kind.from_config(config)
+
+
+def check_steps(model: Model, name: str, steps: Sequence[int]) -> None:
+    """InputError for numbers of steps that the named scheduler has no timesteps for: PNDM's first ones, say, are four."""
+    for count in steps:
+        try:
+            make_scheduler(model, name).set_timesteps(count)
+        except ValueError as error:  # what diffusers' schedulers raise
+            raise InputError(
+                f"scheduler {name} cannot draw in {counted(count, 'step')} with this checkpoint's schedule ({error}); "
+                "give more --steps, or another --scheduler"
+            ) from error
 
 
 class SchedulerStep(TorchFunctionMode):

@@ -80,6 +80,10 @@ DEFECTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         lambda f: (f / "fastory_defaults.json").write_text('{"width": 64}', "utf-8"),
         ["fastory_defaults.json", "schema"],
     ),
+    "defaults-name-another-world": (
+        lambda f: (f / "fastory_defaults.json").write_text('{"schema": 1, "world": "mars"}', "utf-8"),
+        ["fastory_defaults.json", "world is 'mars'", "wanted builtin"],
+    ),
     "defaults-lead-outside": (
         lambda f: (f / "fastory_defaults.json").write_text(
             '{"schema": 1, "ip_adapter": "../x.safetensors"}', "utf-8"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from drawn_rounds import Kept, Pictures
 from PIL import Image
 
 from fastory import InputError, Story, StoryModel, generate
+from fastory.builtin import WEIGHTS
 from fastory.builtin.world.captions import caption
 from fastory.builtin.world.corpus import sample_tale
 from fastory.builtin.world.drawing import draw_with_boxes
@@ -260,3 +262,12 @@ def test_characters_are_found_where_they_are_drawn(model: StoryModel) -> None:
     own, other = overlaps(model, range(5)).mean(0)
     assert own > 0.6
     assert other < 0.15
+
+
+def test_a_copy_of_the_built_in_model_knows_its_animals_and_its_words(tmp_path: Path) -> None:
+    copied = tmp_path / "trained-anew"
+    shutil.copytree(WEIGHTS, copied)
+    plain = Story.from_captions(["a fox and a bear are standing", "a wolf and a bear are standing"])
+    events = generate(plain, model=str(copied), steps=1, iterations=1, regions="on")
+    notices = [event.message for event in events if isinstance(event, Notice)]
+    assert any("wolf" in text for text in notices) and not any("regions" in text for text in notices)

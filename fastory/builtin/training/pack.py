@@ -38,6 +38,7 @@ INDEX = {
 }
 DEFAULTS = {
     "schema": 1,
+    "world": "builtin",
     "width": SIZE,
     "height": SIZE,
     "steps": 15,
