@@ -69,7 +69,9 @@ class StoryModel:
         self.pipeline.to(self.device)  # open_checkpoint has loaded it in its type
         self.pipeline.set_progress_bar_config(disable=True)
         self.unet, self.vae = self.pipeline.unet, self.pipeline.vae
-        self.vae.to(self.family.vae_dtype(self.dtype, self.vae.dtype))
+        vae_dtype = self.family.vae_dtype(self.dtype, self.vae.dtype)
+        if self.vae.dtype != vae_dtype:
+            self.vae.to(vae_dtype)
         if self.device.type == "cpu":
             embed_row_by_row(self.unet)
         self._place_references(checkpoint.adapter)

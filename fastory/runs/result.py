@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from fastory.errors import InputError
 from fastory.events import FrameDrawn, Notice, StoryFinished, StoryStarted
@@ -15,6 +16,9 @@ from fastory.pictures import open_picture
 from fastory.runs.generate import generate
 from fastory.runs.manifest import picture_name
 from fastory.story import Story, are_captions
+
+# What a notebook shows: pixels of a picture's sides at most, pictures in a row, pixels between them.
+TILE, COLUMNS, GAP = (256, 256), 6, 4
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,21 @@ class Drawing:
     def images(self) -> list[Image.Image]:
         """The final pictures, one a frame."""
         return self.rounds[-1]
+
+    def _repr_png_(self) -> bytes:
+        """The final pictures in rows, as a notebook shows the result of a cell."""
+        small = [
+            ImageOps.contain(image, TILE) if max(image.size) > max(TILE) else image for image in self.images
+        ]
+        columns = min(len(small), COLUMNS)
+        width, height = (max(sides) + GAP for sides in zip(*(image.size for image in small), strict=True))
+        rows = -(-len(small) // columns)
+        canvas = Image.new("RGB", (columns * width - GAP, rows * height - GAP), "white")
+        for n, image in enumerate(small):
+            canvas.paste(image, (n % columns * width, n // columns * height))
+        written = io.BytesIO()
+        canvas.save(written, "PNG")
+        return written.getvalue()
 
 
 def draw(story: Story | str | Path | Sequence[str], *, progress: bool = True, **options: Any) -> Drawing:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -255,3 +257,12 @@ def test_draw_takes_one_story(model: StoryModel) -> None:
     stories = [Story.from_captions(CAPTIONS), Story.from_captions(CAPTIONS)]
     with pytest.raises(InputError, match="draw takes one story"):
         draw(stories, model=model)  # type: ignore[arg-type]
+
+
+def test_a_notebook_shows_the_final_pictures_and_not_their_reprs() -> None:
+    drawing = draw(["A fox is jumping."] * 7, steps=1, iterations=1, progress=False)
+    shown = np.asarray(Image.open(io.BytesIO(drawing._repr_png_())))
+    assert shown.shape == (2 * 128 + 4, 6 * 128 + 5 * 4, 3)
+    for n, image in enumerate(drawing.images):
+        top, left = n // 6 * 132, n % 6 * 132
+        assert np.array_equal(shown[top : top + 128, left : left + 128], np.asarray(image))
