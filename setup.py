@@ -54,6 +54,8 @@ extras_require = {
         "tensorrt-rtx-cu13-libs==1.7.1.116; platform_system == 'Linux'",
         "tensorrt-rtx-cu13-bindings==1.7.1.116; platform_system == 'Linux'",
     ],
+    # fastory serve: routes with an OpenAPI document, and the server under them
+    "serve": ["fastapi>=0.115", "uvicorn>=0.30"],
     "test": [
         "pytest>=8",
         "pytest-xdist>=3.6",  # the suite in two processes
@@ -63,6 +65,8 @@ extras_require = {
         "onnx>=1.19",  # fastory export
         "onnxscript>=0.6",
         "onnxruntime>=1.24.1",
+        "fastapi>=0.115",  # fastory serve
+        "uvicorn>=0.30",
         "hypothesis>=6.100",  # properties of the kernels
         "ruff>=0.12",  # lint and format
         "mypy>=1.15",  # types
@@ -84,6 +88,7 @@ setup(
     package_data={
         "fastory": ["py.typed", "GUIDE.md"],
         "fastory.runs": ["templates/*"],
+        "fastory.serve": ["static/*"],
         "fastory.builtin": ["weights/**/*", "weights/*", "stories/*", "*.md"],
         "fastory.builtin.world": ["*.json"],
         "fastory.builtin.evaluation": ["*.safetensors"],

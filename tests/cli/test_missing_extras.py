@@ -78,6 +78,10 @@ def test_tune_without_tensorboard(environment: Made, folder: Path) -> None:
     )
 
 
+def test_serve_without_its_packages(environment: Made, folder: Path) -> None:
+    refuse(environment("serve"), folder, "serve", "stories", wanted="pip install 'fastory[serve]'")
+
+
 def test_kernels_of_xformers_without_xformers(environment: Made, folder: Path) -> None:
     variables = environment("xformers").but(FASTORY_KERNELS="xformers")
     refuse(

@@ -13,6 +13,7 @@ from pathlib import Path
 # What an extra of setup.py brings, by extra: modules, and packages whose names differ from their modules'.
 MODULES = {
     "xformers": ("xformers",),
+    "serve": ("fastapi", "starlette", "uvicorn"),
     "tune": ("tensorboard",),
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "tensorrt": ("tensorrt", "tensorrt_bindings", "tensorrt_libs"),

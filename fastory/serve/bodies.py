@@ -1,0 +1,129 @@
+"""What the API takes and answers, as schemas: the OpenAPI document is made of them, and every body is checked by them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from fastory.story.schema import MAX_FRAMES, MAX_SEED, Fraction, Text
+
+FrameNumber = Annotated[int, Field(ge=0, lt=MAX_FRAMES)]
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
+State = Literal["draft", "queued", "drawing", "paused", "finished"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+
+class NewStory(_Strict):
+    """story: as a story file says it; a draft may still be unfinished. draw: put it into the queue at once."""
+
+    story: dict[str, Any]
+    draw: bool = False
+
+
+class StoryText(_Strict):
+    """story: as a story file says it."""
+
+    story: dict[str, Any]
+
+
+class Changes(_Strict):
+    """name: that the list shows, the story's title is part of the run. locked: frames that are never redrawn."""
+
+    name: Text | None = None
+    locked: Annotated[list[FrameNumber], Field(max_length=MAX_FRAMES)] | None = None
+
+
+class Draw(_Strict):
+    """give_up_redraw: a redraw that is not finished is forgotten, and the run is as it was."""
+
+    give_up_redraw: bool = False
+
+
+class FrameChange(_Strict):
+    """What a frame is to say from now on; what is left out stays. boxes: of characters, in fractions of the picture."""
+
+    frame: FrameNumber
+    caption: Text | None = None
+    seed: Seed | None = None
+    boxes: dict[Text, Annotated[list[Fraction], Field(min_length=4, max_length=4)]] | None = None
+
+
+class Redraw(_Strict):
+    """frames: the only ones that change. seed: for the noise of all of them, another take."""
+
+    frames: Annotated[list[FrameChange], Field(min_length=1, max_length=MAX_FRAMES)]
+    seed: Seed | None = None
+
+
+class Failure(BaseModel):
+    """What is wrong, in the words of the command line, and the code it would end with."""
+
+    error: str
+    exit_code: int
+
+
+class Checked(BaseModel):
+    """error: the first that makes a story file unusable. notices: what will not come out as it says; drawing is possible."""
+
+    error: str | None
+    notices: list[str]
+
+
+class Created(BaseModel):
+    """The id of a new story."""
+
+    id: str
+
+
+class Uploaded(BaseModel):
+    """name: what `references:` or `first_frame:` of the story has to say."""
+
+    name: str
+
+
+class Pace(BaseModel):
+    """How far drawing is. seconds_left: None before the first step."""
+
+    round: int
+    rounds: int
+    step: int
+    steps: int
+    finished: int
+    total: int
+    seconds_left: float | None
+
+
+class Summary(BaseModel):
+    """A story in the list. newest: [round, frame, first hex digits of its file's hash] of a picture to show, or None."""
+
+    id: str
+    name: str
+    state: State
+    frames: int
+    disk_bytes: int
+    newest: tuple[int, int, str] | None
+    progress: Pace | None
+    error: str | None
+
+
+class Shown(Summary):
+    """All that is known of a story.
+
+    story: as its file says it. settings: as they are drawn with, of a run. pictures: a mapping a round, of frames to the first
+    hex digits of their file's hash; redrawn: the same for pictures of a redraw that is not finished. history: frames of each
+    redraw that replaced pictures, by its number. redraw: what frames are to say after the redraw that is under way.
+    """
+
+    story: dict[str, Any]
+    settings: dict[str, Any] | None
+    pictures: list[dict[str, str]]
+    redrawn: dict[str, dict[str, str]]
+    history: dict[str, list[str]]
+    locked: list[int]
+    redraw: dict[str, Any] | None
+    width: int | None
+    height: int | None

@@ -1,0 +1,156 @@
+"""The process that draws: requests on stdin, events on stdout, a line of JSON each. It ends with the server, however that ends.
+
+Drawing has a process of its own so that the server answers while it goes on. What is in flight when it is killed is one
+micro-batch, and the same request goes on from there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import sys
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fastory.errors import FastoryError
+from fastory.serve.shelf import Shelf
+from fastory.threads import wait_passively
+from fastory.wording import last_words
+
+PATHS = ("folder", "path", "sheet", "storybook")  # of events; a story is known by its id
+
+
+@dataclass(frozen=True)
+class RequestDone:
+    """All that was wanted is drawn."""
+
+
+@dataclass(frozen=True)
+class RequestStopped:
+    """It was stopped; what is drawn is kept."""
+
+
+@dataclass(frozen=True)
+class RequestFailed:
+    """It cannot be drawn. message, exit_code: as the command line says it."""
+
+    message: str
+    exit_code: int
+
+
+class Worker:
+    """Draws a request at a time, with one model that is opened for the first."""
+
+    def __init__(self, root: Path, model: Mapping[str, Any]) -> None:
+        """root: the server's folder. model: arguments of StoryModel.open."""
+        self.shelf = Shelf(root)
+        self._options = dict(model)
+        self._model: Any = None
+        self._stop = threading.Event()
+        self._requests: queue.Queue[dict[str, Any]] = queue.Queue()
+        self._out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+        os.dup2(2, 1)  # what a library prints is no event
+
+    def run(self) -> None:
+        """Draw what comes, until stdin ends."""
+        threading.Thread(target=self._listen, daemon=True).start()
+        while True:
+            self._draw(self._requests.get())
+
+    def _listen(self) -> None:
+        for line in sys.stdin:
+            message = json.loads(line)
+            if message["kind"] == "stop":
+                self._stop.set()
+            else:
+                self._stop.clear()
+                self._requests.put(message)
+        os._exit(0)  # the server is gone: a kill at any moment is what the run folder is made for
+
+    def _draw(self, request: Mapping[str, Any]) -> None:
+        try:
+            end: object = self._events(request)
+        except FastoryError as error:
+            end = RequestFailed(str(error), error.exit_code)
+        except Exception as error:
+            end = RequestFailed(last_words(error), 1)
+        self._send(end)
+
+    def _events(self, request: Mapping[str, Any]) -> object:
+        from fastory.models.torch_model import StoryModel
+        from fastory.runs.generate import generate
+
+        if self._model is None:
+            self._model = StoryModel.open(**self._options)
+        events = generate(model=self._model, **generate_arguments(self.shelf, request))
+        try:
+            for event in events:
+                self._send(event)
+                if self._stop.is_set():
+                    return RequestStopped()
+        finally:
+            events.close()  # type: ignore[attr-defined]  # releases the run folder
+        return RequestDone()
+
+    def _send(self, event: object) -> None:
+        from fastory.events import as_json
+
+        values = {name: value for name, value in json.loads(as_json(event)).items() if name not in PATHS}
+        self._out.write(json.dumps(values) + "\n")
+        self._out.flush()
+
+
+def generate_arguments(shelf: Shelf, request: Mapping[str, Any]) -> dict[str, Any]:
+    """What fastory.generate takes for a request: the story, its run folder and, of a run that has begun, its settings."""
+    from fastory.settings import Settings
+
+    name = request["story"]
+    story, manifest = shelf.read(name), shelf.manifest(name)
+    arguments: dict[str, Any] = {"output": shelf.run(name)}
+    if manifest is None or story.source == shelf.draft(name) / "story.json":
+        story = with_pictures_inside(story)
+    if manifest is not None:
+        said = manifest["settings"].items()
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in said
+        }
+        arguments["settings"] = Settings(**values)
+    if request["kind"] == "redraw":
+        changes = {int(frame): change for frame, change in request["frames"].items()}
+        frames = tuple(_changed(frame, changes.get(i, {})) for i, frame in enumerate(story.frames))
+        story = replace(story, frames=frames)
+        arguments |= {"frames": sorted(changes), "redraw_seed": request.get("seed")}
+    return {"stories": story, **arguments}
+
+
+def with_pictures_inside(story: Any) -> Any:
+    """The story with its pictures in memory: the run folder keeps copies of them, and can be moved."""
+    from fastory.pictures import MemoryPicture, open_picture
+
+    def inside(picture: Any) -> Any:
+        return MemoryPicture.of(open_picture(picture))
+
+    cast = tuple(
+        replace(character, references=tuple(map(inside, character.references)))
+        for character in story.characters
+    )
+    first = inside(story.first_frame) if story.first_frame else None
+    return replace(story, characters=cast, first_frame=first)
+
+
+def _changed(frame: Any, change: Mapping[str, Any]) -> Any:
+    boxes = change.get("boxes")
+    values = {name: change[name] for name in ("caption", "seed") if name in change}
+    if boxes is not None:
+        values["boxes"] = tuple((name, tuple(box)) for name, box in boxes.items())
+    return replace(frame, **values)
+
+
+if __name__ == "__main__":
+    wait_passively()
+    options = json.loads(sys.stdin.readline())
+    Worker(Path(options["root"]), options["model"]).run()
