@@ -16,6 +16,7 @@ from fastory.cli.doctor import doctor
 from fastory.cli.eval import evaluate
 from fastory.cli.export import export
 from fastory.cli.generate import generate
+from fastory.cli.render import render
 from fastory.cli.serve import serve
 from fastory.cli.tune import tune
 from fastory.cli.words import words
@@ -77,7 +78,7 @@ def common(
     reporting.debugging = debug
 
 
-for command in (generate, serve, tune, export, convert, doctor, words):
+for command in (generate, serve, render, tune, export, convert, doctor, words):
     app.command(cls=Command)(command)
 app.command("eval", cls=Command)(evaluate)
 

@@ -6,18 +6,17 @@ Both depend on pictures and texts alone, so the same story gives the same bytes.
 from __future__ import annotations
 
 import base64
-import functools
 import hashlib
 import io
 import math
-import re
-import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from fastory.runs.lettering import font_of, inside, wrapped
 
 
 @dataclass(frozen=True)
@@ -63,16 +62,16 @@ def write_sheet(pages: Sequence[Page], path: Path, *, title: str) -> None:
     sheet = _plan(pages)
     canvas = Image.new("RGB", (sheet.width, sheet.height), _PAPER)
     draw = ImageDraw.Draw(canvas)
-    heading = _wrap(title, _font(40), sheet.width - 2 * _MARGIN, 1)
-    draw.text((_MARGIN, _MARGIN - 8), heading[0], _INK, _font(40))
-    draw.text((_MARGIN, _MARGIN + 50), _summary(pages, len(sheet.frames)), _FAINT, _font(18))
+    heading = wrapped(title, font_of(40), sheet.width - 2 * _MARGIN, 1)
+    draw.text((_MARGIN, _MARGIN - 8), heading[0], _INK, font_of(40))
+    draw.text((_MARGIN, _MARGIN + 50), _summary(pages, len(sheet.frames)), _FAINT, font_of(18))
     tops = sheet.tops
     for index, (i, caption) in enumerate(zip(sheet.frames, sheet.captions, strict=True)):
         x = _MARGIN + index % sheet.columns * (sheet.cell[0] + _GAP)
         y = tops[index // sheet.columns]
         _paste(canvas, draw, pages[i].final, (x, y), sheet.cell)
         draw.multiline_text(
-            (x, y + sheet.cell[1] + 8), "\n".join(caption), _INK, _font(sheet.size), spacing=5
+            (x, y + sheet.cell[1] + 8), "\n".join(caption), _INK, font_of(sheet.size), spacing=5
         )
     if sheet.rounds:
         _draw_rounds(canvas, draw, pages, sheet)
@@ -122,7 +121,7 @@ def _plan(pages: Sequence[Page]) -> _Sheet:
         size = image.size
     shown = len(pages)
     while True:
-        columns = _columns(shown)
+        columns = columns_of(shown)
         for side in _CELLS:
             rows_height = math.ceil(shown / columns) * (_fit(size, side)[1] + _GAP)
             wide = _content_width(columns, _fit(size, side)[0]) > min(
@@ -151,7 +150,7 @@ def _plan_with(
     return _Sheet(columns, cell, frames, captions, letters, samples, shown_rounds, sample)
 
 
-def _columns(count: int) -> int:
+def columns_of(count: int) -> int:
     """A sheet somewhat wider than high, with the fullest last row."""
     ideal = math.sqrt(1.6 * count)
     choices = range(max(1, min(count, int(0.8 * ideal))), min(count, math.ceil(1.2 * ideal)) + 1)
@@ -165,8 +164,8 @@ def _fit(size: tuple[int, int], side: int) -> tuple[int, int]:
 
 
 def _caption(page: Page, i: int, width: int, letters: int) -> list[str]:
-    lines = _wrap(f"{i}  {page.caption}", _font(letters), width, _CAPTION_LINES)
-    return lines + (_wrap(f"({page.note})", _font(letters), width, 1) if page.note else [])
+    lines = wrapped(f"{i}  {page.caption}", font_of(letters), width, _CAPTION_LINES)
+    return lines + (wrapped(f"({page.note})", font_of(letters), width, 1) if page.note else [])
 
 
 def _summary(pages: Sequence[Page], shown: int) -> str:
@@ -185,13 +184,13 @@ def _draw_rounds(
     step = sheet.sample[0] + _GAP // 2
     for column, i in enumerate(sheet.samples):
         x = _MARGIN + _LABEL + column * step
-        draw.text((x + sheet.sample[0] // 2, top + 16), str(i), _FAINT, _font(16), anchor="ma")
+        draw.text((x + sheet.sample[0] // 2, top + 16), str(i), _FAINT, font_of(16), anchor="ma")
         for row, k in enumerate(sheet.rounds):
             y = top + 44 + row * (sheet.sample[1] + _GAP // 2)
             _paste(canvas, draw, pages[i].pictures[k], (x, y), sheet.sample)
     for row, k in enumerate(sheet.rounds):
         y = top + 44 + row * (sheet.sample[1] + _GAP // 2) + sheet.sample[1] // 2
-        draw.text((_MARGIN, y), f"round {k}", _FAINT, _font(16), anchor="lm")
+        draw.text((_MARGIN, y), f"round {k}", _FAINT, font_of(16), anchor="lm")
 
 
 def _paste(
@@ -205,68 +204,11 @@ def _paste(
         draw.rectangle([at, (at[0] + cell[0] - 1, at[1] + cell[1] - 1)], _EMPTY)
         if cell[0] >= 64:
             middle = (at[0] + cell[0] // 2, at[1] + cell[1] // 2)
-            draw.text(middle, "left out", _FAINT, _font(14), anchor="mm")
+            draw.text(middle, "left out", _FAINT, font_of(14), anchor="mm")
         return
     with Image.open(path) as image:
-        fitted = image.convert("RGB").resize(_inside(image.size, cell), Image.Resampling.LANCZOS)
+        fitted = image.convert("RGB").resize(inside(image.size, cell), Image.Resampling.LANCZOS)
     canvas.paste(fitted, (at[0] + (cell[0] - fitted.width) // 2, at[1] + (cell[1] - fitted.height) // 2))
-
-
-def _inside(size: tuple[int, int], cell: tuple[int, int]) -> tuple[int, int]:
-    scale = min(cell[0] / size[0], cell[1] / size[1])
-    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
-
-
-@functools.cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    font = ImageFont.load_default(size)
-    if not isinstance(font, ImageFont.FreeTypeFont):
-        raise RuntimeError("wanted Pillow with FreeType for the contact sheet: install Pillow from a wheel")
-    # Raqm is there on some machines only; the sheet must not differ between them
-    return font.font_variant(layout_engine=ImageFont.Layout.BASIC)
-
-
-@functools.cache
-def _drawable(character: str) -> str:
-    """The character, or its nearest letters, or an ellipsis: Pillow's font knows little more than ASCII."""
-    missing = bytes(_font(16).getmask("\uffff"))
-    if unicodedata.category(character) == "Pd":
-        return "-"
-    for form in (character, unicodedata.normalize("NFKD", character), character.casefold()):
-        drawable = [c for c in form if bytes(_font(16).getmask(c)) != missing]
-        if drawable:
-            return "".join(drawable)
-    return "" if unicodedata.category(character) in ("Mn", "Cf") else "…"
-
-
-def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int, limit: int) -> list[str]:
-    """Lines of at most `width` px; where the text needs more than `limit`, the last one ends in an ellipsis."""
-    drawable = re.sub("…+", "…", "".join(map(_drawable, text)))
-    lines = [""]
-    for word in drawable.split(" "):
-        for part in _parts(word, font, width):
-            longer = f"{lines[-1]} {part}" if lines[-1] else part
-            if font.getlength(longer) <= width:
-                lines[-1] = longer
-            else:
-                lines.append(part)
-        if len(lines) > limit:
-            last = lines[limit - 1]
-            while last and font.getlength(last + "…") > width:
-                last = last[:-1]
-            return [*lines[: limit - 1], last.rstrip(" .,…") + "…"]
-    return lines
-
-
-def _parts(word: str, font: ImageFont.FreeTypeFont, width: int) -> Iterator[str]:
-    """A word cut where it is wider than a line."""
-    part = ""
-    for character in word:
-        if part and font.getlength(part + character) > width:
-            yield part
-            part = ""
-        part += character
-    yield part
 
 
 # The storybook. Every picture has a share of the page's bytes and keeps to it by itself, so the page is written as the

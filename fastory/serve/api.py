@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import tempfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,17 +13,19 @@ from typing import Any
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
+from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 
 from fastory import __version__, files
 from fastory.documents import parse_json, validated
 from fastory.errors import FastoryError, InputError
 from fastory.runs.manifest import picture_name, rounds_of
+from fastory.runs.render import Layout, render
 from fastory.serve import bodies
 from fastory.serve.checks import check_story, notices_of
 from fastory.serve.drawing import Drawing, check_redraw
 from fastory.serve.gate import MOST_PIXELS, BodyRefused
-from fastory.serve.shelf import PICTURE, InUse, NoSuchStory, Shelf, drawn
+from fastory.serve.shelf import PICTURE, InUse, NoSuchStory, Shelf, drawn, is_finished
 from fastory.wording import last_words
 
 STATUS = ((NoSuchStory, 404), (InUse, 409), (InputError, 422), (FastoryError, 503))
@@ -370,7 +373,45 @@ def pictures_api(shelf: Shelf) -> APIRouter:
         file = picture_file(shelf, shelf.known(story), frame, round, take)
         return FileResponse(file, media_type="image/png", headers={"cache-control": "private, no-cache"})
 
+    @api.get("/take/{name}", response_class=FileResponse, summary="A finished story to print, send and keep")
+    def take(story: str, name: str) -> FileResponse:
+        """name: one of storybook.html, sheet.png, story.yaml, pictures.zip, pages.pdf, comic.pdf, strip.png, animated.webp."""
+        return taken_along(shelf, shelf.known(story), name)
+
     return api
+
+
+WHOLE_FILES = ("storybook.html", "sheet.png", "story.yaml")
+RENDERED = {
+    "pictures.zip": ("zip", Layout()),
+    "pages.pdf": ("pdf", Layout()),
+    "comic.pdf": ("pdf", Layout(per_page=4)),
+    "strip.png": ("strip", Layout(captions="box")),
+    "animated.webp": ("webp", Layout()),
+}
+
+
+def taken_along(shelf: Shelf, story: str, name: str) -> FileResponse:
+    """A file to be saved. Raises NoSuchStory for another name, InUse before the story is finished."""
+    if name not in (*WHOLE_FILES, *RENDERED):
+        raise NoSuchStory("there is no such file of a story")
+    manifest, folder = shelf.manifest(story), shelf.run(story)
+    if manifest is None or not is_finished(manifest):
+        raise InUse("the story is not finished: draw it to its end first")
+    shown_name = f"{story}-{name}"
+    if name in WHOLE_FILES:
+        file = folder / name
+        if files.is_link_below(shelf.root, file) or not file.is_file():
+            raise NoSuchStory("there is no such file of a story")
+        return FileResponse(file, filename=shown_name)
+    form, layout = RENDERED[name]
+    made = Path(tempfile.mkdtemp(prefix="fastory-render-"))
+    try:
+        render(folder, form, made / name, layout)
+    except BaseException:
+        files.remove(made)
+        raise
+    return FileResponse(made / name, filename=shown_name, background=BackgroundTask(files.remove, made))
 
 
 def picture_file(shelf: Shelf, story: str, frame: int, round: int | None, take: str | None) -> Path:

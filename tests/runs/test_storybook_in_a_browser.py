@@ -1,27 +1,18 @@
 """The storybook is judged where it is read: in Chromium, at a desk's and a phone's width."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
+from chromium import needs_chromium, open_chromium, resize
 from PIL import Image
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import WebDriverWait
 
 from fastory.runs.storybook import Page, write_storybook
 
-webdriver = pytest.importorskip(
-    "selenium.webdriver", reason="selenium drives the browser: pip install .[test]"
-)
-from selenium.webdriver.common.by import By  # noqa: E402
-from selenium.webdriver.common.keys import Keys  # noqa: E402
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-CHROMEDRIVER = shutil.which("chromedriver")
-
-pytestmark = pytest.mark.skipif(
-    not (CHROMIUM and CHROMEDRIVER),
-    reason="Chromium and chromedriver are not installed (apt install chromium-driver)",
-)
+pytestmark = needs_chromium
 
 COLOURS = ("red", "green", "blue")
 HOSTILE = (
@@ -53,12 +44,7 @@ def book(pages, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def chromium():
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(CHROMEDRIVER))
+    driver = open_chromium()
     yield driver
     driver.quit()
 
@@ -68,11 +54,6 @@ def page(chromium, book):
     resize(chromium, 1280, 900)
     chromium.get(book.as_uri())
     return chromium
-
-
-def resize(driver, width: int, height: int) -> None:
-    metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
-    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
 
 
 def colour(driver, selector: str) -> str:
@@ -127,9 +108,9 @@ def test_click_enlarges_and_keys_go_on(page):
     assert "Frame 1 (2 of 3)" in dialog.text
     page.switch_to.active_element.send_keys(Keys.ESCAPE)
     assert not dialog.is_displayed()
-    assert page.switch_to.active_element == page.find_element(
-        By.CSS_SELECTOR, "figure:nth-of-type(2) .picture"
-    )
+    opened = page.find_element(By.CSS_SELECTOR, "figure:nth-of-type(2) .picture")
+    # A dialog says that it is closed a moment after it is gone.
+    WebDriverWait(page, 5).until(lambda driver: driver.switch_to.active_element == opened)
 
 
 def test_enter_enlarges(page):

@@ -1,0 +1,237 @@
+"""The page is judged where it is used: in Chromium, at a desk's and a phone's width, against a real server that draws."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from chromium import needs_chromium, open_chromium, resize
+from run_folders import contents
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from served import STORY, Server
+
+pytest.importorskip("fastapi", reason="the server's extra: pip install .[serve]")
+pytestmark = needs_chromium
+
+HOSTILE = '<script>window.hacked=1</script><img src=x onerror="window.hacked=1">\' " &amp; \u202eשלום 🦊'
+WIDE = "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("served"))
+    yield server
+    said = server.close()
+    assert "Traceback" not in said, said
+
+
+@pytest.fixture(scope="module")
+def browser(server: Server) -> Iterator[Any]:
+    driver = open_chromium()
+    driver.get(server.address)
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def page(browser: Any, server: Server) -> Any:
+    resize(browser, 1280, 900)
+    browser.get_log("browser")
+    return browser
+
+
+@pytest.fixture(scope="module")
+def drawn(server: Server) -> str:
+    story = server.create({**STORY, "frames": [HOSTILE, *STORY["frames"][1:]], "title": HOSTILE})
+    server.until(story, "finished")
+    return story
+
+
+def go(page: Any, server: Server, story: str = "") -> None:
+    page.get(f"http://{server.host}:{server.port}/#/{story}")
+    page.refresh()
+    until(lambda: page.find_elements(By.CSS_SELECTOR, "main h1, main .title"))
+
+
+def until(found: Callable[[], Any], within: float = 60) -> Any:
+    """What `found` returns, once it is something; an element that is gone meanwhile is looked for again."""
+    from selenium.common.exceptions import WebDriverException
+
+    end, last = time.monotonic() + within, None
+    while time.monotonic() < end:
+        try:
+            if last := found():
+                return last
+        except WebDriverException as error:
+            last = error
+        time.sleep(0.05)
+    raise AssertionError(f"nothing came of it in {within} s: {last!r}")
+
+
+def state(page: Any) -> str:
+    return str(page.find_element(By.CSS_SELECTOR, ".state").get_attribute("data-state"))
+
+
+def shown(page: Any) -> list[str]:
+    """The addresses of the pictures in the grid that are loaded."""
+    script = "return [...document.querySelectorAll('.frame img')].filter(i => i.naturalWidth).map(i => i.getAttribute('src'))"
+    return list(page.execute_script(script))
+
+
+def button(page: Any, text: str, within: str = "main") -> Any:
+    return next(b for b in page.find_elements(By.CSS_SELECTOR, f"{within} button") if b.text == text)
+
+
+def test_a_story_is_written_drawn_locked_and_redrawn(page: Any, server: Server) -> None:
+    go(page, server)
+    button(page, "New story").click()
+    until(lambda: page.find_element(By.ID, "draw"))
+    page.find_element(By.CSS_SELECTOR, ".title").send_keys("Snow")
+    for caption in STORY["frames"][:2]:
+        page.find_elements(By.CSS_SELECTOR, ".captions textarea")[-1].send_keys(caption)
+        page.find_element(By.ID, "add").click()
+    for name, value in (("iterations", "1"), ("steps", "2")):
+        label = next(e for e in page.find_elements(By.TAG_NAME, "label") if e.text.lower() == name)
+        label.find_element(By.TAG_NAME, "input").send_keys(value)
+    page.find_element(By.CSS_SELECTOR, ".captions textarea").send_keys(" foxx")
+    until(lambda: "foxx (fox?)" in page.find_element(By.CSS_SELECTOR, ".checks").text)
+    page.find_element(By.CSS_SELECTOR, ".captions textarea").send_keys(Keys.BACKSPACE * 5)
+    page.find_element(By.ID, "draw").click()
+    until(lambda: state(page) == "finished")
+    until(lambda: len(shown(page)) == 2)
+    story = page.current_url.rpartition("/")[2]
+    before = contents(server.folder / story)
+    first = page.find_element(By.CSS_SELECTOR, ".frame .open")
+    first.click()
+    page.switch_to.active_element.send_keys("l")
+    until(lambda: server.ask("GET", f"/stories/{story}").json["locked"] == [0])
+    until(lambda: not page.find_element(By.ID, "take").is_enabled())
+    page.switch_to.active_element.send_keys(Keys.ARROW_RIGHT)
+    text = page.find_element(By.CSS_SELECTOR, "dialog textarea")
+    text.clear()
+    text.send_keys("a cat is sleeping in the house")
+    page.find_element(By.ID, "redraw").click()
+    until(lambda: "001" in server.ask("GET", f"/stories/{story}").json["history"])
+    server.until(story, "finished")
+    after = contents(server.folder / story)
+    assert after["frames/frame-000.png"] == before["frames/frame-000.png"]
+    assert after["frames/frame-001.png"] != before["frames/frame-001.png"]
+    page.find_element(By.CSS_SELECTOR, "dialog").send_keys(Keys.ESCAPE)
+    until(lambda: "a cat is sleeping" in page.find_elements(By.CSS_SELECTOR, ".frame")[1].text)
+    until(
+        lambda: page.find_elements(By.CSS_SELECTOR, ".frame img")[1].get_attribute("alt").startswith("a cat")
+    )
+    assert [e for e in page.get_log("browser") if e["level"] == "SEVERE"] == []
+
+
+def test_reload_and_a_second_tab_show_the_same_state(page: Any, server: Server) -> None:
+    story = server.create({**STORY, "settings": {"steps": 15, "iterations": 4}})
+    go(page, server, story)
+    until(lambda: shown(page))
+    page.refresh()
+    until(lambda: state(page) == "drawing" and shown(page))
+    boxes = "return [...document.querySelectorAll('.frame .picture')].map(e => JSON.stringify(e.getBoundingClientRect()))"
+    before = page.execute_script(boxes)
+    page.switch_to.new_window("tab")
+    go(page, server, story)
+    button(page, "Pause").click()
+    until(lambda: state(page) == "paused")
+    page.close()
+    page.switch_to.window(page.window_handles[0])
+    until(lambda: state(page) == "paused")
+    assert page.execute_script(boxes) == before
+    button(page, "Go on").click()
+    until(lambda: state(page) == "finished")
+    assert page.execute_script(boxes) == before
+    assert len(shown(page)) == 3
+
+
+def test_texts_stay_texts(page: Any, server: Server, drawn: str) -> None:
+    go(page, server, drawn)
+    until(lambda: len(shown(page)) == 3)
+    title, caption = (" ".join(text.split()) for text in (HOSTILE, HOSTILE))
+    assert page.execute_script("return document.querySelector('h1').textContent") == title
+    assert page.execute_script("return document.querySelector('.frame .caption').textContent") == caption
+    assert page.execute_script("return document.querySelector('.frame img').alt") == caption
+    go(page, server)
+    until(lambda: page.find_elements(By.CSS_SELECTOR, ".story"))
+    copy = server.ask("POST", f"/stories/{drawn}/duplicate").json["id"]
+    go(page, server, copy)
+    assert HOSTILE in page.find_element(By.CSS_SELECTOR, ".captions textarea").get_attribute("value")
+    assert page.execute_script("return window.hacked") is None
+
+
+@pytest.mark.parametrize("size", [(390, 844), (320, 568), (2000, 1000)], ids=str)
+def test_nothing_scrolls_sideways(page: Any, server: Server, drawn: str, size: tuple[int, int]) -> None:
+    resize(page, *size)
+    draft = server.create({"title": "x" * 300, "frames": ["y" * 400]}, draw=False)
+    for story in ("", drawn, draft):
+        go(page, server, story)
+        assert page.execute_script(WIDE) <= 0, story
+    go(page, server, drawn)
+    until(lambda: shown(page))
+    page.find_element(By.CSS_SELECTOR, ".frame .open").click()
+    assert page.execute_script(WIDE) <= 0
+    for name in ("lock", "take", "redraw"):
+        element = page.find_element(By.ID, name)
+        page.execute_script("arguments[0].scrollIntoView()", element)
+        assert element.rect["x"] >= 0 and element.rect["x"] + element.rect["width"] <= size[0] + 1
+        assert element.rect["height"] >= 40
+
+
+def test_keys_alone_are_enough(page: Any, server: Server, drawn: str) -> None:
+    go(page, server, drawn)
+    until(lambda: len(shown(page)) == 3)
+    body = page.find_element(By.TAG_NAME, "body")
+    body.send_keys(Keys.ARROW_RIGHT)
+    page.switch_to.active_element.send_keys(Keys.ARROW_RIGHT)
+    assert page.switch_to.active_element.get_attribute("aria-label") == "Frame 1, large"
+    page.switch_to.active_element.send_keys("l")
+    until(lambda: server.ask("GET", f"/stories/{drawn}").json["locked"] == [1])
+    page.switch_to.active_element.send_keys("l")
+    until(lambda: server.ask("GET", f"/stories/{drawn}").json["locked"] == [])
+    page.switch_to.active_element.send_keys(Keys.ENTER)
+    dialog = page.find_element(By.TAG_NAME, "dialog")
+    assert "Frame 1 (2 of 3)" in dialog.text
+    page.switch_to.active_element.send_keys(Keys.ARROW_LEFT, Keys.ARROW_DOWN)
+    assert "Frame 0 (1 of 3)" in dialog.text and "0 of 1" in dialog.find_element(By.TAG_NAME, "dl").text
+    page.switch_to.active_element.send_keys(Keys.ESCAPE)
+    assert not dialog.is_displayed()
+
+
+def test_every_control_has_a_name_and_no_picture_is_without_text(
+    page: Any, server: Server, drawn: str
+) -> None:
+    script = """
+        return [...document.querySelectorAll("button, input:not([hidden]), select, textarea, a")].filter((e) => !(
+            e.ariaLabel || e.textContent.trim() || e.labels?.length || e.hidden || e.closest("[hidden], [aria-hidden]")
+        )).map((e) => e.outerHTML.slice(0, 90));
+    """
+    draft = server.create({"frames": ["a fox"], "characters": {"Mia": {"prompt": "a fox"}}}, draw=False)
+    for story in ("", drawn, draft):
+        go(page, server, story)
+        assert page.execute_script(script) == []
+    go(page, server, drawn)
+    until(lambda: shown(page))
+    assert "" not in page.execute_script(
+        "return [...document.querySelectorAll('.frame img')].map(i => i.alt)"
+    )
+
+
+def test_nothing_is_asked_of_others_and_nothing_is_complained_of(
+    page: Any, server: Server, drawn: str
+) -> None:
+    page.get_log("performance")
+    for story in ("", drawn):
+        go(page, server, story)
+    page.get(f"http://{server.host}:{server.port}/docs")
+    until(lambda: page.find_elements(By.CSS_SELECTOR, ".route"))
+    messages = [json.loads(entry["message"])["message"] for entry in page.get_log("performance")]
+    sent = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+    own = f"http://{server.host}:{server.port}/"
+    assert sent and [url for url in sent if not url.startswith(own)] == []
+    assert page.get_log("browser") == []
