@@ -19,6 +19,8 @@ MOST_JSON = 2 * 2**20  # bytes of a request's body
 MOST_PICTURE = 32 * 2**20
 MOST_PIXELS = 40_000_000
 READ_WITHIN = 30.0  # seconds for a whole body
+MOST_DRAINED = 64 * 2**20  # bytes of a body that is refused, read so that its sender reads why
+DRAIN_WITHIN = 2.0
 
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; connect-src 'self'; "
@@ -54,9 +56,12 @@ class Gate:
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         refusal = self._refusal(scope, headers)
         if refusal is not None:
+            if refusal[0] == 413:
+                await drain(receive)
             await self._refuse(send, *refusal)
             return
-        await self.app(scope, _Limited(receive, _most(scope)), self._with_headers(send, scope))
+        limited = _Limited(receive, _most(scope))
+        await self.app(scope, limited, self._with_headers(send, scope, limited))
 
     def _refusal(self, scope: Scope, headers: Mapping[str, str]) -> tuple[int, str] | None:
         host = headers.get("host", "")
@@ -98,9 +103,10 @@ class Gate:
         shown += asked_token(scope)
         return any(hmac.compare_digest(text.encode(), self.token.encode()) for text in shown)
 
-    def _with_headers(self, send: Send, scope: Scope) -> Send:
+    def _with_headers(self, send: Send, scope: Scope, limited: _Limited) -> Send:
         async def sending(message: dict[str, Any]) -> None:
             if message["type"] == "http.response.start":
+                limited.answered = True
                 there = {name.lower() for name, _ in message["headers"]}
                 extra = [(k.encode(), v.encode()) for k, v in HEADERS.items() if k.encode() not in there]
                 if b"cache-control" not in there:
@@ -137,6 +143,20 @@ def _most(scope: Scope) -> int:
     return MOST_PICTURE if scope["path"].endswith("/pictures") else MOST_JSON
 
 
+async def drain(receive: Receive) -> None:
+    """Read what is sent on and keep nothing of it, a while: whoever is cut off while it sends does not read the answer."""
+    read = 0
+    try:
+        async with asyncio.timeout(DRAIN_WITHIN):
+            while read < MOST_DRAINED:
+                message = await receive()
+                read += len(message.get("body", b""))
+                if not message.get("more_body", False):
+                    return
+    except TimeoutError:
+        return  # it is slow, and gets the answer now
+
+
 class BodyRefused(Exception):
     """A body is larger than its header said it may be, or comes too slowly, or breaks off. status: of the answer."""
 
@@ -152,18 +172,26 @@ class _Limited:
     def __init__(self, receive: Receive, most: int) -> None:
         self._receive, self._most = receive, most
         self._read, self._until, self._whole = 0, 0.0, False
+        self.answered = False
 
     async def __call__(self) -> Any:
-        if self._whole:
+        if self._whole or self.answered:
             return await self._receive()  # waits for the client to leave
         now = asyncio.get_running_loop().time()
         self._until = self._until or now + READ_WITHIN
         try:
             message = await asyncio.wait_for(self._receive(), max(0.0, self._until - now))
         except TimeoutError:
+            if self.answered:
+                return await self._receive()
             raise BodyRefused(408, f"the body did not come within {READ_WITHIN:.0f} seconds") from None
+        if self.answered:
+            return message
+        if message["type"] == "http.disconnect":
+            raise BodyRefused(400, "the body broke off")
         self._read += len(message.get("body", b""))
         if self._read > self._most:
+            await drain(self._receive)
             raise BodyRefused(413, f"the body: wanted at most {self._most} bytes, got more")
         self._whole = not message.get("more_body", False)
         return message

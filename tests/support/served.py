@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -47,16 +48,17 @@ class Server:
             *options,
         ]
         self.folder = folder
+        self.stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115  # a pipe that nobody reads would be full some time
         self.process = subprocess.Popen(
             command,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=self.stderr,
             text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
         assert self.process.stdout is not None
         self.address = self.process.stdout.readline().strip()
-        assert self.address, self.process.stderr.read() if self.process.stderr else ""
+        assert self.address, self.said()
         parts = urlsplit(self.address)
         self.host, self.port = parts.hostname or "", parts.port or 0
         self.token = parse_qs(parts.query)["token"][0]
@@ -105,4 +107,9 @@ class Server:
         finally:
             if self.process.poll() is None:
                 self.process.kill()
-        return self.process.stderr.read() if self.process.stderr else ""
+        return self.said()
+
+    def said(self) -> str:
+        """What it wrote to stderr so far, the process that draws included."""
+        self.stderr.seek(0)
+        return self.stderr.read()
