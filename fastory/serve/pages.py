@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -12,7 +12,7 @@ from fastapi.responses import FileResponse
 from fastory.documents import read_json
 from fastory.model_names import user_path
 from fastory.serve.shelf import NoSuchStory
-from fastory.settings import MODES, PRESETS, Settings, choices, foreign, resolve
+from fastory.settings import MODES, Settings, choices, foreign, resolve
 from fastory.story import MAX_FRAMES, STYLES
 
 STATIC = Path(__file__).with_name("static")
@@ -63,10 +63,13 @@ def asset(name: str) -> FileResponse:
 def settings_tables(model: str) -> dict[str, Any]:
     """What the page offers: modes with their settings, each with its kind, its words and its default with this model."""
     modes = {mode: mode_table(mode, defaults_of(model)) for mode in MODES}
+    once = [
+        mode for mode, traits in MODES.items() if "iterations" not in traits.own
+    ]  # rounds draw frame 0, too
     return {
         "modes": modes,
         "styles": list(STYLES),
-        "presets": list(PRESETS),
+        "first_frame": once,
         "most_frames": MAX_FRAMES,
         "model": model,
     }
@@ -75,7 +78,6 @@ def settings_tables(model: str) -> dict[str, Any]:
 def mode_table(mode: str, defaults: dict[str, Any]) -> list[dict[str, Any]]:
     """The settings that a mode reads, main ones first."""
     settings, _ = resolve({"mode": mode}, {}, None, defaults)
-    settings = replace(settings, width=settings.width, height=settings.height)
     others = foreign(mode)
     names = [field.name for field in fields(Settings) if field.name not in (*others, *ELSEWHERE)]
     table = [_row(name, getattr(settings, name)) for name in names]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -64,10 +65,24 @@ def listening(host: str, port: int) -> socket.socket:
     """A socket that takes connections. Raises InputError for an address that is taken, or none of this machine's."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family)
+        # Said to be TCP, asyncio sends a small answer at once; otherwise it waits 40 ms for an acknowledgement.
+        bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     except (OSError, OverflowError, UnicodeError) as error:
-        said = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise InputError(f"cannot listen on {host}:{port}: {said}; give another --port or --host") from error
+        raise _no_address(host, port, error) from error
+    try:
+        if os.name == "posix":  # elsewhere it would share the port with whoever has it
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((host, port))
+        bound.listen()
+    except (OSError, OverflowError) as error:
+        bound.close()
+        raise _no_address(host, port, error) from error
+    return bound
+
+
+def _no_address(host: str, port: int, error: Exception) -> InputError:
+    said = error.strerror if isinstance(error, OSError) and error.strerror else error
+    return InputError(f"cannot listen on {host}:{port}: {said}; give another --port or --host")
 
 
 def _in_address(host: str) -> str:

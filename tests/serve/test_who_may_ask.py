@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import zlib
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -173,3 +173,32 @@ def test_a_second_server_of_the_folder_is_refused(server: Server) -> None:
 def test_nothing_of_the_users_was_touched(server: Server) -> None:
     assert (Path(server.folder).parent / "outside.txt").read_text() == "secret"
     assert (server.folder / "private" / "diary.txt").read_text() == "secret"
+
+
+def test_a_body_that_never_comes_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a slow client holds is freed: the answer is 408, and the application has read nothing whole."""
+    import asyncio
+
+    from fastory.serve import gate
+
+    monkeypatch.setattr(gate, "READ_WITHIN", 0.05)
+    sent: list[int] = []
+
+    async def reads(_: object, receive: Callable[[], Awaitable[object]], __: object) -> None:
+        try:
+            await receive()
+            await receive()
+        except gate.BodyRefused as error:
+            sent.append(error.status)
+
+    async def slow() -> dict[str, object]:
+        if sent or waited:
+            await asyncio.sleep(3600)
+        waited.append(1)
+        return {"type": "http.request", "body": b"{", "more_body": True}
+
+    waited: list[int] = []
+    headers = [(b"host", b"localhost"), (b"authorization", b"Bearer word")]
+    scope = {"type": "http", "method": "POST", "path": "/stories", "query_string": b"", "headers": headers}
+    asyncio.run(gate.Gate(reads, "word", "localhost", 1)(scope, slow, None))
+    assert sent == [408]

@@ -161,20 +161,35 @@ class Draft {
   }
 
   drop(person) {
-    const take = (list) => attempt(async () => {
-      for (const file of list) {
-        const { name } = await upload(`/stories/${this.id}/pictures`, file);
-        person.references = [...(person.references ?? []), name];
-      }
-      this.drawCast(), this.changed();
+    return this.zone(person.references ?? [], `A picture of ${person.name}`, "Add pictures", true, (names) => {
+      person.references = [...(person.references ?? []), ...names];
+      this.drawCast();
     });
-    const chosen = element("input", { type: "file", accept: "image/*", multiple: true, hidden: true, onchange: () => take(chosen.files) });
-    const pictures = (person.references ?? []).map((name) => element("img", { src: `/stories/${this.id}/${name}`, alt: `A picture of ${person.name}` }));
-    const zone = element("div", { className: "drop" }, [...pictures, button("Add pictures", () => chosen.click()), element("span", { className: "quiet" }, ["or drop them here"]), chosen]);
+  }
+
+  /** Where pictures are dropped, or chosen; `taken` gets the names that the story says. */
+  zone(names, alt, label, many, taken) {
+    const take = (list) => attempt(async () => {
+      const uploaded = [];
+      for (const file of many ? list : [...list].slice(0, 1)) uploaded.push((await upload(`/stories/${this.id}/pictures`, file)).name);
+      taken(uploaded);
+      this.changed();
+    });
+    const chosen = element("input", { type: "file", accept: "image/*", multiple: many, hidden: true, onchange: () => take(chosen.files) });
+    const pictures = names.map((name) => element("img", { src: `/stories/${this.id}/${name}`, alt }));
+    const zone = element("div", { className: "drop" }, [...pictures, button(label, () => chosen.click()), element("span", { className: "quiet" }, ["or drop here"]), chosen]);
     zone.addEventListener("dragover", (event) => (event.preventDefault(), zone.classList.add("over")));
     zone.addEventListener("dragleave", () => zone.classList.remove("over"));
     zone.addEventListener("drop", (event) => (event.preventDefault(), zone.classList.remove("over"), take(event.dataTransfer.files)));
     return zone;
+  }
+
+  /** Causal mode: the picture that the story goes on from. */
+  firstFrame(draw) {
+    const now = this.said.first_frame;
+    const zone = this.zone(now ? [now] : [], "The first frame", now ? "Another picture" : "Choose a picture", false, ([name]) => ((this.said.first_frame = name), draw()));
+    if (now) zone.append(button("Remove", () => (delete this.said.first_frame, this.changed(), draw()), { className: "bare" }));
+    return element("div", {}, [element("span", { className: "label" }, ["First frame: a picture that the story goes on from"]), zone]);
   }
 
   // How it is drawn.
@@ -212,6 +227,7 @@ class Draft {
       holder.replaceChildren(
         element("div", { className: "row", role: "group", "aria-label": "Mode" }, modes),
         element("div", { className: "pair" }, [this.text("seed", "Seed", "0"), ...rows.filter((row) => row.main).map((row) => this.setting(row))]),
+        ...(this.tables.first_frame.includes(mode) ? [this.firstFrame(draw)] : []),
         element("details", {}, [element("summary", {}, ["More settings"]), element("div", { className: "pair" }, rows.filter((row) => !row.main).map((row) => this.setting(row)))]),
       );
     };
