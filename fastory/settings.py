@@ -11,6 +11,7 @@ from typing import Any, get_args, get_type_hints
 
 from fastory import plugins
 from fastory.errors import InputError
+from fastory.presets import PRESETS
 from fastory.wording import shown
 
 
@@ -40,6 +41,7 @@ SCHEDULERS: dict[str, Scheduler] = {
     "pndm": Scheduler("PNDMScheduler"),
 }
 REFERENCES = ("all", "others", "cast")
+REFERENCES_FROM = ("last", "latest")
 REFERENCE_FITS = ("pad", "squash", "crop")
 REGIONS = ("auto", "on", "off")
 NOISES = ("shared", "per-frame")
@@ -63,7 +65,7 @@ MODES: dict[str, ModeTraits] = {
     "iterative": ModeTraits(
         (
             *("iterations", "inner_steps", "reference_scale"),
-            *("references", "reference_fit", "reference_start"),
+            *("references", "references_from", "reference_fit", "reference_start"),
             *("reference_interval", "regions", "cast_limit"),
         )
     ),
@@ -76,7 +78,9 @@ class Settings:
     """Every value that changes a picture. The defaults are the paper's (Story-Adapter, arXiv 2410.06244).
 
     width, height: pixels; None is the model's own size. inner_steps: of every round but the last, 0 for `steps`: pictures of
-    inner rounds are read by the image encoder alone. reference_scale: l_1 and l_K of the linear weighting.
+    inner rounds are read by the image encoder alone. reference_scale: l_1 and l_K of the linear weighting. references_from:
+    the round whose pictures are references: `last` is the paper's, `latest` has those of this round in place of the last one's
+    as soon as they are drawn, micro-batch after micro-batch in the order of the frames, so that round 0 sees its first ones.
     reference_start: the first round in which pictures given for a character are references. regions: whether characters
     have references of their own, each where it stands: `auto` in stories that name them, `on` in the built-in model's plain
     stories too, see modes/regions.py. cast_limit: the appearances of a character that are its references then, those that
@@ -92,6 +96,7 @@ class Settings:
     iterations: int = 10
     reference_scale: tuple[float, float] = (0.3, 0.5)
     references: str = "all"
+    references_from: str = "last"
     reference_fit: str = "pad"
     reference_start: int = 1
     regions: str = "auto"
@@ -138,62 +143,29 @@ class Settings:
         """Denoising steps of a picture of this round."""
         return self.inner_steps if self.inner_steps and round < self.rounds - 1 else self.steps
 
+    @property
+    def first_referring(self) -> int:
+        """The first round in which frames see other frames."""
+        return 0 if self.references_from == "latest" else 1
+
     def reference_scale_of(self, round: int) -> float:
-        """l_k of round k >= 1: linear from l_1 to l_K; K = 1 uses l_1 (Story-Adapter, section 3.3)."""
+        """l_k: linear from l_1 to l_K; K = 1 uses l_1 (Story-Adapter, section 3.3). 0 where nothing drawn is seen yet.
+
+        Round 0 of fresh references is weighted as round 1 is.
+        """
         first, last = self.reference_scale
-        if self.iterations <= 1:
+        if round < self.first_referring:
+            return 0.0
+        if self.iterations <= 1 or round == 0:
             return first
         return first + (round - 1) / (self.iterations - 1) * (last - first)
 
-
-_STORY_ADAPTER: Mapping[str, Any] = {
-    "mode": "iterative",
-    "iterations": 10,
-    "inner_steps": 0,
-    "reference_scale": (0.3, 0.5),
-    "references": "all",
-    "reference_fit": "pad",
-    "regions": "off",
-    "scheduler": "ddim",
-    "steps": 50,
-    "guidance_scale": 7.5,
-    "guidance_interval": (0.0, 1.0),
-    "reference_interval": (0.0, 1.0),
-    "noise": "shared",
-}
-
-# A preset names every value it stands for, so that it also overrules the model folder's defaults.
-# The sizes of story-iter are SDXL's own, 1024 x 1024: an SDXL folder has them without being told.
-PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "paper": _STORY_ADAPTER,
-    "story-iter": {
-        **_STORY_ADAPTER,
-        "scheduler": "ddim-leading",
-        "guidance_scale": 5.0,
-        "reference_fit": "squash",
-    },
-    "story-iter-fast": {
-        **_STORY_ADAPTER,
-        "scheduler": "lcm",
-        "steps": 4,
-        "guidance_scale": 5.0,
-        "reference_fit": "squash",
-    },
-    "ar-ldm": {
-        "mode": "causal",
-        "scheduler": "ddim",
-        "steps": 250,
-        "guidance_scale": 6.0,
-        "guidance_interval": (0.0, 1.0),
-        "window": "all",
-        "drafts": 0,
-    },
-}
 
 # What takes one word of a table: settings, and options of the command line.
 _CHOICES: Mapping[str, Collection[str]] = {
     "mode": MODES,
     "references": REFERENCES,
+    "references_from": REFERENCES_FROM,
     "reference_fit": REFERENCE_FITS,
     "regions": REGIONS,
     "scheduler": SCHEDULERS,
@@ -204,6 +176,7 @@ _CHOICES: Mapping[str, Collection[str]] = {
 }
 # Settings that came later, with the value under which a run is what it was before there were any.
 _LATER = {
+    "references_from": "last",
     "inner_steps": 0,
     "guidance_interval": (0.0, 1.0),
     "reference_interval": (0.0, 1.0),

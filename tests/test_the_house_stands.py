@@ -29,7 +29,7 @@ ROOMS = (
     ("processors",),
     ("checkpoints",),
     ("story",),
-    ("settings", "events", "runtime", "pictures", "model_names", "builtin"),
+    ("settings", "presets", "events", "runtime", "pictures", "model_names", "builtin"),
     ("kernels",),
     ("files", "documents", "packages", "plugins", "threads", "wording", "errors"),
 )

@@ -74,6 +74,14 @@ References = Annotated[
     str | None,
     choice(METHOD, choices("references"), help="Frames of the last round that a frame sees."),
 ]
+ReferencesFrom = Annotated[
+    str | None,
+    choice(
+        METHOD,
+        choices("references_from"),
+        help="References are the last round's pictures, or this round's as soon as they are drawn.",
+    ),
+]
 ReferenceFit = Annotated[
     str | None,
     choice(METHOD, choices("reference_fit"), help="How a reference that is not square is fitted."),
@@ -172,6 +180,7 @@ def generate(
     reference_scale: ReferenceScale = None,
     reference_interval: ReferenceInterval = None,
     references: References = None,
+    references_from: ReferencesFrom = None,
     reference_fit: ReferenceFit = None,
     reference_start: ReferenceStart = None,
     regions: Regions = None,

@@ -3,23 +3,26 @@
 x_i^0 = D(c_i, z)                                     round 0: captions alone
 R     = [proj(CLIPVision(x_j^{k-1}))] over frames j   references of round k
 x_i^k = D(c_i, z, R, l_k)                             rounds k = 1 .. K, every frame i on its own
+
+With references from the latest round, x_j^k stands in R in place of x_j^{k-1} where frame j's micro-batch came before: the
+iteration of Gauss and Seidel in place of Jacobi's. A frame then depends on the size of the micro-batches, which a run keeps.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Container, Generator, Iterator, Sequence
+from collections.abc import Callable, Container, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from fastory.conditioning.references import Group, References, everywhere
 from fastory.events import Event, FrameDrawn, RoundFinished, RoundStarted, StepDone
 from fastory.models.protocol import Caption, Model
+from fastory.modes.drawn_rounds import DrawnRounds
 from fastory.modes.memory import until_it_fits
 from fastory.modes.mode import StoryPlan, long_captions, register
 from fastory.modes.regions import NEEDED, Regions, Seen, check_boxes, settled
@@ -43,6 +46,7 @@ class IterativeRun:
     negative_kv: Tensor
     captions: list[Caption]
     characters: dict[str, list[Tensor]]
+    drawn: DrawnRounds
     regions: Regions | None = None
     halved: int | None = None
     sampler: Sampler | None = None
@@ -67,7 +71,10 @@ class IterativeRun:
         regions = None
         if settled(model, plan.story, settings, plan.prompts) != "off":
             regions = Regions(model, plan.story, settings, plan.prompts, captions, size)
-        return cls(model, plan, batch_sizes, size, negative, negative_kv, captions, characters, regions)
+        drawn = DrawnRounds(model, settings, plan.finished, regions)
+        return cls(
+            model, plan, batch_sizes, size, negative, negative_kv, captions, characters, drawn, regions
+        )
 
     @property
     def settings(self) -> Settings:
@@ -103,9 +110,8 @@ def iterative(
     """
     yield from long_captions(model, plan)
     run = IterativeRun.of(model, plan, batch_sizes, size)
-    last: dict[int, Seen] = {}
     for k in range(plan.settings.iterations + 1):
-        last = yield from until_it_fits(run, partial(draw_round, run, k, last), k)
+        yield from until_it_fits(run, partial(draw_round, run, k), k)
 
 
 def encode_characters(model: Model, plan: StoryPlan) -> dict[str, list[Tensor]]:
@@ -120,36 +126,38 @@ def encode_characters(model: Model, plan: StoryPlan) -> dict[str, list[Tensor]]:
     }
 
 
-def draw_round(
-    run: IterativeRun, k: int, last: dict[int, Seen], size: int
-) -> Generator[Event, None, dict[int, Seen]]:
-    """All frames of round k that are not finished, `size` at a time; returns what those drawn give the next round."""
-    settings, current, started = run.settings, dict[int, Seen](), time.monotonic()
+def draw_round(run: IterativeRun, k: int, size: int) -> Generator[Event, None, None]:
+    """All frames of round k that are not finished, `size` at a time."""
+    settings, started = run.settings, time.monotonic()
     count = len(run.story.frames)
     todo = {i for i in range(count) if not run.plan.finished.has(k, i)}
+    run.drawn.begin(k)
     if not todo:
-        return current
-    yield RoundStarted(k, settings.iterations, settings.reference_scale_of(k) if k else 0.0, len(todo))
-    references = references_of(run, k, last)
+        return
+    yield RoundStarted(k, settings.iterations, settings.reference_scale_of(k), len(todo))
     sampler = run.sampler_of(size)
     sampler.set_steps(settings.steps_of(k))
-    sampler.set_round(references)
+    latest = settings.references_from == "latest"
+    references: References | None = None
     # A frame always has the same place among the same others, finished ones included: where a library's rounding
     # depends on the place, a resumed run still gives the same bytes.
     for members in (range(first, min(first + size, count)) for first in range(0, count, size)):
         if todo.isdisjoint(members):
             continue
+        if references is None or latest:
+            fresh = {j: run.drawn.seen(k, j) for j in range(members.start if latest else 0)}
+            references = references_of(run, k, fresh)
+            sampler.set_round(references)
         rows = [row_of(run, references, i) for i in members]
         yield from report_steps(sampler, rows, k, todo)
         for n, row in enumerate(rows):
             if row.frame not in todo:
                 continue
             decoded = run.model.decode(sampler.latents[n : n + 1])
-            if k < settings.iterations:
-                current[row.frame] = see(run, row.frame, decoded.image, decoded.left_out)
+            if k < settings.iterations or latest:
+                run.drawn.add(k, row.frame, decoded.image, decoded.left_out)
             yield FrameDrawn(k, row.frame, decoded.image, row.seed, decoded.left_out)
     yield RoundFinished(k, settings.iterations, time.monotonic() - started)
-    return current
 
 
 def report_steps(sampler: Sampler, rows: Sequence[Row], k: int, todo: Container[int]) -> Iterator[Event]:
@@ -159,28 +167,26 @@ def report_steps(sampler: Sampler, rows: Sequence[Row], k: int, todo: Container[
         yield StepDone(k, frames, step, sampler.steps, seconds)
 
 
-def groups_of(run: IterativeRun, k: int, last: dict[int, Seen]) -> list[Group]:
-    """The references of round k: the last round's frames as one group, then a group for each character's pictures.
+def groups_of(run: IterativeRun, k: int, fresh: Mapping[int, Seen]) -> list[Group]:
+    """The references of round k: the story's frames as one group, then a group for each character's pictures.
 
-    With regions a character's appearances in the last round are a group, too, and what it has the story's group has not.
-
-    A frame of the last round that was not drawn just now is loaded and encoded here: every frame once a round.
+    fresh: pictures that are seen in place of the last round's of their frames. With regions a character's appearances are a
+    group, too, and what it has the story's group has not.
     """
     settings, story, regions = run.settings, run.story, run.regions
     groups: list[Group] = []
-    if k > 0:
-        for j in range(len(story.frames)):
-            if j not in last:
-                last[j] = see(run, j, *run.plan.finished.load(k - 1, j))
-        tokens = [last[j].whole for j in range(len(story.frames))]
-        rest = everywhere if regions is None else partial(regions.rest, last=last)
+    count = len(story.frames)
+    seen = {j: fresh[j] if j in fresh else run.drawn.seen(k - 1, j) for j in range(count) if k or j in fresh}
+    if seen:
+        tokens = [seen[j].whole if j in seen else None for j in range(count)]
+        rest = everywhere if regions is None else partial(regions.rest, last=seen)
         sees = frames_seen(story, settings.references)
         groups.append(Group(tokens, settings.reference_scale_of(k), sees, rest))
-        groups += [] if regions is None else regions.groups(k, last)
+        groups += [] if regions is None else regions.groups(k, seen)
     for character in story.characters:
         if run.characters[character.name] and k >= settings.reference_start:
             scale = settings.reference_scale_of(max(k, 1)) if character.scale is None else character.scale
-            mask = everywhere if regions is None else regions.mask_of(character.name, last)
+            mask = everywhere if regions is None else regions.mask_of(character.name, seen)
             groups.append(Group(run.characters[character.name], scale, in_cast(story, character.name), mask))
     return groups
 
@@ -203,17 +209,11 @@ def in_cast(story: Story, name: str) -> Callable[[int, int], bool]:
     return lambda i, n: name in story.cast(i)
 
 
-def see(run: IterativeRun, frame: int, image: Image.Image, left_out: str | None) -> Seen:
-    """What a picture gives the next round; nothing if it must not become a reference."""
-    whole = None if left_out else run.model.encode_reference(image, run.settings.reference_fit)
-    return Seen(whole) if run.regions is None else run.regions.see(frame, image, whole)
-
-
 @torch.inference_mode()
-def references_of(run: IterativeRun, k: int, last: dict[int, Seen]) -> References:
-    """What every row of round k reads: reference K/V once a round, each group ending with its null block."""
+def references_of(run: IterativeRun, k: int, fresh: Mapping[int, Seen]) -> References:
+    """What the rows of round k read, each group ending with its null block. fresh: as for groups_of."""
     return References.of(
-        groups_of(run, k, last),
+        groups_of(run, k, fresh),
         lambda: run.null_reference,
         run.model.layers.project_references,
         tokens_per_ref=run.model.tokens_per_ref,
@@ -254,7 +254,7 @@ class Iterative:
         """InputError where references are needed and the model has no IP-Adapter."""
         check_boxes(story)
         shown = has_pictures(story) and settings.reference_start <= settings.iterations
-        if settings.iterations > 0 or shown:
+        if settings.iterations >= settings.first_referring or shown:
             model.require_references()
 
     def check_redraw(self, frames: Sequence[int], count: int) -> None:
@@ -266,7 +266,7 @@ class Iterative:
         pictures = [
             len(character.references) for character in story.characters if character.references and shown
         ]
-        if not settings.iterations:
+        if settings.iterations < settings.first_referring:
             return pictures
         own = [len(story.frames)] * (0 if settings.regions == "off" else len(story.characters))
         return [len(story.frames), *own, *pictures]
@@ -277,6 +277,7 @@ class Iterative:
         pictures = has_pictures(story)
         if not settings.iterations:
             reasons["inner_steps"] = "without iterations there is one round, the last"
+        if settings.iterations < settings.first_referring:
             reasons["references"] = "without iterations no frame sees another one"
             if not pictures or settings.reference_start > 0:
                 why = "without iterations nothing is a reference"
@@ -299,7 +300,7 @@ class Iterative:
                 )
         if settings.regions == "off" and any(frame.boxes for frame in story.frames):
             yield f"`boxes` are not used: regions are off; {NEEDED}"
-        if not settings.iterations:
+        if settings.iterations < settings.first_referring:
             yield "0 iterations: every frame is drawn from its caption alone"
         if story.first_frame is not None:
             yield "`first_frame` is read by causal mode alone; this story is drawn without it"
@@ -323,12 +324,15 @@ class Iterative:
         scale = f"reference scale {first:g} to {last:g}"
         steps = settings.inner_steps
         inner = f", {counted(steps, 'step')} before the last" if steps else ""
-        return {"Rounds": f"{settings.iterations}, {scale}, references {settings.references}{inner}"}
+        latest = " as drawn" if settings.references_from == "latest" else ""
+        return {"Rounds": f"{settings.iterations}, {scale}, references {settings.references}{latest}{inner}"}
 
     def picture_values(self, settings: Settings, round: int) -> dict[str, Any]:
         """The weight of the references in this round, and which frames they were."""
-        scale = settings.reference_scale_of(round) if round else 0.0
-        return {"reference_scale": scale, "references": settings.references}
+        values = {"reference_scale": settings.reference_scale_of(round), "references": settings.references}
+        if settings.references_from != "last":
+            values["references_from"] = settings.references_from
+        return values
 
 
 def has_pictures(story: Story) -> bool:

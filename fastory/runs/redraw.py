@@ -137,15 +137,16 @@ def _refuse_damaged(folder: RunFolder, redrawn: Sequence[int]) -> None:
 def refuse_unrepeatable(folder: RunFolder) -> None:
     """InputError where a picture is damaged that would come out otherwise now: it was drawn beside frames since redrawn.
 
-    Round 0 sees no other frame, and what the last redraw drew saw what is there now.
+    A round that sees no other frame is drawn again as it was, and what the last redraw drew saw what is there now.
     """
     history = folder.manifest.get("history")
     if not history:
         return
     last = set(history[max(history, key=int)])
+    first_referring = 0 if folder.manifest["settings"].get("references_from") == "latest" else 1
     for k, i in _pictures_of(folder):
         name = picture_name(k, i)
-        if k and name not in last and not folder.has(k, i):
+        if k >= first_referring and name not in last and not folder.has(k, i):
             raise InputError(
                 f"{folder.path / name} is damaged or missing, and cannot be drawn again as it was, since frames beside it "
                 f"were redrawn; put the file back, or redraw it: --frames {i} --redraw-seed N, or --overwrite the run"

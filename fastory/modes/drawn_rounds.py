@@ -1,0 +1,38 @@
+"""What pictures that are drawn give those that are not yet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from PIL import Image
+
+from fastory.models.protocol import Model
+from fastory.modes.finished import Finished
+from fastory.modes.regions import Regions, Seen
+from fastory.settings import Settings
+
+
+@dataclass
+class DrawnRounds:
+    """The pictures of a story's rounds as references. One that was not drawn just now is loaded and encoded, once a round."""
+
+    model: Model
+    settings: Settings
+    finished: Finished
+    regions: Regions | None
+    _seen: dict[tuple[int, int], Seen] = field(default_factory=dict)
+
+    def begin(self, k: int) -> None:
+        """Round k begins, or begins again: pictures that it drew before do not count, nor those that no round sees any more."""
+        self._seen = {key: seen for key, seen in self._seen.items() if key[0] == k - 1}
+
+    def add(self, k: int, frame: int, image: Image.Image, left_out: str | None) -> None:
+        """A picture was drawn. left_out: why it must not become a reference, None for one that may."""
+        whole = None if left_out else self.model.encode_reference(image, self.settings.reference_fit)
+        self._seen[k, frame] = Seen(whole) if self.regions is None else self.regions.see(frame, image, whole)
+
+    def seen(self, k: int, frame: int) -> Seen:
+        """What the picture of `frame` in round k gives others; nothing if it must not become a reference."""
+        if (k, frame) not in self._seen:
+            self.add(k, frame, *self.finished.load(k, frame))
+        return self._seen[k, frame]

@@ -1,0 +1,51 @@
+"""Presets: published methods, each by every value that it stands for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_STORY_ADAPTER: Mapping[str, Any] = {
+    "mode": "iterative",
+    "iterations": 10,
+    "inner_steps": 0,
+    "reference_scale": (0.3, 0.5),
+    "references": "all",
+    "references_from": "last",
+    "reference_fit": "pad",
+    "regions": "off",
+    "scheduler": "ddim",
+    "steps": 50,
+    "guidance_scale": 7.5,
+    "guidance_interval": (0.0, 1.0),
+    "reference_interval": (0.0, 1.0),
+    "noise": "shared",
+}
+
+# A preset names every value it stands for, so that it also overrules the model folder's defaults.
+# The sizes of story-iter are SDXL's own, 1024 x 1024: an SDXL folder has them without being told.
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "paper": _STORY_ADAPTER,
+    "story-iter": {
+        **_STORY_ADAPTER,
+        "scheduler": "ddim-leading",
+        "guidance_scale": 5.0,
+        "reference_fit": "squash",
+    },
+    "story-iter-fast": {
+        **_STORY_ADAPTER,
+        "scheduler": "lcm",
+        "steps": 4,
+        "guidance_scale": 5.0,
+        "reference_fit": "squash",
+    },
+    "ar-ldm": {
+        "mode": "causal",
+        "scheduler": "ddim",
+        "steps": 250,
+        "guidance_scale": 6.0,
+        "guidance_interval": (0.0, 1.0),
+        "window": "all",
+        "drafts": 0,
+    },
+}
