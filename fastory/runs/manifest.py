@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from fastory.documents import read_json, validated
 from fastory.errors import InputError
-from fastory.settings import MODES
+from fastory.settings import MODES, Settings
 
 SCHEMA = 1
 NAME = "manifest.json"
@@ -152,6 +152,15 @@ def rounds_of(settings: Mapping[str, Any]) -> int:
     if type(iterations) is not int or (traits is not None and "iterations" not in traits.own):
         return 1
     return min(max(iterations, 0), 1000) + 1
+
+
+def settings_of(manifest: Mapping[str, Any]) -> Settings:
+    """The settings that a run is drawn with."""
+    said = manifest["settings"].items()
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in said
+    }
+    return Settings(**values)
 
 
 def picture_name(round: int, frame: int) -> str:

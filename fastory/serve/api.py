@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-import tempfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,20 +11,18 @@ from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
-from starlette.background import BackgroundTask
+from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from fastory import __version__, files
+from fastory import __version__
 from fastory.documents import parse_json, validated
 from fastory.errors import FastoryError, InputError
-from fastory.runs.manifest import picture_name, rounds_of
-from fastory.runs.render import Layout, render
 from fastory.serve import bodies
 from fastory.serve.checks import check_story, notices_of
-from fastory.serve.drawing import Drawing, check_redraw
-from fastory.serve.gate import MOST_PIXELS, BodyRefused
-from fastory.serve.shelf import PICTURE, InUse, NoSuchStory, Shelf, drawn, is_finished
+from fastory.serve.drawing import Drawing, check_redraw, check_take_back, replaced_by_redraw
+from fastory.serve.gate import BodyRefused
+from fastory.serve.pictures import pictures_api
+from fastory.serve.shelf import InUse, NoSuchStory, Shelf, drawn
 from fastory.wording import last_words
 
 STATUS = ((NoSuchStory, 404), (InUse, 409), (InputError, 422), (FastoryError, 503))
@@ -77,6 +74,7 @@ def make_app(shelf: Shelf, drawing: Drawing) -> FastAPI:
     app.include_router(stories_api(shelf, drawing))
     app.include_router(one_story_api(shelf, drawing))
     app.include_router(drawing_api(shelf, drawing))
+    app.include_router(redraw_api(shelf, drawing))
     app.include_router(pictures_api(shelf))
     for kind in (FastoryError, RequestValidationError, HTTPException, BodyRefused, Exception):
         app.add_exception_handler(kind, failure(shelf))
@@ -243,6 +241,7 @@ def shown(shelf: Shelf, drawing: Drawing, story: str) -> dict[str, Any]:
     """All that is known of a story."""
     manifest, request = shelf.manifest(story) or {}, shelf.request(story)
     redraw, settings = manifest.get("redraw") or {}, manifest.get("settings")
+    notes = shelf.notes(story)
     names = {
         number: sorted({name.rsplit("frame-", 1)[-1][:-4] for name in kept})
         for number, kept in manifest.get("history", {}).items()
@@ -257,7 +256,8 @@ def shown(shelf: Shelf, drawing: Drawing, story: str) -> dict[str, Any]:
             for k, pictures in redraw.get("pictures", {}).items()
         },
         "history": {number: [str(int(frame)) for frame in frames] for number, frames in names.items()},
-        "locked": shelf.notes(story).get("locked", []),
+        "undoable": sorted(set(notes.get("before", {})) & set(names)),
+        "locked": notes.get("locked", []),
         "redraw": (request or {}).get("frames"),
         "width": settings.get("width") if settings else None,
         "height": settings.get("height") if settings else None,
@@ -268,7 +268,6 @@ def drawing_api(shelf: Shelf, drawing: Drawing) -> APIRouter:
     """A story's drawing: the queue, what happens, pictures."""
     api = APIRouter(prefix="/stories/{story}")
     wanted, wanted_schema = taken(bodies.Draw)
-    redrawn, redrawn_schema = taken(bodies.Redraw)
 
     @api.post(
         "/draw",
@@ -280,24 +279,6 @@ def drawing_api(shelf: Shelf, drawing: Drawing) -> APIRouter:
     def draw(story: str, body: bodies.Draw = wanted) -> Any:
         state = drawing.state(shelf.known(story))
         drawing.submit(story, what_goes_on(shelf, story, state, body))
-        return {"id": story}
-
-    @api.post(
-        "/redraw",
-        status_code=202,
-        response_model=bodies.Created,
-        openapi_extra=redrawn_schema,
-        summary="Draw some frames again, with other captions or seeds; all others stay as they are",
-    )
-    def redraw(story: str, body: bodies.Redraw = redrawn) -> Any:
-        frames = {
-            change.frame: change.model_dump(exclude={"frame"}, exclude_none=True) for change in body.frames
-        }
-        check_redraw(shelf, shelf.known(story), frames)
-        drawing.submit(
-            story,
-            {"kind": "redraw", "frames": {str(i): change for i, change in frames.items()}, "seed": body.seed},
-        )
         return {"id": story}
 
     @api.post(
@@ -316,6 +297,47 @@ def drawing_api(shelf: Shelf, drawing: Drawing) -> APIRouter:
     return api
 
 
+def redraw_api(shelf: Shelf, drawing: Drawing) -> APIRouter:
+    """A finished story's changes."""
+    api = APIRouter(prefix="/stories/{story}")
+    redrawn, redrawn_schema = taken(bodies.Redraw)
+    back, back_schema = taken(bodies.TakeBack)
+
+    @api.post(
+        "/redraw",
+        status_code=202,
+        response_model=bodies.Created,
+        openapi_extra=redrawn_schema,
+        summary="Draw some frames again, with other captions or seeds; all others stay as they are",
+    )
+    def redraw(story: str, body: bodies.Redraw = redrawn) -> Any:
+        frames = {
+            change.frame: change.model_dump(exclude={"frame"}, exclude_none=True) for change in body.frames
+        }
+        check_redraw(shelf, shelf.known(story), frames)
+        changes = {str(i): change for i, change in frames.items()}
+        replaced = replaced_by_redraw(shelf, story, frames)
+        drawing.submit(story, {"kind": "redraw", "frames": changes, "seed": body.seed, "replaces": replaced})
+        return {"id": story}
+
+    @api.post(
+        "/take-back",
+        status_code=202,
+        response_model=bodies.Created,
+        openapi_extra=back_schema,
+        summary="Put the pictures back that a redraw replaced, and what the frames said",
+    )
+    def take_back(story: str, body: bodies.TakeBack = back) -> Any:
+        before = check_take_back(shelf, shelf.known(story), body.number)
+        replaced = replaced_by_redraw(shelf, story, map(int, before))
+        drawing.submit(
+            story, {"kind": "take_back", "number": body.number, "before": before, "replaces": replaced}
+        )
+        return {"id": story}
+
+    return api
+
+
 def what_goes_on(shelf: Shelf, story: str, state: str, body: bodies.Draw) -> dict[str, Any]:
     """The request of a draft, or of what was paused. Raises InUse where there is nothing to draw."""
     manifest, request = shelf.manifest(story), shelf.request(story) or {}
@@ -325,115 +347,10 @@ def what_goes_on(shelf: Shelf, story: str, state: str, body: bodies.Draw) -> dic
         raise InUse("the story is finished: redraw frames of it, or duplicate it")
     if body.give_up_redraw:
         return {"kind": "draw"}
-    if (manifest or {}).get("redraw") and request.get("kind") != "redraw":
+    if (manifest or {}).get("redraw") and request.get("kind") not in ("redraw", "take_back"):
         raise InUse("a redraw begun elsewhere is not finished: finish it there, or give it up")
-    kept = ("kind", "frames", "seed")
+    kept = ("kind", "frames", "seed", "number", "before", "replaces")
     return {"kind": "draw", **{name: request[name] for name in kept if name in request}}
-
-
-def pictures_api(shelf: Shelf) -> APIRouter:
-    """A story's pictures: those that are drawn, and those that it is given."""
-    api = APIRouter(prefix="/stories/{story}")
-    picture_schema = {
-        "requestBody": {
-            "required": True,
-            "content": {"image/*": {"schema": {"type": "string", "format": "binary"}}},
-        }
-    }
-
-    @api.post(
-        "/pictures",
-        status_code=201,
-        response_model=bodies.Uploaded,
-        openapi_extra=picture_schema,
-        summary="A picture of a character, or a first frame, for a draft",
-    )
-    async def upload(story: str, request: Request) -> Any:
-        from starlette.concurrency import run_in_threadpool
-
-        shelf.known(story)
-        data = await request.body()
-        return {"name": await run_in_threadpool(shelf.add_picture, story, data, MOST_PIXELS)}
-
-    @api.get("/pictures/{name}", response_class=FileResponse, summary="A picture that was uploaded")
-    def uploaded(story: str, name: str) -> FileResponse:
-        shelf.known(story)
-        file = shelf.draft(story) / "pictures" / name
-        if not PICTURE.fullmatch(f"pictures/{name}") or not file.is_file():
-            raise NoSuchStory("there is no such picture")
-        return FileResponse(file)
-
-    @api.get(
-        "/frames/{frame}",
-        response_class=FileResponse,
-        summary="A picture as PNG: of a round, the last unless given",
-    )
-    def picture(story: str, frame: int, round: int | None = None, take: str | None = None) -> FileResponse:
-        """take: `redraw` for the picture of a redraw that is not finished, or a number of the history."""
-        file = picture_file(shelf, shelf.known(story), frame, round, take)
-        return FileResponse(file, media_type="image/png", headers={"cache-control": "private, no-cache"})
-
-    @api.get("/take/{name}", response_class=FileResponse, summary="A finished story to print, send and keep")
-    def take(story: str, name: str) -> FileResponse:
-        """name: one of storybook.html, sheet.png, story.yaml, pictures.zip, pages.pdf, comic.pdf, strip.png, animated.webp."""
-        return taken_along(shelf, shelf.known(story), name)
-
-    return api
-
-
-WHOLE_FILES = ("storybook.html", "sheet.png", "story.yaml")
-RENDERED = {
-    "pictures.zip": ("zip", Layout()),
-    "pages.pdf": ("pdf", Layout()),
-    "comic.pdf": ("pdf", Layout(per_page=4)),
-    "strip.png": ("strip", Layout(captions="box")),
-    "animated.webp": ("webp", Layout()),
-}
-
-
-def taken_along(shelf: Shelf, story: str, name: str) -> FileResponse:
-    """A file to be saved. Raises NoSuchStory for another name, InUse before the story is finished."""
-    if name not in (*WHOLE_FILES, *RENDERED):
-        raise NoSuchStory("there is no such file of a story")
-    manifest, folder = shelf.manifest(story), shelf.run(story)
-    if manifest is None or not is_finished(manifest):
-        raise InUse("the story is not finished: draw it to its end first")
-    shown_name = f"{story}-{name}"
-    if name in WHOLE_FILES:
-        file = folder / name
-        if files.is_link_below(shelf.root, file) or not file.is_file():
-            raise NoSuchStory("there is no such file of a story")
-        return FileResponse(file, filename=shown_name)
-    form, layout = RENDERED[name]
-    made = Path(tempfile.mkdtemp(prefix="fastory-render-"))
-    try:
-        render(folder, form, made / name, layout)
-    except BaseException:
-        files.remove(made)
-        raise
-    return FileResponse(made / name, filename=shown_name, background=BackgroundTask(files.remove, made))
-
-
-def picture_file(shelf: Shelf, story: str, frame: int, round: int | None, take: str | None) -> Path:
-    """A picture that the manifest lists. Raises NoSuchStory for any other."""
-    missing = NoSuchStory(f"there is no such picture of frame {frame if 0 <= frame < 10**6 else '?'}")
-    manifest = shelf.manifest(story)
-    if manifest is None:
-        raise missing
-    pictures = manifest["pictures"]
-    if take == "redraw":
-        pictures = (manifest.get("redraw") or {}).get("pictures", {})
-    rounds = [k for k in range(rounds_of(manifest["settings"])) if str(frame) in pictures.get(str(k), {})]
-    chosen = (rounds[-1] if rounds else -1) if round is None else round
-    name = picture_name(chosen, frame) if chosen in rounds else ""
-    if take is not None and take != "redraw":
-        name = f"history/{take}/{name}" if name in manifest.get("history", {}).get(take, ()) else ""
-    elif take == "redraw" and name:
-        name = f"redraw/{name}"
-    file = shelf.run(story) / name
-    if not name or files.is_link_below(shelf.root, file) or not file.is_file():
-        raise missing
-    return file
 
 
 def new_token() -> str:

@@ -59,6 +59,12 @@ class Redraw(_Strict):
     seed: Seed | None = None
 
 
+class TakeBack(_Strict):
+    """number: of a redraw in the story's history, such as 001."""
+
+    number: Annotated[str, Field(pattern=r"^[0-9]{3,6}$")]
+
+
 class Failure(BaseModel):
     """What is wrong, in the words of the command line, and the code it would end with."""
 
@@ -115,7 +121,8 @@ class Shown(Summary):
 
     story: as its file says it. settings: as they are drawn with, of a run. pictures: a mapping a round, of frames to the first
     hex digits of their file's hash; redrawn: the same for pictures of a redraw that is not finished. history: frames of each
-    redraw that replaced pictures, by its number. redraw: what frames are to say after the redraw that is under way.
+    redraw that replaced pictures, by its number; undoable: those that can be taken back.
+    redraw: what frames are to say after the redraw that is under way.
     """
 
     story: dict[str, Any]
@@ -123,6 +130,7 @@ class Shown(Summary):
     pictures: list[dict[str, str]]
     redrawn: dict[str, dict[str, str]]
     history: dict[str, list[str]]
+    undoable: list[str]
     locked: list[int]
     redraw: dict[str, Any] | None
     width: int | None

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -177,6 +177,8 @@ class Drawing:
         request = self.shelf.request(story) or {}
         match end["event"]:
             case "RequestDone":
+                if "replaces" in request:
+                    remember(self.shelf, story, request["replaces"])
                 self.shelf.write_request(story, None)
                 files.remove(self.shelf.draft(story))  # the run folder has the story and its pictures
             case "RequestStopped":
@@ -252,6 +254,33 @@ class Drawing:
             self._listeners[story].discard(waiting)
             if not self._listeners[story]:
                 del self._listeners[story]
+
+
+def replaced_by_redraw(shelf: Shelf, story: str, frames: Iterable[int]) -> dict[str, Any]:
+    """before: what these frames say, and their redraw seeds; after: the number of the last redraw before this one."""
+    said, manifest = shelf.said(story)["frames"], shelf.manifest(story) or {}
+    before = {str(i): {"frame": said[i], "seed": manifest["seeds"].get(str(i))} for i in frames}
+    return {"before": before, "after": max(map(int, manifest.get("history", {})), default=0)}
+
+
+def remember(shelf: Shelf, story: str, replaced: Mapping[str, Any]) -> None:
+    """Keep what the frames of a redraw said before it under its number in the run folder's history; it may have drawn none."""
+    history = (shelf.manifest(story) or {}).get("history", {})
+    number = max(history, key=int, default="0")
+    if int(number) > replaced["after"]:
+        notes = shelf.notes(story)
+        notes.setdefault("before", {})[number] = replaced["before"]
+        shelf.write_notes(story, notes)
+
+
+def check_take_back(shelf: Shelf, story: str, number: str) -> dict[str, Any]:
+    """What the frames of this redraw said before it. Raises InputError where that is not known, or one of them is locked."""
+    before: dict[str, Any] | None = shelf.notes(story).get("before", {}).get(number)
+    manifest = shelf.manifest(story) or {}
+    if before is None or number not in manifest.get("history", {}):
+        raise InputError(f"redraw {number} cannot be taken back: the page did not ask for it, or it is none")
+    check_redraw(shelf, story, {int(frame): None for frame in before})
+    return before
 
 
 def check_redraw(shelf: Shelf, story: str, frames: Mapping[int, Any]) -> None:

@@ -84,6 +84,8 @@ class Worker:
         from fastory.models.torch_model import StoryModel
         from fastory.runs.generate import generate
 
+        if request["kind"] == "take_back":
+            take_back_as_requested(self.shelf, request)
         if self._model is None:
             self._model = StoryModel.open(**self._options)
         events = generate(model=self._model, **generate_arguments(self.shelf, request))
@@ -106,7 +108,7 @@ class Worker:
 
 def generate_arguments(shelf: Shelf, request: Mapping[str, Any]) -> dict[str, Any]:
     """What fastory.generate takes for a request: the story, its run folder and, of a run that has begun, its settings."""
-    from fastory.settings import Settings
+    from fastory.runs.manifest import settings_of
 
     name = request["story"]
     story, manifest = shelf.read(name), shelf.manifest(name)
@@ -114,17 +116,29 @@ def generate_arguments(shelf: Shelf, request: Mapping[str, Any]) -> dict[str, An
     if manifest is None or story.source == shelf.draft(name) / "story.json":
         story = with_pictures_inside(story)
     if manifest is not None:
-        said = manifest["settings"].items()
-        values: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in said
-        }
-        arguments["settings"] = Settings(**values)
+        arguments["settings"] = settings_of(manifest)
     if request["kind"] == "redraw":
         changes = {int(frame): change for frame, change in request["frames"].items()}
         frames = tuple(_changed(frame, changes.get(i, {})) for i, frame in enumerate(story.frames))
         story = replace(story, frames=frames)
         arguments |= {"frames": sorted(changes), "redraw_seed": request.get("seed")}
     return {"stories": story, **arguments}
+
+
+def take_back_as_requested(shelf: Shelf, request: Mapping[str, Any]) -> None:
+    """Put the pictures of a redraw's history back; what is drawn after it makes sheet and storybook anew."""
+    from fastory.runs.take_back import take_back
+    from fastory.story import Frame
+    from fastory.story.schema import FrameEntry
+
+    frames, seeds = {}, {}
+    for number, before in request["before"].items():
+        said = before["frame"] if isinstance(before["frame"], dict) else {"caption": before["frame"]}
+        entry = FrameEntry.model_validate(said)
+        boxes = tuple((name, (box[0], box[1], box[2], box[3])) for name, box in entry.boxes.items())
+        frames[int(number)] = Frame(entry.caption, entry.seed, tuple(entry.characters), boxes)
+        seeds[int(number)] = before["seed"]
+    take_back(shelf.run(request["story"]), request["number"], frames, seeds)
 
 
 def with_pictures_inside(story: Any) -> Any:

@@ -49,6 +49,7 @@ def test_every_frame_is_on_a_page(run: Path, tmp_path: Path) -> None:
         pdf = render(run, "pdf", tmp_path / f"{per_page}.pdf", Layout(per_page=per_page)).read_bytes()
         assert pdf.startswith(b"%PDF-") and pages(pdf) == count
     assert b"\xfe\xff" in pdf or b"sleeping" in pdf  # its title
+    assert pdf.count(b"(D:19700101") == 2  # and no time of its making
 
 
 def test_a_strip_shows_the_frames_in_their_order(tmp_path: Path) -> None:

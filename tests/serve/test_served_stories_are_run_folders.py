@@ -30,7 +30,10 @@ def drawn(server: Server) -> str:
 
 
 def pictures(folder: Path) -> dict[str, str]:
-    return {name: digest for name, digest in contents(folder).items() if name.endswith(".png")}
+    found = contents(folder).items()
+    return {
+        name: digest for name, digest in found if name.endswith(".png") and not name.startswith("history/")
+    }
 
 
 def test_a_served_story_is_the_command_lines_run(server: Server, drawn: str, tmp_path: Path) -> None:
@@ -64,6 +67,26 @@ def test_a_redraw_keeps_locked_frames(server: Server, drawn: str) -> None:
     assert shown["locked"] == [0] and shown["history"] == {"001": ["1"]}
     old = server.ask("GET", f"/stories/{drawn}/frames/1?round=1&take=001")
     assert old.status == 200 and old.body != server.ask("GET", f"/stories/{drawn}/frames/1").body
+    assert server.ask("POST", f"/stories/{drawn}/take-back", {"number": "002"}).status == 422
+    assert server.ask("POST", f"/stories/{drawn}/take-back", {"number": "001"}).status == 202
+    shown = server.until(drawn, "finished")
+    assert pictures(server.folder / drawn) == before
+    assert shown["story"]["frames"] == STORY["frames"] and shown["undoable"] == ["001", "002"]
+
+
+def test_a_run_of_the_command_line_is_redrawn_with_its_settings(server: Server) -> None:
+    """They stand in its manifest alone: its story file says nothing of them."""
+    folder = server.folder / "by-hand"
+    story = Story.from_captions(STORY["frames"][:2], title="By hand")
+    list(generate(story, model=StoryModel.open("builtin"), output=folder, steps=3, iterations=0, seed=4))
+    before = pictures(folder)
+    assert server.ask("POST", "/stories/by-hand/redraw", {"frames": [{"frame": 1}], "seed": 9}).status == 202
+    assert server.until("by-hand", "finished")["settings"]["steps"] == 3
+    after = pictures(folder)
+    assert {name for name in before if before[name] != after[name] and "frame" in name} == {
+        "frames/frame-001.png",
+        "iteration-00/frame-001.png",
+    }
 
 
 def test_paused_goes_on_to_the_same_bytes(server: Server, tmp_path: Path) -> None:

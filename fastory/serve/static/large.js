@@ -30,6 +30,7 @@ export class Large {
     this.seed = element("input", { type: "number", min: 0, oninput: () => this.showButtons() });
     this.history = element("select", { onchange: () => ((this.before = this.history.value), this.show()) });
     this.historyLabel = element("label", {}, [element("span", {}, ["Compare with"]), this.history]);
+    this.backButton = button("Take the redraw back", () => attempt(() => this.takeBack()), { hidden: true, id: "take-back" });
     this.facts = element("dl");
     this.lockButton = button("Lock", () => attempt(() => this.run.lock(this.index)), { id: "lock" });
     this.redrawButton = button("Redraw", () => attempt(() => this.redraw()), { className: "main", id: "redraw" });
@@ -50,7 +51,7 @@ export class Large {
           element("label", {}, [element("span", {}, ["Seed"]), this.seed]),
           this.boxRow,
           element("div", { className: "row" }, [this.redrawButton, this.takeButton, this.lockButton]),
-          this.undoButton, this.historyLabel, this.facts,
+          this.undoButton, this.historyLabel, element("div", {}, [this.backButton]), this.facts,
           element("p", { className: "quiet" }, [...["← → frames", "↑ ↓ rounds", "L lock", "R another take"].flatMap((key, i) => [i ? ", " : "", key])]),
         ]),
       ]),
@@ -99,6 +100,7 @@ export class Large {
   fill() {
     const frame = this.run.frames[this.index];
     this.before = "";
+    this.filled = this.said();
     this.text.value = captionOf(frame);
     this.seed.value = frame?.seed ?? "";
     this.seed.placeholder = `the story's (${this.run.story.settings?.seed ?? 0})`;
@@ -111,6 +113,12 @@ export class Large {
     this.historyLabel.hidden = numbers.length === 0;
     this.history.replaceChildren(element("option", { value: "" }, ["nothing"]), ...numbers.map((n) => element("option", { value: n }, [`before redraw ${Number(n)}`])));
     this.show();
+  }
+
+  /** What the fields are made of; another means that the server has a new one. */
+  said() {
+    const { frames, story } = this.run;
+    return JSON.stringify([frames[this.index], Object.keys(story.history)]);
   }
 
   change() {
@@ -128,6 +136,12 @@ export class Large {
     say(`Frame ${this.index} is drawn again; the others stay as they are.`);
   }
 
+  async takeBack() {
+    await this.run.takeBack(this.before);
+    this.before = this.history.value = "";
+    say("The pictures and the words from before that redraw come back.");
+  }
+
   async anotherTake(index) {
     await this.run.redraw(index, {}, random());
     say(`Another take of frame ${index}; the others stay as they are.`);
@@ -136,6 +150,7 @@ export class Large {
   show() {
     const { run, index } = this;
     if (!run.frames[index]) return;
+    if (this.dialog.open && this.filled !== this.said() && document.activeElement !== this.text) return this.fill();
     const round = this.round ?? run.shownRound;
     const found = run.picture(index, round);
     this.sheet.style.aspectRatio = `${run.story.width ?? 1} / ${run.story.height ?? 1}`;
@@ -147,6 +162,8 @@ export class Large {
     const compared = this.before && found;
     this.old.hidden = this.cut.hidden = !compared;
     if (compared) this.old.src = pictureAddress(run.story.id, index, found.round, this.before, this.before);
+    this.backButton.hidden = !this.before || !run.story.undoable.includes(this.before);
+    this.backButton.disabled = run.story.state !== "finished" || run.isLocked(index);
     this.showStrip(found?.round ?? round);
     this.showFacts(found?.round ?? round);
     this.showButtons();

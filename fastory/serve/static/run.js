@@ -195,6 +195,11 @@ export class Run {
     await this.refresh();
   }
 
+  async takeBack(number) {
+    await send("POST", `${this.path}/take-back`, { number });
+    await this.refresh();
+  }
+
   takeAlong() {
     const links = TAKEN.map(([name, text]) => element("a", { className: "button", href: `${this.path}/take/${name}`, download: "" }, [text]));
     return element("section", { className: "card stack" }, [element("h2", {}, ["Take along"]), element("div", { className: "row" }, links), element("p", { className: "quiet" }, ["Of a finished story. The command line: fastory render"])]);
