@@ -120,6 +120,12 @@ def test_a_story_is_written_drawn_locked_and_redrawn(page: Any, server: Server) 
     after = contents(server.folder / story)
     assert after["frames/frame-000.png"] == before["frames/frame-000.png"]
     assert after["frames/frame-001.png"] != before["frames/frame-001.png"]
+    from selenium.webdriver.support.ui import Select
+
+    until(lambda: len(Select(page.find_elements(By.CSS_SELECTOR, "dialog select")[-1]).options) == 2)
+    Select(page.find_elements(By.CSS_SELECTOR, "dialog select")[-1]).select_by_value("001")
+    until(lambda: page.find_element(By.CSS_SELECTOR, "dialog .before").is_displayed())
+    assert page.find_element(By.ID, "take-back").is_enabled()
     page.find_element(By.CSS_SELECTOR, "dialog").send_keys(Keys.ESCAPE)
     until(lambda: "a cat is sleeping" in page.find_elements(By.CSS_SELECTOR, ".frame")[1].text)
     until(

@@ -89,6 +89,7 @@ def test_a_run_of_the_command_line_is_redrawn_with_its_settings(server: Server) 
     }
 
 
+@pytest.mark.slow
 def test_paused_goes_on_to_the_same_bytes(server: Server, tmp_path: Path) -> None:
     story = {**STORY, "title": "Pause", "settings": {"steps": 12, "iterations": 3}}
     name = server.create(story)
