@@ -73,14 +73,21 @@ def read_finished(folder: Path) -> FinishedRun:
     manifest = read_manifest(folder / NAME)
     if not manifest["products"] or manifest.get("redraw"):
         raise InputError(f"{folder} is not finished; finish it with the command that drew it, then render it")
+    count, rounds = len(manifest["story"]["frames"]), range(rounds_of(manifest["settings"]))
+    final = tuple(folder / f"frames/frame-{i:03d}.png" for i in range(count))
+    names = [picture_name(k, i) for k in rounds for i in range(count)]
+    for file in (folder / "story.yaml", *final, *(folder / name for name in names)):
+        if files.is_link_below(folder, file):
+            raise InputError(f"{file} is reached through a symbolic link; move the link away")
     story = Story.read(folder / "story.yaml")
-    final = tuple(folder / f"frames/frame-{i:03d}.png" for i in range(len(story.frames)))
+    if len(story.frames) != count:
+        raise InputError(
+            f"{folder / 'story.yaml'} has {len(story.frames)} frames and the run {count}: it was changed"
+        )
     for file in final:
         digest = manifest["products"].get(file.relative_to(folder).as_posix())
         if not file.is_file() or files.sha256_of(file) != digest:
             raise InputError(f"{file} is missing or damaged; the command that drew the run makes it anew")
-    rounds = range(rounds_of(manifest["settings"]))
-    names = [picture_name(k, i) for k in rounds for i in range(len(story.frames))]
     there = [name for name in names if (folder / name).is_file()]
     kept = (*there, *(file.relative_to(folder).as_posix() for file in final))
     return FinishedRun(story.title, tuple(f.caption for f in story.frames), final, kept, folder)

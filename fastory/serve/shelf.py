@@ -90,7 +90,8 @@ class Shelf:
         return self.own / "drafts" / story
 
     def _is_run(self, path: Path) -> bool:
-        return bool(ID.fullmatch(path.name)) and not path.is_symlink() and (path / NAME).is_file()
+        file = path / NAME
+        return bool(ID.fullmatch(path.name)) and file.is_file() and not files.is_link_below(self.root, file)
 
     def _draft_file(self, story: str) -> Path:
         return self.draft(story) / "story.json"
@@ -119,7 +120,7 @@ class Shelf:
     def said(self, story: str) -> dict[str, Any]:
         """What its story file says, as plain values; of a draft, what was written so far, whatever it is."""
         if self.has_run(story) and (self.run(story) / "story.yaml").is_file():
-            data, _ = read_document(self.run(story) / "story.yaml")
+            data, _ = read_document(self._inside(self.run(story) / "story.yaml"))
         else:
             data = read_json(self._draft_file(story), what="a draft", most=MAX_BYTES)
         return data if isinstance(data, dict) else {}
@@ -127,7 +128,15 @@ class Shelf:
     def read(self, story: str) -> Story:
         """The checked story: of the run folder, or the draft before there is any. Raises InputError as Story.read does."""
         file = self.run(story) / "story.yaml"
-        return Story.read(file if self.has_run(story) and file.is_file() else self._draft_file(story))
+        return Story.read(
+            self._inside(file if self.has_run(story) and file.is_file() else self._draft_file(story))
+        )
+
+    def _inside(self, file: Path) -> Path:
+        """The file itself. Raises InputError where a link leads out of the folder, or may."""
+        if files.is_link_below(self.root, file):
+            raise InputError(f"{file} is reached through a symbolic link; move the link away")
+        return file
 
     def disk_bytes(self, story: str) -> int:
         """Of all files of its folder; counted at most every 2 seconds."""
@@ -195,7 +204,7 @@ class Shelf:
         for name in ("inputs", "pictures"):
             if (folder / name).is_dir() and not (folder / name).is_symlink():
                 files.make_folder(self.draft(copy))
-                shutil.copytree(folder / name, self.draft(copy) / name)
+                shutil.copytree(folder / name, self.draft(copy) / name, symlinks=True)
         self.write_draft(copy, data)
         return copy
 

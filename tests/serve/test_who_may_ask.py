@@ -202,3 +202,19 @@ def test_a_body_that_never_comes_is_given_up(monkeypatch: pytest.MonkeyPatch) ->
     scope = {"type": "http", "method": "POST", "path": "/stories", "query_string": b"", "headers": headers}
     asyncio.run(gate.Gate(reads, "word", "localhost", 1)(scope, slow, None))
     assert sent == [408]
+
+
+def test_a_link_in_a_run_folder_leads_nowhere(server: Server) -> None:
+    said = {"frames": ["a fox is sleeping in the snow"], "settings": {"steps": 1, "iterations": 0}}
+    story = server.create(said)
+    server.until(story, "finished")
+    assert server.ask("GET", f"/stories/{story}/frames/0").status == 200
+    assert server.ask("GET", f"/stories/{story}/take/story.yaml").status == 200
+    outside = server.folder.parent / "outside.yaml"
+    outside.write_text("title: secret\nframes: [secret]\n")
+    for name in ("iteration-00/frame-000.png", "story.yaml"):
+        (server.folder / story / name).unlink()
+        (server.folder / story / name).symlink_to(outside)
+    for path in ("frames/0", "take/story.yaml", "take/pages.pdf", "take/pictures.zip", ""):
+        answer = server.ask("GET", f"/stories/{story}/{path}".rstrip("/"))
+        assert answer.status < 500 and b"secret" not in answer.body, path
