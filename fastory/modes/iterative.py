@@ -238,6 +238,20 @@ def row_of(run: IterativeRun, references: References, frame: int) -> Row:
     )
 
 
+def prepare_round(
+    model: Model, plan: StoryPlan, k: int, batch_size: int, size: tuple[int, int] | None = None
+) -> tuple[Sampler, list[Row]]:
+    """Round k ready to be denoised step by step, for measurements: the sampler, and a row for every frame of the story.
+
+    Its references are plan.finished's pictures of round k - 1. batch_size: frames at once. size: as for iterative().
+    """
+    run = IterativeRun.of(model, plan, [batch_size], size)
+    references, sampler = references_of(run, k, {}), run.sampler_of(batch_size)
+    sampler.set_steps(plan.settings.steps_of(k))
+    sampler.set_round(references)
+    return sampler, [row_of(run, references, i) for i in range(len(plan.story.frames))]
+
+
 @torch.inference_mode()
 def project(model: Model, caption: Caption) -> Tensor:
     """Text K/V (1, Lt, W) of a caption."""

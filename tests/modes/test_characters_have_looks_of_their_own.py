@@ -19,9 +19,10 @@ from fastory.builtin import WEIGHTS
 from fastory.builtin.world.captions import caption
 from fastory.builtin.world.corpus import sample_tale
 from fastory.builtin.world.drawing import draw_with_boxes
+from fastory.conditioning.references import ReferenceContext
 from fastory.events import FrameDrawn, Notice
 from fastory.models.text import token_places
-from fastory.modes.iterative import IterativeRun, groups_of, iterative
+from fastory.modes.iterative import iterative, prepare_round
 from fastory.modes.mode import StoryPlan
 from fastory.modes.regions import Regions, Seen, medoids, settled
 from fastory.settings import Settings, resolve
@@ -208,12 +209,13 @@ def test_characters_are_looked_for_in_both_families(
     checkpoint = StoryModel.open(str(folder), ip_adapter=str(adapter))
     given = story(tmp_path)
     settings = replace(chosen(checkpoint), width=None, height=None)
-    run = IterativeRun.of(checkpoint, StoryPlan(given, settings), [2])
-    assert run.regions is not None
+    prompts = [given.prompt(i) for i in range(5)]
+    captions = [checkpoint.encode_caption(prompt) for prompt in prompts]
+    regions = Regions(checkpoint, given, settings, prompts, captions, checkpoint.native_size)
     picture = Image.effect_noise(checkpoint.native_size, 60).convert("RGB")
-    found = run.regions._maps(2, picture)
+    found = regions.see(2, picture, checkpoint.encode_reference(picture)).masks
     assert set(found) == {"Ann", "Bob"}
-    assert all(map_.min() >= 0 and map_.sum() > 0 for map_ in found.values())
+    assert all(mask.min() >= 0 and mask.max() <= 1 and mask.sum() > 0 for mask in found.values())
 
 
 def test_medoids_stand_for_all() -> None:
@@ -233,8 +235,11 @@ def test_a_limit_keeps_that_many_references_of_a_character(model: StoryModel, tm
     found = {}
     for limit in (0, 1, 2):
         settings = chosen(model, cast_limit=limit)
-        run = IterativeRun.of(model, StoryPlan(given, settings, finished=Kept(first)), [2])
-        found[limit] = [len(group.tokens) for group in groups_of(run, 1, {})]
+        sampler, _ = prepare_round(model, StoryPlan(given, settings, finished=Kept(first)), 1, 2)
+        context = sampler.context
+        assert isinstance(context, ReferenceContext)
+        # Each group ends with its null block.
+        found[limit] = (context.ref_offsets.diff() // context.tokens_per_ref - 1).tolist()
     assert found == {0: [5, 2, 3], 1: [5, 1, 1], 2: [5, 2, 2]}
 
 

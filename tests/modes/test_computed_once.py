@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastory import Story, StoryModel
 from fastory.conditioning.references import ReferenceContext, References
 from fastory.events import FrameDrawn, RoundStarted
-from fastory.modes import iterative as mode
+from fastory.modes.iterative import iterative, prepare_round
 from fastory.modes.mode import StoryPlan
 from fastory.sampling.sampler import Sampler
 
@@ -87,11 +87,8 @@ def prepared(model: StoryModel, frames: int, steps: int = 3) -> tuple[Sampler, l
     chosen = settings(iterations=1, steps=steps)
     whole = draw(model, CAPTIONS[:frames], settings(iterations=0, steps=1), 2)
     plan = StoryPlan(Story.from_captions(CAPTIONS[:frames]), chosen, finished=Kept(whole))
-    run = mode.IterativeRun.of(model, plan, [2])
-    references = mode.references_of(run, 1, {})
-    sampler = run.sampler_of(2)
-    sampler.set_round(references)
-    return sampler, [mode.row_of(run, references, i) for i in range(2)]
+    sampler, rows = prepare_round(model, plan, 1, 2)
+    return sampler, rows[:2]
 
 
 class HostReads(TorchDispatchMode):
@@ -221,9 +218,7 @@ def test_no_recompile_when_scale_or_number_of_references_change(
 
 def test_scale_follows_the_linear_weighting(model: StoryModel) -> None:
     chosen = settings(iterations=3, reference_scale=(0.3, 0.5))
-    events = list(
-        mode.iterative(model, StoryPlan(Story.from_captions(CAPTIONS[:2]), chosen), batch_sizes=[2])
-    )
+    events = list(iterative(model, StoryPlan(Story.from_captions(CAPTIONS[:2]), chosen), batch_sizes=[2]))
     scales = [event.reference_scale for event in events if isinstance(event, RoundStarted)]
     assert scales == pytest.approx([0.0, 0.3, 0.4, 0.5])
     assert len([event for event in events if isinstance(event, FrameDrawn)]) == 8

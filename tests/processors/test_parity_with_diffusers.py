@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from drawn_rounds import Kept
 from PIL import Image
 
 from fastory import Story, StoryModel
-from fastory.modes import iterative as mode
+from fastory.modes.iterative import prepare_round
 from fastory.modes.mode import StoryPlan
-from fastory.modes.regions import Seen
 from fastory.sampling.schedulers import make_scheduler
 from fastory.settings import Settings
 
@@ -81,12 +81,9 @@ def own_latents(
         seed=SEED,
         **settings,  # type: ignore[arg-type]
     )
-    run = mode.IterativeRun.of(model, StoryPlan(story, chosen), [batch])
-    seen = {n: Seen(model.encode_reference(image, chosen.reference_fit)) for n, image in enumerate(images)}
-    references = mode.references_of(run, 1 if images else 0, seen)
-    sampler = run.sampler_of(batch)
-    sampler.set_round(references)
-    for _ in sampler.denoise([mode.row_of(run, references, 0)]):
+    plan = StoryPlan(story, chosen, finished=Kept({(0, n): image for n, image in enumerate(images)}))
+    sampler, rows = prepare_round(model, plan, 1 if images else 0, batch)
+    for _ in sampler.denoise(rows[:1]):
         pass
     return sampler.latents[:1]
 

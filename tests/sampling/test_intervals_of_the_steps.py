@@ -12,16 +12,15 @@ import pytest
 import torch
 from counted_calls import calls
 from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
-from drawn_rounds import CAPTIONS, draw
+from drawn_rounds import CAPTIONS, Kept, draw
 from PIL import Image
 from run_folders import contents
 
 from fastory import InputError, Settings, Story, StoryModel, generate
 from fastory.conditioning.references import ReferenceContext
 from fastory.models.protocol import UnetInputs
-from fastory.modes import iterative as mode
+from fastory.modes.iterative import prepare_round
 from fastory.modes.mode import StoryPlan
-from fastory.modes.regions import Seen
 
 STEPS, SCALE, GUIDANCE, SEED, CAPTION = 10, 0.4, 5.0, 3, "a rabbit in the snow"
 # As in test_parity_with_diffusers: two orders of summation in float32 over 10 steps; guidance by 1 + 1e-6 in place of none
@@ -78,13 +77,10 @@ def own(folder: Path, adapter: Path, **intervals: tuple[float, float]) -> torch.
         seed=SEED,
         **intervals,
     )
-    plan = StoryPlan(Story.from_captions([CAPTION, "a fox"]), chosen)
-    run = mode.IterativeRun.of(model, plan, [2])
-    seen = {n: Seen(model.encode_reference(image, chosen.reference_fit)) for n, image in enumerate(PICTURES)}
-    references = mode.references_of(run, 1, seen)
-    sampler = run.sampler_of(2)
-    sampler.set_round(references)
-    for _ in sampler.denoise([mode.row_of(run, references, i) for i in range(2)]):
+    kept = Kept({(0, n): image for n, image in enumerate(PICTURES)})
+    plan = StoryPlan(Story.from_captions([CAPTION, "a fox"]), chosen, finished=kept)
+    sampler, rows = prepare_round(model, plan, 1, 2)
+    for _ in sampler.denoise(rows):
         pass
     return sampler.latents[:1]
 
