@@ -215,7 +215,8 @@ def test_characters_are_looked_for_in_both_families(
     picture = Image.effect_noise(checkpoint.native_size, 60).convert("RGB")
     found = regions.see(2, picture, checkpoint.encode_reference(picture)).masks
     assert set(found) == {"Ann", "Bob"}
-    assert all(mask.min() >= 0 and mask.max() <= 1 and mask.sum() > 0 for mask in found.values())
+    assert all(mask.min() >= 0 and mask.max() <= 1 for mask in found.values())
+    assert sum(mask.sum() for mask in found.values()) > 0  # a UNet of noise may give all to one of them
 
 
 def test_medoids_stand_for_all() -> None:
