@@ -22,6 +22,7 @@ ROOMS = (
     ("tuning",),
     ("export",),
     ("runs",),
+    ("distributed",),
     ("modes",),
     ("sampling",),
     ("models",),

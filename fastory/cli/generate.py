@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,12 +36,15 @@ from fastory.cli.options import (
     option,
 )
 from fastory.cli.progress import show_drawing, show_json
-from fastory.cli.reporting import reported
+from fastory.cli.reporting import quiet_libraries, reported
 from fastory.errors import InputError
 from fastory.settings import choices
 
 if TYPE_CHECKING:
     from fastory.events import Event
+    from fastory.modes.executor import Executor
+
+    ExecutorOf = Callable[[Any], Executor]
 
 
 def styles(incomplete: str) -> list[str]:
@@ -224,12 +229,49 @@ def generate(
     The same command goes on where a run was interrupted.
     """
     requested = locals()
-    with reported(resumable=True):
-        events = drawn(requested)
+    with reported(resumable=True), executors(requested) as executor_of:
+        events = drawn(requested, executor_of)
         show_json(events) if json_lines else show_drawing(events, quiet)
 
 
-def drawn(requested: Mapping[str, Any]) -> Iterator[Event]:
+@contextmanager
+def executors(requested: Mapping[str, Any]) -> Iterator[ExecutorOf]:
+    """Says, once the model is open, which processes draw: this one, or all of torchrun's.
+
+    Only rank 0 of torchrun comes back from here before all is drawn; the others draw for it.
+    """
+    from fastory.distributed.launch import launched
+
+    launch = launched()
+    if launch is None:
+        yield in_this_process
+        return
+    if launch.rank:
+        from fastory.distributed.follower import follow
+
+        quiet_libraries()
+        raise typer.Exit(follow(launch, requested["device"], partial(opened_as, requested)))
+    from fastory.distributed.ranks import led
+
+    with led(launch) as executor_of:
+        launch.device(requested["device"])
+        yield executor_of
+
+
+def in_this_process(model: Any) -> Executor:
+    """No other process draws."""
+    from fastory.modes.executor import HERE
+
+    return HERE
+
+
+def opened_as(requested: Mapping[str, Any], device: str, dtype: str | None, graphs: bool | None) -> Any:
+    """The model on a device, in the type and with the graphs of a run that began so; None for what the options say."""
+    began = {} if dtype is None else {"dtype": dtype, "graphs": "auto" if graphs else "off"}
+    return opened({**requested, "device": device, **began})
+
+
+def drawn(requested: Mapping[str, Any], executor_of: ExecutorOf) -> Iterator[Event]:
     """The events of the stories that these options name. Raises InputError, before PyTorch is imported where that can be."""
     from fastory import door
     from fastory.settings import Settings
@@ -252,7 +294,8 @@ def drawn(requested: Mapping[str, Any]) -> Iterator[Event]:
 
     unchanged = ("preset", "output", "overwrite", "redraw_seed", "batch_size", "first_frame")
     chosen = {name: requested[name] for name in unchanged}
-    return draw(stories, model=model, under=Path("stories"), frames=frames, **chosen, **settings)
+    where: dict[str, Any] = {"under": Path("stories"), "executor": executor_of(model)}
+    return draw(stories, model=model, frames=frames, **where, **chosen, **settings)
 
 
 def opened(requested: Mapping[str, Any]) -> Any:

@@ -36,3 +36,11 @@ class DrawnRounds:
         if (k, frame) not in self._seen:
             self.add(k, frame, *self.finished.load(k, frame))
         return self._seen[k, frame]
+
+    def put(self, k: int, frame: int, seen: Seen) -> None:
+        """What a picture that another process drew gives others."""
+        self._seen[k, frame] = seen
+
+    def of_round(self, k: int, frames: int) -> dict[int, Seen]:
+        """What every picture of a finished round gives; of round -1, before the first, there are none."""
+        return {j: self.seen(k, j) for j in range(frames if k >= 0 else 0)}

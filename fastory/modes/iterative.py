@@ -23,6 +23,7 @@ from fastory.conditioning.references import Group, References, everywhere
 from fastory.events import Event, FrameDrawn, RoundFinished, RoundStarted, StepDone
 from fastory.models.protocol import Caption, Model
 from fastory.modes.drawn_rounds import DrawnRounds
+from fastory.modes.executor import HERE, Round
 from fastory.modes.memory import until_it_fits
 from fastory.modes.mode import StoryPlan, long_captions, register
 from fastory.modes.regions import NEEDED, Regions, Seen, check_boxes, settled
@@ -58,8 +59,12 @@ class IterativeRun:
         plan: StoryPlan,
         batch_sizes: Sequence[int],
         size: tuple[int, int] | None = None,
+        characters: dict[str, list[Tensor]] | None = None,
     ) -> IterativeRun:
-        """Encode what stays the same: captions and characters' pictures. size: as for iterative()."""
+        """Encode what stays the same: captions and characters' pictures. size: as for iterative().
+
+        characters: the tokens of their pictures, where another process has encoded them.
+        """
         settings = plan.settings
         if size is None:
             width, height = model.native_size
@@ -67,7 +72,7 @@ class IterativeRun:
         negative = model.encode_negative(settings.negative_prompt)
         negative_kv = project(model, negative)
         captions = [model.encode_caption(prompt) for prompt in plan.prompts]
-        characters = encode_characters(model, plan)
+        characters = encode_characters(model, plan) if characters is None else characters
         regions = None
         if settled(model, plan.story, settings, plan.prompts) != "off":
             regions = Regions(model, plan.story, settings, plan.prompts, captions, size)
@@ -130,34 +135,39 @@ def draw_round(run: IterativeRun, k: int, size: int) -> Generator[Event, None, N
     """All frames of round k that are not finished, `size` at a time."""
     settings, started = run.settings, time.monotonic()
     count = len(run.story.frames)
-    todo = {i for i in range(count) if not run.plan.finished.has(k, i)}
+    todo = frozenset(i for i in range(count) if not run.plan.finished.has(k, i))
     run.drawn.begin(k)
     if not todo:
         return
     yield RoundStarted(k, settings.iterations, settings.reference_scale_of(k), len(todo))
-    sampler = run.sampler_of(size)
+    round = Round(k, size, count, todo)
+    # With references from the latest round a micro-batch waits for the one before it, wherever that is drawn.
+    executor = HERE if settings.references_from == "latest" else run.plan.executor
+    yield from executor.frames(run, round, partial(draw_batches, run, round))
+    yield RoundFinished(k, settings.iterations, time.monotonic() - started)
+
+
+def draw_batches(run: IterativeRun, round: Round, batches: Sequence[range]) -> Iterator[Event]:
+    """Some of a round's micro-batches, in this process."""
+    settings, k = run.settings, round.number
+    sampler = run.sampler_of(round.size)
     sampler.set_steps(settings.steps_of(k))
     latest = settings.references_from == "latest"
     references: References | None = None
-    # A frame always has the same place among the same others, finished ones included: where a library's rounding
-    # depends on the place, a resumed run still gives the same bytes.
-    for members in (range(first, min(first + size, count)) for first in range(0, count, size)):
-        if todo.isdisjoint(members):
-            continue
+    for members in batches:
         if references is None or latest:
             fresh = {j: run.drawn.seen(k, j) for j in range(members.start if latest else 0)}
             references = references_of(run, k, fresh)
             sampler.set_round(references)
         rows = [row_of(run, references, i) for i in members]
-        yield from report_steps(sampler, rows, k, todo)
+        yield from report_steps(sampler, rows, k, round.missing)
         for n, row in enumerate(rows):
-            if row.frame not in todo:
+            if row.frame not in round.missing:
                 continue
             decoded = run.model.decode(sampler.latents[n : n + 1])
             if k < settings.iterations or latest:
                 run.drawn.add(k, row.frame, decoded.image, decoded.left_out)
             yield FrameDrawn(k, row.frame, decoded.image, row.seed, decoded.left_out)
-    yield RoundFinished(k, settings.iterations, time.monotonic() - started)
 
 
 def report_steps(sampler: Sampler, rows: Sequence[Row], k: int, todo: Container[int]) -> Iterator[Event]:

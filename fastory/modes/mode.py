@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from fastory.events import Event, Notice
 from fastory.models.protocol import Model
+from fastory.modes.executor import HERE, Executor
 from fastory.modes.finished import Finished, Nothing
 from fastory.settings import MODES, ModeTraits, Settings
 from fastory.story import Story
@@ -21,7 +22,8 @@ from fastory.story import Story
 class StoryPlan:
     """One story as a mode draws it. index: in the call. prompts: of every frame, with the style.
 
-    finished: pictures that exist already. seeds: of frames that have one in place of their own and the run's.
+    finished: pictures that exist already. seeds: of frames that have one in place of their own and the run's. executor: where
+    its frames are drawn, for a mode whose frames do not wait for each other.
     """
 
     story: Story
@@ -30,6 +32,7 @@ class StoryPlan:
     finished: Finished = field(default_factory=Nothing)
     seeds: Mapping[int, int] = field(default_factory=dict)
     prompts: tuple[str, ...] = ()
+    executor: Executor = HERE
 
     def __post_init__(self) -> None:
         """The prompts are resolved here where they are not given."""

@@ -112,6 +112,11 @@ class Seen:
     own: Mapping[str, Tensor] = field(default_factory=dict)
     masks: Mapping[str, Tensor] = field(default_factory=dict)
 
+    def to(self, device: torch.device) -> Seen:
+        """The same on another device; masks stay on the CPU, where they are made."""
+        whole = None if self.whole is None else self.whole.to(device)
+        return Seen(whole, {name: tokens.to(device) for name, tokens in self.own.items()}, self.masks)
+
 
 class Regions:
     """Who is in which frame, and what each of them sees."""

@@ -1,8 +1,9 @@
-"""A group of runs is drawn: the mode's events passed on, pictures and halvings written first, then what is to be looked at."""
+"""Groups of runs are drawn: the modes' events passed on, pictures and halvings written first, then what is to be looked at."""
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 
@@ -19,16 +20,54 @@ from fastory.events import (
     StoryStarted,
 )
 from fastory.models.protocol import NOT_FINITE
+from fastory.modes.executor import Executor, Worker
 from fastory.modes.finished import Nothing
-from fastory.modes.mode import StoryPlan, mode_of
+from fastory.modes.mode import StoryPlan
 from fastory.runs.notices import story_notices
 from fastory.runs.provenance import footer, png_chunks
 from fastory.runs.redraw import end_redraw
 from fastory.runs.story_run import StoryRun
+from fastory.runtime import under_threads
+
+PAUSE = 0.002  # seconds, while all that is drawn is drawn elsewhere
 
 
-def draw_group(group: Sequence[StoryRun]) -> Generator[Event, None, None]:
-    """What is missing of these stories is drawn, then final pictures, sheets and storybooks are written."""
+def draw_groups(
+    groups: Sequence[Sequence[StoryRun]], executor: Executor, workers: Sequence[Worker]
+) -> Iterator[Event]:
+    """Each worker draws one group after the other, and this process writes what they draw."""
+    waiting = deque(groups)
+    drawing: dict[Worker, Generator[Event | None, None, None]] = {}
+    try:
+        while waiting or drawing:
+            for worker in workers:
+                if waiting and worker not in drawing:
+                    group = waiting.popleft()
+                    drawing[worker] = under_threads(group[0].threads, draw_group(group, executor, worker))
+            heard = False
+            for worker, events in list(drawing.items()):
+                try:
+                    event = next(events)
+                except StopIteration:
+                    del drawing[worker]
+                    continue
+                if event is not None:
+                    heard = True
+                    yield event
+            if not heard and drawing:
+                time.sleep(PAUSE)
+    finally:
+        for events in drawing.values():
+            events.close()
+
+
+def draw_group(
+    group: Sequence[StoryRun], executor: Executor, worker: Worker
+) -> Generator[Event | None, None, None]:
+    """What is missing of these stories is drawn, then final pictures, sheets and storybooks are written.
+
+    worker: draws them. None is passed on where it has nothing to say yet.
+    """
     started: dict[int, float] = {}
     missing: list[StoryRun] = []
     for run in group:
@@ -47,8 +86,11 @@ def draw_group(group: Sequence[StoryRun]) -> Generator[Event, None, None]:
     for run in missing:
         lost.refuse(run, lost.newest_round(run))
     if missing:
+        for run in missing:
+            if run.folder is not None:
+                run.folder.record_processes(executor.processes)
         yield BatchChosen(group[0].sizes[-1], group[0].reason)
-        yield from lost.watch(_record(group, _mode_events(group)))
+        yield from lost.watch(_record(group, _mode_events(group, executor, worker)))
     black = [run for run in group if lost.is_lost(run, run.settings.rounds - 1)]
     for run in group:
         if run not in black:
@@ -65,7 +107,7 @@ class LostRounds:
         self._runs = {run.index: run for run in group}
         self._reasons: dict[tuple[int, int, int], str | None] = {}  # of the pictures drawn now
 
-    def watch(self, events: Iterator[Event]) -> Iterator[Event]:
+    def watch(self, events: Iterator[Event | None]) -> Iterator[Event | None]:
         """Pass events on; FastoryError after a round that is lost."""
         for event in events:
             yield event
@@ -109,22 +151,22 @@ class LostRounds:
         )
 
 
-def _mode_events(group: Sequence[StoryRun]) -> Iterator[Event]:
+def _mode_events(group: Sequence[StoryRun], executor: Executor, worker: Worker) -> Iterator[Event | None]:
     """The mode's events. All stories of a group take part, finished ones too: they keep the others' rows."""
     first = group[0]
-    settings, plans = first.settings, [_plan(run) for run in group]
+    settings, plans = first.settings, [_plan(run, executor) for run in group]
     size = (settings.width or 0, settings.height or 0)
-    return mode_of(settings.mode).draw(first.model, plans, batch_sizes=first.sizes, size=size)
+    return worker.stories(settings.mode, first.model, plans, batch_sizes=first.sizes, size=size)
 
 
-def _plan(run: StoryRun) -> StoryPlan:
+def _plan(run: StoryRun, executor: Executor) -> StoryPlan:
     """A story as a mode draws it."""
     folder = run.folder
     finished, seeds = (Nothing(), {}) if folder is None else (folder, folder.seeds())
-    return StoryPlan(run.story, run.settings, run.index, finished, seeds, run.prompts)
+    return StoryPlan(run.story, run.settings, run.index, finished, seeds, run.prompts, executor)
 
 
-def _record(group: Sequence[StoryRun], events: Iterator[Event]) -> Iterator[Event]:
+def _record(group: Sequence[StoryRun], events: Iterator[Event | None]) -> Iterator[Event | None]:
     """Pass events on; pictures and halvings go into the run folders first."""
     runs = {run.index: run for run in group}
     before = time.monotonic()

@@ -340,6 +340,14 @@ class RunFolder:
         """Frames at once in round 0, 1, .., or stories at once at frame 0, 1, ..; the last entry stands for all later ones."""
         return list(self.manifest["batch_sizes"])
 
+    def record_processes(self, count: int) -> None:
+        """Say in the manifest that from now on `count` processes draw. A run of one process alone says nothing of it."""
+        there = self.manifest.get("processes", [1])
+        if there[-1] != count:
+            drawn = any(self.manifest["pictures"].values())
+            self.manifest["processes"] = [*(there if drawn else there[:-1]), count]
+            self.save_manifest()
+
     def counts(self, rounds: int, frames: int) -> list[int]:
         """How many pictures of each round are finished."""
         return [sum(self.has(k, i) for i in range(frames)) for k in range(rounds)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ from fastory.errors import FastoryError, InputError
 from fastory.events import Event, Notice
 from fastory.models.protocol import Model
 from fastory.models.torch_model import StoryModel
+from fastory.modes.executor import HERE, Executor
+from fastory.modes.mode import mode_of
 from fastory.pictures import as_picture, open_picture
-from fastory.runs.drawing import draw_group
+from fastory.runs.drawing import draw_groups
 from fastory.runs.folder import RunFolder, run_paths
 from fastory.runs.progress import StepBar
 from fastory.runs.resolve import Frames, ResolvedStory, resolve_story
-from fastory.runs.story_run import begin_runs, drawn_together, open_folder
-from fastory.runtime import under_threads
+from fastory.runs.story_run import StoryRun, begin_runs, drawn_together, open_folder
 from fastory.settings import Settings, check
 from fastory.story import Character, Story, are_captions
 
@@ -43,6 +45,7 @@ def generate(
     batch_size: int | None = None,
     callback: Callable[[Event], object] | None = None,
     progress: bool = False,
+    executor: Executor = HERE,
     **values: Any,
 ) -> Iterator[Event]:
     """Draw one story or many; yields events, among them every picture as it is finished.
@@ -57,6 +60,7 @@ def generate(
     named by story and settings. Without both, nothing is written. frames: only redraw these, in a finished run folder; in
     causal mode all from one on, as a slice(k, None).
     callback: called with every event before it is yielded. progress: a bar over the denoising steps, in a notebook too.
+    executor: the processes that draw, by default this one; see fastory.distributed.
 
     Everything is checked before the first event: raises InputError for what cannot be used. While drawing, raises
     FastoryError for a full disk or for memory that does not suffice for one frame.
@@ -77,7 +81,7 @@ def generate(
     listeners: list[Callable[[Event], object]] = [] if callback is None else [callback]
     if progress:
         listeners.append(stack.enter_context(StepBar()))
-    events = _draw(opened, batch_size, stack, listeners)
+    events = _draw(opened, batch_size, stack, listeners, executor)
     next(events)  # a generator that was never begun would not release the folders when it is closed
     return events
 
@@ -161,7 +165,11 @@ def _open_folders(
 
 
 def _draw(
-    opened: Opened, batch_size: int | None, stack: ExitStack, listeners: Sequence[Callable[[Event], object]]
+    opened: Opened,
+    batch_size: int | None,
+    stack: ExitStack,
+    listeners: Sequence[Callable[[Event], object]],
+    executor: Executor,
 ) -> Iterator[Event]:
     """Draw story after story, causal ones side by side, with the run's own number of threads.
 
@@ -169,10 +177,19 @@ def _draw(
     """
     try:
         yield Notice("ready")
-        for group in drawn_together(begin_runs(opened, batch_size)):
-            for event in under_threads(group[0].threads, draw_group(group)):
-                for listener in listeners:
-                    listener(event)
-                yield event
+        runs = begin_runs(opened, batch_size, executor.processes)
+        for event in _drawn(runs, executor):
+            for listener in listeners:
+                listener(event)
+            yield event
     finally:
         stack.close()
+
+
+def _drawn(runs: Sequence[StoryRun], executor: Executor) -> Iterator[Event]:
+    """Stories of a mode with rounds one after the other, their frames on all processes; others are dealt over the processes."""
+    groups = drawn_together(runs, len(executor.workers))
+    for by_frame, several in groupby(
+        groups, key=lambda group: mode_of(group[0].settings.mode).unit == "frame"
+    ):
+        yield from draw_groups(list(several), executor, [HERE] if by_frame else executor.workers)

@@ -97,6 +97,7 @@ class _Manifest(_Strict):
     history: dict[Annotated[str, StringConstraints(pattern=r"^[0-9]{3,6}$")], list[Name]] = {}
     redraw: _Redraw | None = None
     anew: bool = False
+    processes: list[Annotated[int, Field(ge=1)]] | None = None  # that drew, in turn; none where one alone did
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

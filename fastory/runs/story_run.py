@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from contextlib import ExitStack
@@ -112,15 +113,15 @@ def _noise_seeds(story: Story, settings: Settings, redraw_seeds: Mapping[int, in
 
 
 def begin_runs(
-    opened: Sequence[tuple[ResolvedStory, RunFolder | None]], batch_size: int | None
+    opened: Sequence[tuple[ResolvedStory, RunFolder | None]], batch_size: int | None, processes: int = 1
 ) -> list[StoryRun]:
     """Choose the micro-batches and write the manifests of new runs; a resumed one keeps its sizes and threads.
 
-    batch_size: as asked for, or None.
+    batch_size: as asked for, or None. processes: that draw them together.
     """
     stories = Counter(resolved.settings.mode for resolved, _ in opened)
     return [
-        _begin(index, resolved, folder, stories[resolved.settings.mode], batch_size)
+        _begin(index, resolved, folder, stories[resolved.settings.mode], batch_size, processes)
         for index, (resolved, folder) in enumerate(opened)
     ]
 
@@ -131,11 +132,12 @@ def _begin(
     folder: RunFolder | None,
     stories: int,
     batch_size: int | None,
+    processes: int,
 ) -> StoryRun:
     model, story, settings = resolved.model, resolved.story, resolved.settings
     unit = mode_of(settings.mode).unit
     count = stories if unit == "story" else len(story.frames)
-    size, reason = _micro_batch(model, settings, count, unit, batch_size)
+    size, reason = _micro_batch(model, settings, count, unit, batch_size, processes)
     sizes, threads = [size], model.placement.threads
     if folder is not None:
         if not folder.manifest:
@@ -159,9 +161,12 @@ def _begin(
 
 
 def _micro_batch(
-    model: Model, settings: Settings, count: int, unit: str, requested: int | None
+    model: Model, settings: Settings, count: int, unit: str, requested: int | None, processes: int
 ) -> tuple[int, str]:
-    """How many of `count` are denoised at once, frames of a round or stories side by side, and why."""
+    """How many of `count` are denoised at once, frames of a round or stories side by side, and why.
+
+    Where nothing is requested, every process has a micro-batch to draw.
+    """
     if requested is not None:
         size = min(requested, count)
         return size, f"{size} of {counted(count, unit)} at once, as asked for"
@@ -171,12 +176,26 @@ def _micro_batch(
         model.sizes.first_channels, model.placement.dtype, width, height, is_guided(model, settings)
     )
     taken = None if model.most_rows is None else max(1, model.most_rows // rows_per_frame(model, settings))
-    return choose_batch(model.placement, needed, count, unit, taken)
+    if processes > 1:
+        share = -(-count // processes)
+        taken = share if taken is None else min(taken, share)
+    size, reason = choose_batch(model.placement, needed, count, unit, taken)
+    return size, reason if processes == 1 else f"{reason}, {processes} processes"
 
 
-def drawn_together(runs: Sequence[StoryRun]) -> list[list[StoryRun]]:
-    """Runs in the groups that are drawn side by side, in the order of the first of each group."""
+def drawn_together(runs: Sequence[StoryRun], workers: int = 1) -> list[list[StoryRun]]:
+    """Runs in the groups that are drawn side by side, in the order of the first of each group.
+
+    With several workers a group is parted where its micro-batches are, at every frame: no story has other neighbours.
+    """
     groups: dict[Hashable, list[StoryRun]] = {}
     for run in runs:
         groups.setdefault(run.batch_key, []).append(run)
-    return list(groups.values())
+    if workers == 1:
+        return list(groups.values())
+    return [
+        group[first : first + step]
+        for group in groups.values()
+        for step in [math.lcm(*group[0].sizes)]
+        for first in range(0, len(group), step)
+    ]
