@@ -121,20 +121,22 @@ def draw(model: StoryModel, story: HeldOutStory, candidate: Candidate) -> Drawn:
     return Drawn(pictures, calls / len(final), time.monotonic() - started)
 
 
-def events_of(model: StoryModel, story: HeldOutStory, candidate: Candidate) -> Iterator[Any]:
+def events_of(model: StoryModel, held_out: HeldOutStory, candidate: Candidate) -> Iterator[Any]:
     """The events of a story drawn by a schedule, without a folder."""
-    told, size = Story.from_captions(story.captions), candidate.batch_size
+    story, size = Story.from_captions(held_out.captions), candidate.batch_size
     settings = dict(candidate.settings) | ({"iterations": 0} if candidate.one_reference else {})
     first: dict[int, Image.Image] = {}
-    for event in generate(told, model=model, seed=story.seed, batch_size=size, **settings):
+    for event in generate(story, model=model, seed=held_out.seed, batch_size=size, **settings):
         if isinstance(event, FrameDrawn):
             first[event.frame] = event.image
         yield event
     if candidate.one_reference:
-        chosen, _ = resolve({**candidate.settings, "seed": story.seed}, {}, None, model.defaults)
+        chosen, _ = resolve({**candidate.settings, "seed": held_out.seed}, {}, None, model.defaults)
         last = chosen.reference_scale[1]
         chosen = replace(chosen, reference_scale=(last, last), references="all", regions="off")
-        yield from iterative(model, StoryPlan(told, chosen, finished=OneReference(first)), batch_sizes=[size])
+        yield from iterative(
+            model, StoryPlan(story, chosen, finished=OneReference(first)), batch_sizes=[size]
+        )
 
 
 class Rows:

@@ -199,6 +199,17 @@ def causal(
             yield from until_it_fits(batch, partial(draw_frame, batch, frame), 0, frame)
 
 
+def prepare_frame(
+    model: Model, plans: Sequence[StoryPlan], frame: int, batch_size: int, size: tuple[int, int]
+) -> tuple[Sampler, list[Row]]:
+    """Frame `frame` ready to be denoised step by step, for measurements: the sampler, and a row for every story.
+
+    The history is plan.finished's pictures of the frames before. batch_size: stories at once. size: as for causal().
+    """
+    batch = CausalBatch(model, plans, [batch_size], size)
+    return batch.sampler_of(batch_size), [batch.row(state, frame) for state in batch.states]
+
+
 def draw_frame(batch: CausalBatch, frame: int, size: int) -> Generator[Event, None, None]:
     """Frame `frame` of every story that lacks it, `size` stories at a time."""
     states = batch.states

@@ -15,7 +15,7 @@ from small_history import pictures, tell, write_causal_folder
 
 from fastory import Story, StoryModel, generate
 from fastory.events import FrameDrawn, StepDone
-from fastory.modes.causal import CausalBatch, StoryState, causal
+from fastory.modes.causal import causal, prepare_frame
 from fastory.modes.iterative import iterative
 from fastory.modes.mode import StoryPlan
 from fastory.sampling.sampler import Row, Sampler
@@ -236,15 +236,13 @@ def test_a_run_that_stops_between_two_steps_goes_on_to_the_same_bytes(
 def test_one_row_in_several_places_is_one_frame(models: dict[str, StoryModel], scheduler: str) -> None:
     """A stand-in and padding are the row itself; its noise is drawn once, whatever stands beside it."""
     chosen = settings(scheduler)
-    batch = CausalBatch(models[scheduler], [StoryPlan(story(CAPTIONS[:2]), chosen)], [3], (64, 64))
-    sampler = batch.sampler_of(3)
+    plans = [StoryPlan(story(captions), chosen, n) for n, captions in enumerate((CAPTIONS[:2], OTHERS))]
+    sampler, (one, other) = prepare_frame(models[scheduler], plans, 0, 3, (64, 64))
 
     def latents(rows: list[Row]) -> torch.Tensor:
         list(sampler.denoise(rows))
         return sampler.latents.clone()
 
-    one = batch.row(batch.states[0], 0)
-    other = batch.row(StoryState(StoryPlan(story(OTHERS), chosen, 1)), 0)
     alone = latents([one])
     assert torch.equal(alone[0], alone[1]) and torch.equal(alone[0], alone[2])
     for rows, place in (([one, one, other], 0), ([other, one, one], 1), ([other, other, one], 2)):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
-from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -11,8 +11,9 @@ from counted_calls import calls
 from small_history import write_causal_folder
 
 from fastory import Story, StoryModel
+from fastory.conditioning.history import Ring
 from fastory.events import FrameDrawn
-from fastory.modes.causal import CausalBatch, draw_frame
+from fastory.modes.causal import causal
 from fastory.modes.mode import StoryPlan
 from fastory.settings import Settings
 
@@ -37,16 +38,13 @@ def test_a_frame_is_encoded_once_and_projected_once_and_the_history_does_not_gro
     }
     story = Story.from_captions([f"a {WORDS[i % 5]} in the {WORDS[-(i % 2)]}" for i in range(FRAMES)])
     plan = StoryPlan(story, Settings(mode="causal", window=3, steps=1))
-    batch = CausalBatch(model, [plan], [1], (64, 64))
     each: list[Counter[str]] = []
     held: list[int] = []
     with calls(modules) as count:
-        for event in chain.from_iterable(draw_frame(batch, i, 1) for i in range(len(story.frames))):
+        for event in causal(model, [plan], batch_sizes=[1], size=(64, 64)):
             if isinstance(event, FrameDrawn):
                 each.append(count.copy())
-                (state,) = batch.states
-                assert state.ring is not None
-                held.append(state.ring.bytes)
+                held.append(max(found.bytes for found in gc.get_objects() if isinstance(found, Ring)))
                 count.clear()
     # once a story: the null frame, the positions' table and the negative prompt
     assert each[0] == Counter(picture=2, caption=2, to_k=5, to_v=5, local=2)

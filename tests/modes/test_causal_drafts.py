@@ -85,13 +85,13 @@ def test_stories_side_by_side_have_their_own_drafts_and_a_given_frame_none(
     steps = [(e.story_index, e.draft) for e in events if isinstance(e, StepDone) and e.frames == (0,)]
     assert steps == [(0, 1), (1, 1)] * 2 + [(0, 0), (1, 0)] * 2
     for place, story in enumerate(stories):
-        alone = pictures(tell(model, story, drafts=1, batch_size=3))
-        assert {frame: data for (_, frame), data in alone.items()} == {
+        itself = pictures(tell(model, [story] * 3, drafts=1, batch_size=3))
+        assert {frame: data for (at, frame), data in itself.items() if at == 0} == {
             frame: data for (at, frame), data in together.items() if at == place
         }
-    plain = pictures(tell(model, stories[2], drafts=0, batch_size=3))
+    plain = pictures(tell(model, [stories[2]] * 3, drafts=0, batch_size=3))
     assert {frame: data for (at, frame), data in together.items() if at == 2} == {
-        frame: data for (_, frame), data in plain.items()
+        frame: data for (at, frame), data in plain.items() if at == 0
     }
 
 
@@ -104,7 +104,7 @@ def test_when_memory_runs_out_behind_a_draft_the_draft_is_forgotten(
     denoise = mode.denoise
 
     def short_of_memory(
-        batch: mode.CausalBatch, sampler: Sampler, members: Any, todo: Any, frame: int, draft: int = 0
+        batch: Any, sampler: Sampler, members: Any, todo: Any, frame: int, draft: int = 0
     ) -> Any:
         if frame == 0 and draft == 0 and sampler.batch_size == 2:
             torch.empty(2**60, dtype=torch.uint8)  # what the allocator says of itself

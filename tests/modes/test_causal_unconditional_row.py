@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from drawn_rounds import Kept
 from PIL import Image
 from small_history import FRAME_TOKENS, write_causal_folder
 
 from fastory import Story, StoryModel
 from fastory.conditioning.history import HistoryRow
-from fastory.modes.causal import CausalBatch
+from fastory.modes.causal import prepare_frame
 from fastory.modes.mode import StoryPlan
 from fastory.settings import Settings
 
@@ -34,13 +35,9 @@ def test_null_frames_stand_where_frames_stand(model: StoryModel, before: int) ->
     story = Story.from_captions(
         ["a fox", "the red fox swims in the sea", "a rabbit", "the sea", "a fox", "forest"]
     )
-    plan = StoryPlan(story, Settings(mode="causal", window=WINDOW, negative_prompt="blue"))
-    batch = CausalBatch(model, [plan], [1], (64, 64))
-    (state,) = batch.states
-    state.ring = batch.new_ring()
-    for i in range(before):
-        batch.append(state, i, picture(i))
-    row = batch.row(state, before)
+    chosen = Settings(mode="causal", window=WINDOW, negative_prompt="blue")
+    plan = StoryPlan(story, chosen, finished=Kept({(0, i): picture(i) for i in range(before)}))
+    _, (row,) = prepare_frame(model, [plan], before, 1, (64, 64))
     assert isinstance(row.conditional, HistoryRow) and isinstance(row.unconditional, HistoryRow)
     kv, padding = row.unconditional.kv, row.unconditional.padding
 

@@ -63,7 +63,10 @@ def test_a_run_that_stops_after_any_frame_ends_in_the_same_bytes(
 
 
 def test_stories_side_by_side_are_the_stories_alone(model: StoryModel) -> None:
-    """Three stories of different lengths in batches of two: each as if it were drawn alone in a batch of that size."""
+    """Three stories of different lengths in batches of two: each as beside itself, in a batch of that size.
+
+    Of another size it may be rounded otherwise: with AMX and AVX-512 products of matrices are, with AVX2 they were not.
+    """
     stories = [
         Story.from_captions(captions, title=str(n))
         for n, captions in enumerate([CAPTIONS, OTHER, OTHER[::-1]])
@@ -74,8 +77,8 @@ def test_stories_side_by_side_are_the_stories_alone(model: StoryModel) -> None:
     assert steps == [0, 1, 0, 1, 2, 2]  # two stories a step, then the third
     assert [e.story_index for e in events if isinstance(e, StoryStarted)] == [0, 1, 2]
     for place, story in enumerate(stories):
-        alone = pictures(tell(model, story))
-        assert {frame: data for (_, frame), data in alone.items()} == {
+        itself = pictures(tell(model, [story] * 2))
+        assert {frame: data for (at, frame), data in itself.items() if at == 0} == {
             frame: data for (at, frame), data in together.items() if at == place
         }
 
@@ -118,9 +121,7 @@ def test_when_memory_runs_out_a_frame_starts_again_with_fewer_stories(
     stories = [Story.from_captions(captions, title=str(n)) for n, captions in enumerate([OTHER, OTHER[::-1]])]
     finish_frame = mode.finish_frame
 
-    def short_of_memory(
-        batch: mode.CausalBatch, state: mode.StoryState, frame: int, *rest: Any
-    ) -> FrameDrawn:
+    def short_of_memory(batch: Any, state: Any, frame: int, *rest: Any) -> FrameDrawn:
         assert batch.sampler is not None
         if frame == 1 and batch.sampler.batch_size == 2:
             torch.empty(2**60, dtype=torch.uint8)  # what the allocator says of itself

@@ -18,7 +18,7 @@ from fastory import Story, StoryModel
 from fastory.conditioning.history import HistoryContext, HistoryRow
 from fastory.conditioning.references import ReferenceRow
 from fastory.models.images import unscaled
-from fastory.modes.causal import CausalBatch
+from fastory.modes.causal import prepare_frame
 from fastory.modes.mode import StoryPlan
 from fastory.pictures import open_picture
 from fastory.sampling.sampler import Row
@@ -69,8 +69,8 @@ class Tuned:
         for example in self.examples[:2]:
             story = Story.from_captions(example.prompts)
             plan = StoryPlan(story, settings, finished=Pictures(example.pictures))
-            batch = CausalBatch(model, [plan], [1], SIZE)
-            found += [batch.row(batch.states[0], i) for i in range(len(example.prompts))]
+            for i in range(len(example.prompts)):
+                found += prepare_frame(model, [plan], i, 1, SIZE)[1]
         return found
 
 
