@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import math
 import os
 import subprocess
@@ -45,26 +46,36 @@ def entry_modules() -> list[str]:
     return [".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts) for file in files]
 
 
-def waiting(tmp_path: Path, command: list[str], **environment: str) -> str:
-    """What stands in OMP_WAIT_POLICY when this Python command comes to load PyTorch."""
+def waiting(tmp_path: Path, command: list[str], said: str = "", **environment: str) -> str:
+    """What stands in OMP_WAIT_POLICY when this Python command comes to load PyTorch. said: to its standard input."""
     (tmp_path / "sitecustomize.py").write_text(PROBE)
     clean = {name: value for name, value in os.environ.items() if name not in threads.WAITING}
-    done = subprocess.run(
+    with subprocess.Popen(
         [sys.executable, *command],
         env={**clean, "PYTHONPATH": str(tmp_path), **environment},
-        capture_output=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=60,
-    )
-    said, _, value = done.stdout.strip().partition(": ")
-    assert said == "torch is looked for, waiting", done.stderr
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None and process.stderr is not None
+        process.stdin.write(said)
+        process.stdin.flush()  # and not closed: the page's worker ends with its standard input
+        process.wait(timeout=60)
+        out, err = process.stdout.read(), process.stderr.read()
+    # The worker of the page keeps its standard output for events: what is printed goes to the other.
+    probed, _, value = (out or err).strip().partition(": ")
+    assert probed == "torch is looked for, waiting", err
     return value
 
 
 @pytest.mark.parametrize("module", entry_modules())
 def test_modules_set_it_before_pytorch_is_loaded(module: str, tmp_path: Path) -> None:
     arguments = ["doctor"] if module in ("fastory.cli.__main__", "fastory.__main__") else []
-    assert waiting(tmp_path, ["-m", module, *arguments]) == "PASSIVE"
+    # The page's worker is told on its standard input where it works.
+    told = [{"root": str(tmp_path), "model": {}}, {"kind": "draw", "id": "story"}]
+    said = "".join(json.dumps(line) + "\n" for line in told)
+    assert waiting(tmp_path, ["-m", module, *arguments], said) == "PASSIVE"
 
 
 def test_command_sets_it_before_pytorch_is_loaded(tmp_path: Path) -> None:

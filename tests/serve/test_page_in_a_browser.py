@@ -135,7 +135,8 @@ def test_a_story_is_written_drawn_locked_and_redrawn(page: Any, server: Server) 
 
 
 def test_reload_and_a_second_tab_show_the_same_state(page: Any, server: Server) -> None:
-    story = server.create({**STORY, "settings": {"steps": 15, "iterations": 4}})
+    # Long enough that it is not drawn to its end before a slow browser has two tabs open.
+    story = server.create({**STORY, "settings": {"steps": 60, "iterations": 6}})
     go(page, server, story)
     until(lambda: shown(page))
     page.refresh()
@@ -151,7 +152,7 @@ def test_reload_and_a_second_tab_show_the_same_state(page: Any, server: Server) 
     until(lambda: state(page) == "paused")
     assert page.execute_script(boxes) == before
     button(page, "Go on").click()
-    until(lambda: state(page) == "finished")
+    until(lambda: state(page) == "finished", within=240)
     assert page.execute_script(boxes) == before
     assert len(shown(page)) == 3
 
