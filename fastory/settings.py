@@ -70,6 +70,7 @@ MODES: dict[str, ModeTraits] = {
         )
     ),
     "causal": ModeTraits(("window", "drafts")),
+    "plain": ModeTraits(()),
 }
 
 
@@ -138,6 +139,11 @@ class Settings:
             *(name for name, none in _LATER.items() if getattr(self, name) == none),
         }
         return {name: value for name, value in asdict(self).items() if name not in others}
+
+    def with_own_alone(self) -> Settings:
+        """The same, and what this mode does not read as if it were not given."""
+        unread = {field.name: field.default for field in fields(self) if field.name in foreign(self.mode)}
+        return replace(self, **unread)
 
     def steps_of(self, round: int) -> int:
         """Denoising steps of a picture of this round."""
@@ -251,8 +257,8 @@ def resolve(
 
 def foreign(mode: str) -> dict[str, str]:
     """The settings that `mode` does not read, each with the mode that does."""
-    own = MODES[mode].own
-    return {name: other for other, traits in MODES.items() for name in traits.own if name not in own}
+    own, readers = MODES[mode].own, reversed(MODES.items())  # of several the first one is named
+    return {name: other for other, traits in readers for name in traits.own if name not in own}
 
 
 def unused(settings: Settings, sources: Mapping[str, str], reasons: Mapping[str, str]) -> list[str]:

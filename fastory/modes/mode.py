@@ -48,6 +48,16 @@ def long_captions(model: Model, plan: StoryPlan) -> Iterator[Event]:
             yield Notice(f"frame {i}: the caption is longer than the text encoder reads; left off: {lost!r}")
 
 
+def not_read(story: Story, mode: str, goes_by: str) -> Iterator[str]:
+    """A line for all of a story that a mode without characters does not read. goes_by: what it reads."""
+    if any(frame.boxes for frame in story.frames):
+        yield f"`boxes` are read by iterative mode alone; {mode} mode goes by {goes_by}"
+    if any(character.references for character in story.characters):
+        yield f"pictures of characters are read by iterative mode alone; {mode} mode goes by {goes_by}"
+    if story.first_frame is not None:
+        yield "`first_frame` is read by causal mode alone; this story is drawn without it"
+
+
 class Mode(Protocol):
     """An algorithm that draws stories, and what a run must know of it.
 
@@ -91,7 +101,7 @@ class Mode(Protocol):
         """The settings of this mode as a picture of `round` carries them."""
 
 
-_MODULES = {"iterative": "fastory.modes.iterative", "causal": "fastory.modes.causal"}
+_MODULES = {name: f"fastory.modes.{name}" for name in ("iterative", "causal", "plain")}
 _modes: dict[str, Mode] = {}
 
 
