@@ -55,10 +55,12 @@ MOST_SCALE = 10  # of references; an IP-Adapter is trained at 1
 class ModeTraits:
     """What settings must know of a mode. own: the settings that it reads and not every mode does.
 
-    A mode with `iterations` among them draws every frame in round 0 and in each of these, any other once.
+    A mode with `iterations` among them draws every frame in round 0 and in each of these, any other once. first_frame:
+    whether the story may give frame 0 as a picture.
     """
 
     own: tuple[str, ...]
+    first_frame: bool = False
 
 
 MODES: dict[str, ModeTraits] = {
@@ -69,7 +71,7 @@ MODES: dict[str, ModeTraits] = {
             *("reference_interval", "regions", "cast_limit"),
         )
     ),
-    "causal": ModeTraits(("window", "drafts")),
+    "causal": ModeTraits(("window", "drafts"), first_frame=True),
     "plain": ModeTraits(()),
 }
 
@@ -142,7 +144,7 @@ class Settings:
 
     def with_own_alone(self) -> Settings:
         """The same, and what this mode does not read as if it were not given."""
-        unread = {field.name: field.default for field in fields(self) if field.name in foreign(self.mode)}
+        unread: dict[str, Any] = {field.name: field.default for field in fields(self) if field.name in foreign(self.mode)}
         return replace(self, **unread)
 
     def steps_of(self, round: int) -> int:

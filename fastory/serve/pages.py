@@ -63,13 +63,11 @@ def asset(name: str) -> FileResponse:
 def settings_tables(model: str) -> dict[str, Any]:
     """What the page offers: modes with their settings, each with its kind, its words and its default with this model."""
     modes = {mode: mode_table(mode, defaults_of(model)) for mode in MODES}
-    once = [
-        mode for mode, traits in MODES.items() if "iterations" not in traits.own
-    ]  # rounds draw frame 0, too
+    with_first_frame = [mode for mode, traits in MODES.items() if traits.first_frame]
     return {
         "modes": modes,
         "styles": list(STYLES),
-        "first_frame": once,
+        "first_frame": with_first_frame,
         "most_frames": MAX_FRAMES,
         "model": model,
     }
