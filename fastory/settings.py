@@ -144,7 +144,9 @@ class Settings:
 
     def with_own_alone(self) -> Settings:
         """The same, and what this mode does not read as if it were not given."""
-        unread: dict[str, Any] = {field.name: field.default for field in fields(self) if field.name in foreign(self.mode)}
+        unread: dict[str, Any] = {
+            field.name: field.default for field in fields(self) if field.name in foreign(self.mode)
+        }
         return replace(self, **unread)
 
     def steps_of(self, round: int) -> int:
