@@ -56,6 +56,8 @@ extras_require = {
     ],
     # fastory serve: routes with an OpenAPI document, and the server under them
     "serve": ["fastapi>=0.115", "uvicorn>=0.30"],
+    # fastory eval --metrics fid,kid,afid: the distances; features are a module of ours, or Inception through torch-fidelity
+    "eval": ["torchmetrics>=1.5"],
     "test": [
         "pytest>=8",
         "pytest-xdist>=3.6",  # the suite in two processes
@@ -67,6 +69,8 @@ extras_require = {
         "onnxruntime>=1.24.1",
         "fastapi>=0.115",  # fastory serve
         "uvicorn>=0.30",
+        "torchmetrics>=1.5",  # fastory eval, and the oracle of CLIP-T
+        "scipy>=1.13",  # the oracle of FID
         "hypothesis>=6.100",  # properties of the kernels
         "ruff>=0.12",  # lint and format
         "mypy>=1.15",  # types
@@ -88,6 +92,7 @@ setup(
     package_data={
         "fastory": ["py.typed", "GUIDE.md"],
         "fastory.runs": ["templates/*"],
+        "fastory.evaluation": ["templates/*"],
         "fastory.serve": ["static/*"],
         "fastory.builtin": ["weights/**/*", "weights/*", "stories/*", "*.md"],
         "fastory.builtin.world": ["*.json"],

@@ -27,9 +27,10 @@ from results import environment
 
 from fastory import Story, StoryModel, generate
 from fastory.builtin.evaluation.classifier import Classifier, load_classifier
-from fastory.builtin.evaluation.iterative import HeldOutStory, held_out_stories, interval, judge, scores
+from fastory.builtin.evaluation.iterative import HeldOutStory, held_out_stories, judge, scores
 from fastory.builtin.evaluation.quality import calibrate, quality_scores, restore
 from fastory.events import FrameDrawn, StepDone
+from fastory.intervals import interval
 from fastory.modes.iterative import iterative
 from fastory.modes.mode import StoryPlan
 from fastory.settings import resolve

@@ -32,7 +32,7 @@ ROOMS = (
     ("story",),
     ("settings", "presets", "events", "runtime", "pictures", "model_names", "builtin"),
     ("kernels",),
-    ("files", "documents", "packages", "plugins", "threads", "wording", "errors"),
+    ("files", "documents", "packages", "plugins", "threads", "wording", "intervals", "errors"),
 )
 FLOOR = {name: floor for floor, names in enumerate(ROOMS) for name in names}
 

@@ -1,43 +1,75 @@
-"""Features of captions and pictures in one space: a CLIP model as transformers saves it.
+"""Features of captions and pictures in one space: a CLIP model as transformers saves it, or the built-in model's encoder.
 
-The field measures with OpenAI's CLIP ViT-B/32 (openai/clip-vit-base-patch32); the encoder is an argument, and a table says
+The field measures with OpenAI's CLIP ViT-B/32 (openai/clip-vit-base-patch32); the encoder is an argument, and every row says
 which one made it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
+from fastory.builtin import WEIGHTS
+from fastory.checkpoints.hashes import model_hashes
 from fastory.checkpoints.hub import encoder_path
 from fastory.checkpoints.loading import loading
 from fastory.checkpoints.weights import component_weights
 from fastory.errors import InputError
 
+BUILTIN = "builtin"
+AT_ONCE = 16  # pictures
+
+
+class Encoder(Protocol):
+    """What gives L2-normalised features in float32. name: as a table names it; sha256: of the weights.
+
+    no_captions: why captions have no features beside those of pictures; empty where they have.
+    """
+
+    name: str
+    sha256: str
+    no_captions: str
+
+    def captions(self, texts: Sequence[str]) -> Tensor:
+        """(n, D) features of captions, cut at the tokenizer's limit."""
+
+    def pictures(self, images: Sequence[Image.Image]) -> Tensor:
+        """(n, D) features of 8-bit RGB pictures."""
+
+
+def open_encoder(name: str, *, device: str = "cpu", offline: bool = False) -> Encoder:
+    """`builtin`, a folder, or an id of the hub. Raises InputError where it is neither here nor to be had."""
+    if name == BUILTIN:
+        return BuiltinEncoder(device)
+    return Clip.open(name, device=device, offline=offline)
+
 
 class Clip:
-    """A CLIP model that gives L2-normalised features in float32."""
+    """A CLIP model."""
 
-    def __init__(self, folder: Path, device: str = "cpu") -> None:
+    no_captions = ""
+
+    def __init__(self, folder: Path, device: str = "cpu", name: str | None = None) -> None:
         """folder: of config, weights (safetensors), tokenizer and picture preparation. Raises InputError for another one."""
-        component_weights(folder)  # pickles are refused with the command that converts them
+        _, weights = component_weights(folder)  # pickles are refused with the command that converts them
         with loading(f"{folder} is not a CLIP model with its tokenizer and preprocessor"):
             opened: Any = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
             self.tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
             self.processor = CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
         self.model = opened.to(device, torch.float32).eval().requires_grad_(False)
-        self.device = device
+        self.device, self.name, self.sha256 = device, name or str(folder), hash_of(weights)
 
     @classmethod
     def open(cls, name: str, *, device: str = "cpu", offline: bool = False) -> Clip:
         """A folder, or an id of the hub. Raises InputError where it is neither here nor to be had."""
-        return cls(encoder_path(name, offline=offline), device)
+        return cls(encoder_path(name, offline=offline), device, name)
 
     @torch.inference_mode()
     def captions(self, texts: Sequence[str]) -> Tensor:
@@ -50,17 +82,67 @@ class Clip:
             return_tensors="pt",
         ).to(self.device)
         pooled = self.model.text_model(**tokens).pooler_output
-        return _normalised(self.model.text_projection(pooled))
+        return normalised(self.model.text_projection(pooled))
 
     @torch.inference_mode()
     def pictures(self, images: Sequence[Image.Image]) -> Tensor:
         """(n, D) features of 8-bit RGB pictures."""
-        if not images:
-            raise InputError("no picture to look at")
-        pixels = self.processor([image.convert("RGB") for image in images], return_tensors="pt").pixel_values
+        pixels = pixels_of(self.processor, images)
         pooled = self.model.vision_model(pixels.to(self.device)).pooler_output
-        return _normalised(self.model.visual_projection(pooled))
+        return normalised(self.model.visual_projection(pooled))
 
 
-def _normalised(features: Tensor) -> Tensor:
+class BuiltinEncoder:
+    """The built-in model's own image encoder. Its text encoder was trained apart from it: nothing compares the two."""
+
+    no_captions = "the built-in model's text and image encoders were not trained to be compared"
+
+    def __init__(self, device: str = "cpu") -> None:
+        _, weights = component_weights(WEIGHTS / "image_encoder")
+        with loading("the built-in model's image encoder is damaged"):
+            opened: Any = CLIPVisionModelWithProjection.from_pretrained(
+                WEIGHTS / "image_encoder", local_files_only=True
+            )
+            self.processor = CLIPImageProcessorPil.from_pretrained(
+                WEIGHTS / "feature_extractor", local_files_only=True
+            )
+        self.model = opened.to(device, torch.float32).eval().requires_grad_(False)
+        self.device, self.name, self.sha256 = device, BUILTIN, hash_of(weights)
+
+    def captions(self, texts: Sequence[str]) -> Tensor:
+        """Raises InputError: there are none."""
+        raise InputError(self.no_captions)
+
+    @torch.inference_mode()
+    def pictures(self, images: Sequence[Image.Image]) -> Tensor:
+        """(n, D) features of 8-bit RGB pictures."""
+        pixels = pixels_of(self.processor, images)
+        return normalised(self.model(pixels.to(self.device)).image_embeds)
+
+
+def pixels_of(processor: Any, images: Sequence[Image.Image]) -> Tensor:
+    """(n, 3, h, w) as an encoder takes pictures. Raises InputError for none."""
+    if not images:
+        raise InputError("no picture to look at")
+    return processor([image.convert("RGB") for image in images], return_tensors="pt").pixel_values
+
+
+def in_parts(encoder: Encoder, images: Sequence[Image.Image]) -> Tensor:
+    """(n, D) features, so many pictures at once as memory bears."""
+    return torch.cat([encoder.pictures(part) for part in parts(images)])
+
+
+def parts(images: Sequence[Image.Image]) -> Iterator[Sequence[Image.Image]]:
+    """The pictures, AT_ONCE at a time."""
+    yield from (images[first : first + AT_ONCE] for first in range(0, len(images), AT_ONCE))
+
+
+def hash_of(weights: Sequence[Path]) -> str:
+    """The SHA-256 of a weight file; of several, the SHA-256 of theirs, in the names' order."""
+    found = [digest for _, digest in sorted(model_hashes(weights).items())]
+    return found[0] if len(found) == 1 else hashlib.sha256("".join(found).encode()).hexdigest()
+
+
+def normalised(features: Tensor) -> Tensor:
+    """Of length 1, in float32, on the CPU."""
     return torch.nn.functional.normalize(features.float(), dim=-1).cpu()

@@ -1,93 +1,121 @@
-"""CLIP-T and CLIP-I of drawn stories, every frame counted.
+"""Measures of drawn stories, every frame counted; a picture that cannot be read has its reason in place of a figure.
 
-CLIP-T: the cosine of a frame's picture and its raw caption, mean over frames. CLIP-I (self): the mean cosine of a story's
-pictures with each other. A picture that cannot be read has its reason in place of a figure, and the story says how many
-frames its means are of.
+CLIP-T: the cosine of a frame's picture and its raw caption, mean over frames. CLIP-I: of a frame's picture and the true one.
+CLIP-I (self): the mean cosine of a story's pictures with each other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Protocol
 
-import torch
 from PIL import Image
 from torch import Tensor
 
 from fastory.errors import InputError
-from fastory.evaluation.clip import Clip
+from fastory.evaluation.clip import Encoder, in_parts
+from fastory.evaluation.journal import Journal, key_of
+from fastory.evaluation.rows import Measured, Source, means
 from fastory.evaluation.stories import DrawnStory
 from fastory.pictures import open_picture
 
-AT_ONCE = 16  # pictures
+ALONE = "fewer than two pictures"
 
 
 @dataclass(frozen=True)
-class FrameMeasured:
-    """One frame. clip_t: None where the picture could not be read; missing then says why."""
+class Opened:
+    """A story with its pictures read: those that can be, and why the others cannot, by frame."""
 
-    story: str
-    frame: int
-    caption: str
-    clip_t: float | None
-    missing: str | None = None
+    story: DrawnStory
+    images: Mapping[int, Image.Image]
+    reasons: Mapping[int, str]
 
+    @classmethod
+    def of(cls, story: DrawnStory) -> Opened:
+        """Reads every picture once."""
+        images, reasons = dict[int, Image.Image](), dict[int, str]()
+        for i, path in enumerate(story.pictures):
+            try:
+                images[i] = open_picture(path)
+            except InputError as error:
+                reasons[i] = str(error)
+        return cls(story, images, reasons)
 
-@dataclass(frozen=True)
-class StoryMeasured:
-    """One story. clip_i_self: None with fewer than two pictures. frames: how many the means are of, of how many."""
-
-    story: str
-    folder: str
-    clip_t: float | None
-    clip_i_self: float | None
-    frames: int
-    of: int
-
-
-@dataclass(frozen=True)
-class Summary:
-    """Means over stories, each story counting once. encoder: what the features are of. left_out: stories without a figure."""
-
-    encoder: str
-    stories: int
-    clip_t: float | None
-    clip_i_self: float | None
-    left_out: int
+    def row(self, metric: str, value: float | None, by: Source, **more: object) -> Measured:
+        """A row of the whole story; count and of are its frames unless said."""
+        counts = {"count": len(self.images), "of": len(self.story.captions)}
+        return Measured(metric, value, by, self.story.title, str(self.story.folder), **{**counts, **more})  # type: ignore[arg-type]
 
 
-Row = FrameMeasured | StoryMeasured | Summary
+class Measure(Protocol):
+    """What gives rows of one story at a time."""
+
+    @property
+    def source(self) -> Source:
+        """What it measures by."""
+
+    def rows(self, opened: Opened) -> Iterator[Measured]:
+        """Rows of the frames, and of the story."""
 
 
-def measure(clip: Clip, stories: Sequence[DrawnStory], encoder: str) -> Iterator[Row]:
-    """A row for each frame and story, and the summary. encoder: its name, for the table."""
-    rows: list[StoryMeasured] = []
+def measure(
+    stories: Sequence[DrawnStory], measures: Sequence[Measure], journal: Journal | None = None
+) -> Iterator[Measured]:
+    """Rows of every story by every measure, then the means over stories. What the journal has is not measured again."""
+    kept = journal or Journal(None)
+    found: list[Measured] = []
     for story in stories:
-        images, reasons = _opened(story)
-        features = (
-            torch.cat([clip.pictures(part) for part in _parts(list(images.values()))]) if images else None
-        )
-        texts = clip.captions(story.captions)
-        found: dict[int, float] = {}
+        opened: Opened | None = None
+        for by in measures:
+            key = key_of(story, by.source)
+            rows = kept.get(key)
+            if rows is None:
+                opened = opened or Opened.of(story)
+                rows = list(by.rows(opened))
+                kept.keep(key, rows)
+            rows = [_of_this_folder(row, story) for row in rows]
+            found += rows
+            yield from rows
+    yield from means(found)
+
+
+def _of_this_folder(row: Measured, story: DrawnStory) -> Measured:
+    return replace(row, folder=str(story.folder))
+
+
+@dataclass(frozen=True)
+class ClipMeasure:
+    """CLIP-T of every frame and story, and CLIP-I (self)."""
+
+    encoder: Encoder
+
+    @cached_property
+    def source(self) -> Source:
+        """The encoder."""
+        return Source(self.encoder.name, self.encoder.sha256, {"captions": "raw"})
+
+    def rows(self, opened: Opened) -> Iterator[Measured]:
+        """CLIP-T a frame, then of the story; CLIP-I (self) of the story."""
+        features = in_parts(self.encoder, list(opened.images.values())) if opened.images else None
+        yield from self._clip_t(opened, features)
+        alike = None if features is None else off_diagonal_mean(features)
+        yield opened.row("clip_i_self", alike, self.source, missing=None if alike is not None else ALONE)
+
+    def _clip_t(self, opened: Opened, features: Tensor | None) -> Iterator[Measured]:
+        if self.encoder.no_captions:
+            yield opened.row("clip_t", None, self.source, missing=self.encoder.no_captions)
+            return
+        story, found = opened.story, dict[int, float]()
         if features is not None:
-            found = {i: float(features[n] @ texts[i]) for n, i in enumerate(images)}
+            texts = self.encoder.captions(story.captions)
+            found = {i: float(features[n] @ texts[i]) for n, i in enumerate(opened.images)}
         for i, caption in enumerate(story.captions):
-            yield FrameMeasured(story.title, i, caption, found.get(i), reasons.get(i))
-        rows.append(
-            StoryMeasured(
-                story.title,
-                str(story.folder),
-                _mean(list(found.values())),
-                None if features is None else off_diagonal_mean(features),
-                len(images),
-                len(story.captions),
-            )
-        )
-        yield rows[-1]
-    whole = [row for row in rows if row.clip_t is not None]
-    alike = [row.clip_i_self for row in rows if row.clip_i_self is not None]
-    means = [row.clip_t for row in whole if row.clip_t is not None]
-    yield Summary(encoder, len(rows), _mean(means), _mean(alike), len(rows) - len(whole))
+            said = {"frame": i, "caption": caption, "count": int(i in found), "of": 1}
+            yield opened.row("clip_t", found.get(i), self.source, missing=opened.reasons.get(i), **said)
+        missing = None if found else next(iter(opened.reasons.values()), "no picture")
+        yield opened.row("clip_t", mean_of(list(found.values())), self.source, missing=missing)
 
 
 def off_diagonal_mean(features: Tensor) -> float | None:
@@ -99,20 +127,6 @@ def off_diagonal_mean(features: Tensor) -> float | None:
     return float((cosines.sum() - cosines.trace()) / (count * (count - 1)))
 
 
-def _opened(story: DrawnStory) -> tuple[dict[int, Image.Image], dict[int, str]]:
-    """The pictures that can be read, and why the others cannot, by frame."""
-    images, reasons = dict[int, Image.Image](), dict[int, str]()
-    for i, path in enumerate(story.pictures):
-        try:
-            images[i] = open_picture(path)
-        except InputError as error:
-            reasons[i] = str(error)
-    return images, reasons
-
-
-def _parts(images: Sequence[Image.Image]) -> Iterator[Sequence[Image.Image]]:
-    yield from (images[first : first + AT_ONCE] for first in range(0, len(images), AT_ONCE))
-
-
-def _mean(values: Sequence[float]) -> float | None:
+def mean_of(values: Sequence[float]) -> float | None:
+    """The mean; None of nothing."""
     return sum(values) / len(values) if values else None

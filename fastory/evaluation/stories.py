@@ -2,21 +2,51 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from fastory.builtin.words import SPECIES_WORDS, words
 from fastory.errors import InputError
+from fastory.pictures import MemoryPicture
 from fastory.story import STORY_FILES, Story
+
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class DrawnCharacter:
+    """A character as a story annotates it.
+
+    phrase: what a detector is asked for, of which metrics use the last word. frames: in which it is said to be. boxes: where
+    it stands there, as shares of the picture (left, top, right, bottom), where the story says so. references: pictures of it.
+    """
+
+    name: str
+    phrase: str
+    frames: tuple[int, ...]
+    boxes: Mapping[int, Box] = field(default_factory=dict)
+    references: tuple[Path, ...] = ()
+
+    @property
+    def noun(self) -> str:
+        """The last word of the phrase: what TheaterGen's evaluation asks a detector for."""
+        return self.phrase.split()[-1].strip(".,;:!?")
 
 
 @dataclass(frozen=True)
 class DrawnStory:
-    """One story with its pictures. captions: raw, as the story file has them, without style and descriptions."""
+    """One story with its pictures. captions: raw, as the story file has them, without style and descriptions.
+
+    prompts: the same with the characters described.
+    """
 
     folder: Path
     title: str
     captions: tuple[str, ...]
     pictures: tuple[Path, ...]
+    prompts: tuple[str, ...] = ()
+    characters: tuple[DrawnCharacter, ...] = ()
 
 
 def read_drawn(folder: Path) -> DrawnStory:
@@ -35,5 +65,37 @@ def read_drawn(folder: Path) -> DrawnStory:
         )
     story = Story.read(file)
     inside = folder / "frames" if (folder / "frames").is_dir() else folder
-    pictures = tuple(inside / f"frame-{i:03d}.png" for i in range(len(story.frames)))
-    return DrawnStory(folder, story.title, tuple(frame.caption for frame in story.frames), pictures)
+    return drawn_story(story, folder, tuple(inside / f"frame-{i:03d}.png" for i in range(len(story.frames))))
+
+
+def drawn_story(story: Story, folder: Path, pictures: Sequence[Path]) -> DrawnStory:
+    """A story with its pictures, one a frame."""
+    captions = tuple(frame.caption for frame in story.frames)
+    prompts = tuple(story.prompt(i, "none") for i in range(len(captions)))
+    return DrawnStory(folder, story.title, captions, tuple(pictures), prompts, tuple(_characters(story)))
+
+
+def _characters(story: Story) -> list[DrawnCharacter]:
+    """Those of `characters:`; in a story that lists none, the animals of the drawn world that captions name."""
+    if not story.characters:
+        return _animals(story)
+    found = []
+    for character in story.characters:
+        frames = tuple(i for i in range(len(story.frames)) if character.name in story.cast(i))
+        placed = {i: dict(frame.boxes).get(character.name) for i, frame in enumerate(story.frames)}
+        boxes = {i: box for i, box in placed.items() if box is not None}
+        paths = tuple(p for p in character.references if not isinstance(p, MemoryPicture))
+        if frames:
+            found.append(
+                DrawnCharacter(character.name, character.prompt or character.name, frames, boxes, paths)
+            )
+    return found
+
+
+def _animals(story: Story) -> list[DrawnCharacter]:
+    said = [set(words(frame.caption)) for frame in story.frames]
+    cast = {
+        name: tuple(i for i, found in enumerate(said) if found & set(options))
+        for name, options in SPECIES_WORDS.items()
+    }
+    return [DrawnCharacter(name, name, frames) for name, frames in cast.items() if frames]

@@ -230,7 +230,7 @@ def write_storybook(pages: Sequence[Page], path: Path, *, title: str, settings: 
     The page holds WebP thumbnails (up to 384 px) of every round and the final pictures (up to 1024 px), smaller where
     the story is long. A slider goes through the rounds, and a click enlarges; without scripts the final pictures show.
     """
-    template = _template()
+    template = page_template("fastory.runs", "storybook")
     context = {"title": title, "settings": settings, "count": len(pages)}
     rounds = len(pages[0].pictures)
     bare = template.generate(**context, rounds=list(range(rounds)), frames=_bare_frames(pages))
@@ -245,7 +245,9 @@ def write_storybook(pages: Sequence[Page], path: Path, *, title: str, settings: 
 
 
 @dataclass(frozen=True)
-class _Picture:
+class Embedded:
+    """A picture within a page. width, height: px."""
+
     uri: str
     width: int
     height: int
@@ -258,8 +260,8 @@ def _frames(pages: Sequence[Page], shown: list[int], share: int) -> Iterator[dic
         yield {
             "caption": page.caption,
             "note": page.note,
-            "final": _encode(page.final, _FINAL, int(share * _FINAL_SHARE)),
-            "earlier": (path and _encode(path, _THUMBNAIL, share).uri for path in earlier),
+            "final": embedded(page.final, _FINAL, int(share * _FINAL_SHARE)),
+            "earlier": (path and embedded(path, _THUMBNAIL, share).uri for path in earlier),
         }
 
 
@@ -269,12 +271,12 @@ def _bare_frames(pages: Sequence[Page]) -> Iterator[dict[str, object]]:
         yield {
             "caption": page.caption,
             "note": page.note,
-            "final": _Picture("", 1024, 1024),
+            "final": Embedded("", 1024, 1024),
             "earlier": empty,
         }
 
 
-def _encode(path: Path, side: int, share: int) -> _Picture:
+def embedded(path: Path, side: int, share: int) -> Embedded:
     """A picture as WebP of at most `share` bytes, unless even the smallest has more."""
     with Image.open(path) as opened:
         image = opened.convert("RGB")
@@ -289,7 +291,7 @@ def _encode(path: Path, side: int, share: int) -> _Picture:
         image.thumbnail((smaller, smaller), Image.Resampling.LANCZOS)
         data = _webp(image, quality=_QUALITIES[-1])
     uri = "data:image/webp;base64," + base64.b64encode(data).decode("ascii")
-    return _Picture(uri, *image.size)
+    return Embedded(uri, *image.size)
 
 
 def _webp(image: Image.Image, *, lossless: bool = False, quality: int = 80) -> bytes:
@@ -298,9 +300,10 @@ def _webp(image: Image.Image, *, lossless: bool = False, quality: int = 80) -> b
     return buffer.getvalue()
 
 
-def _template() -> Template:
+def page_template(package: str, name: str) -> Template:
+    """templates/NAME.html.j2 of a package, which has NAME.css and NAME.js as `style` and `script`; either may be missing."""
     environment = Environment(
-        loader=PackageLoader("fastory.runs"),
+        loader=PackageLoader(package),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -309,11 +312,12 @@ def _template() -> Template:
     )
     loader = environment.loader
     assert loader is not None
+    there = set(loader.list_templates())
     # The page's policy admits this style and this script alone: nothing that a caption says can run.
-    style, script = (loader.get_source(environment, f"storybook.{kind}")[0] for kind in ("css", "js"))
-    environment.globals |= {"style": style, "script": script}
+    for kind, file in (("style", f"{name}.css"), ("script", f"{name}.js")):
+        environment.globals[kind] = loader.get_source(environment, file)[0] if file in there else ""
     environment.filters["sha256"] = _policy_hash
-    return environment.get_template("storybook.html.j2")
+    return environment.get_template(f"{name}.html.j2")
 
 
 def _policy_hash(text: str) -> str:

@@ -1,5 +1,6 @@
 """Stories: what one says, in which files, and what is wrong with a file that cannot be used."""
 
+from fastory.story.bulk import read_stories
 from fastory.story.files import MAX_BYTES, STORY_FILES
 from fastory.story.schema import MAX_FRAMES, MAX_NAME, STYLES
 from fastory.story.story import Character, Frame, Story, are_captions
@@ -14,4 +15,5 @@ __all__ = [
     "Frame",
     "Story",
     "are_captions",
+    "read_stories",
 ]

@@ -109,7 +109,7 @@ class Story:
         """
         path = Path(path)
         data, lines = read_document(path)
-        return _build(Origin(str(path), lines), data, path)
+        return build_story(Origin(str(path), lines), data, path)
 
     @classmethod
     def from_captions(
@@ -121,7 +121,7 @@ class Story:
                 f"captions: wanted a list of texts, got {describe(captions)}: pass [caption, ...]."
             )
         frames = list(islice(captions, MAX_FRAMES + 1))  # what gives captions may never end
-        return _build(Origin("captions", {}), {"title": title, "frames": frames}, None).with_characters(
+        return build_story(Origin("captions", {}), {"title": title, "frames": frames}, None).with_characters(
             characters
         )
 
@@ -283,7 +283,8 @@ def are_captions(texts: Sequence[object]) -> bool:
 # From what is said to a Story.
 
 
-def _build(origin: Origin, data: Any, source: Path | None) -> Story:
+def build_story(origin: Origin, data: Any, source: Path | None) -> Story:
+    """The story that a document's values say. source: its file, whose folder the paths of pictures start at."""
     entry = check_entry(origin, data)
     pictures = _Pictures(origin, source.parent if source else None)
     characters = _characters(origin, entry, pictures)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,8 +17,10 @@ from typer.testing import CliRunner
 from fastory import Story, StoryModel, generate
 from fastory.cli import app
 from fastory.evaluation.clip import Clip
-from fastory.evaluation.measures import FrameMeasured, StoryMeasured, Summary, measure, off_diagonal_mean
-from fastory.evaluation.stories import read_drawn
+from fastory.evaluation.measures import ClipMeasure, measure, off_diagonal_mean
+from fastory.evaluation.rows import Measured
+from fastory.evaluation.stories import DrawnStory, read_drawn
+from fastory.files import sha256_of
 
 CAPTIONS = ["a fox is sleeping in the snow", "a cat is jumping", "a bear is reading a book in the house"]
 
@@ -25,6 +28,14 @@ CAPTIONS = ["a fox is sleeping in the snow", "a cat is jumping", "a bear is read
 @pytest.fixture(scope="module")
 def clip_folder(builtin_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_clip(tmp_path_factory.mktemp("clip"), builtin_folder / "tokenizer")
+
+
+def measured(clip: Path, story: DrawnStory) -> list[Measured]:
+    return list(measure([story], [ClipMeasure(Clip(clip, name="small"))]))
+
+
+def of(rows: list[Measured], kind: str, metric: str) -> list[Measured]:
+    return [row for row in rows if (row.kind, row.metric) == (kind, metric)]
 
 
 @pytest.fixture
@@ -46,14 +57,37 @@ def test_a_frame_s_clip_t_is_the_cosine_that_transformers_computes(clip_folder: 
     with torch.no_grad():
         out = model(**inputs)
     wanted = (out.logits_per_image / model.logit_scale.exp()).detach().diagonal()
-    rows = list(measure(Clip(clip_folder), [read_drawn(folder)], "small"))
-    found = [row.clip_t for row in rows if isinstance(row, FrameMeasured)]
+    rows = measured(clip_folder, read_drawn(folder))
+    found = [row.value for row in of(rows, "frame", "clip_t")]
     np.testing.assert_allclose(found, wanted.numpy(), atol=1e-5)
     images_alone = torch.nn.functional.normalize(out.image_embeds, dim=-1)
     cosines = [float(images_alone[i] @ images_alone[j]) for i in range(3) for j in range(3) if i != j]
-    (story,) = (row for row in rows if isinstance(row, StoryMeasured))
-    assert story.clip_i_self == pytest.approx(np.mean(cosines), abs=1e-5)
-    assert story.clip_t == pytest.approx(float(wanted.mean()), abs=1e-5)
+    (alike,), (story,) = of(rows, "story", "clip_i_self"), of(rows, "story", "clip_t")
+    assert alike.value == pytest.approx(np.mean(cosines), abs=1e-5)
+    assert story.value == pytest.approx(float(wanted.mean()), abs=1e-5)
+    assert story.by.model == "small" and story.by.sha256 == sha256_of(clip_folder / "model.safetensors")
+
+
+class WithTensors(CLIPModel):
+    """transformers 5 wraps features in an output object, which torchmetrics 1.9's CLIPScore does not expect."""
+
+    def get_image_features(self, *arguments: Any, **options: Any) -> Any:
+        return super().get_image_features(*arguments, **options).pooler_output
+
+    def get_text_features(self, *arguments: Any, **options: Any) -> Any:
+        return super().get_text_features(*arguments, **options).pooler_output
+
+
+def test_clip_t_is_torchmetrics_clip_score(clip_folder: Path, folder: Path) -> None:
+    """Its score is the mean of 100 times the cosine of each pair, at least 0."""
+    multimodal = pytest.importorskip("torchmetrics.multimodal", reason="the oracle: pip install .[eval]")
+    opened = WithTensors.from_pretrained(clip_folder), CLIPProcessor.from_pretrained(clip_folder)
+    oracle = multimodal.CLIPScore(model_name_or_path=lambda: opened)
+    rows = of(measured(clip_folder, read_drawn(folder)), "frame", "clip_t")
+    for i, row in enumerate(rows):
+        pixels = torch.from_numpy(np.array(Image.open(folder / f"frame-{i:03d}.png"))).permute(2, 0, 1)
+        wanted = float(oracle(pixels, CAPTIONS[i])) / 100
+        assert max(row.value or 0.0, 0.0) == pytest.approx(wanted, abs=1e-5)
 
 
 def test_off_diagonal_mean_by_hand() -> None:
@@ -65,21 +99,22 @@ def test_off_diagonal_mean_by_hand() -> None:
 def test_a_picture_that_cannot_be_read_is_a_row_with_its_reason(clip_folder: Path, folder: Path) -> None:
     (folder / "frame-001.png").write_bytes(b"no picture")
     (folder / "frame-002.png").unlink()
-    rows = list(measure(Clip(clip_folder), [read_drawn(folder)], "small"))
-    frames = [row for row in rows if isinstance(row, FrameMeasured)]
-    assert [row.clip_t is None for row in frames] == [False, True, True]
+    rows = measured(clip_folder, read_drawn(folder))
+    frames = of(rows, "frame", "clip_t")
+    assert [row.value is None for row in frames] == [False, True, True]
     assert "frame-001.png" in str(frames[1].missing) and "frame-002.png" in str(frames[2].missing)
-    (story,) = (row for row in rows if isinstance(row, StoryMeasured))
-    assert (story.frames, story.of, story.clip_i_self) == (1, 3, None)
-    assert story.clip_t == frames[0].clip_t
+    (alike,), (story,) = of(rows, "story", "clip_i_self"), of(rows, "story", "clip_t")
+    assert (alike.count, alike.of, alike.value) == (1, 3, None) and alike.missing == "fewer than two pictures"
+    assert (story.count, story.of) == (1, 3) and story.value == frames[0].value
 
 
 def test_a_story_without_any_picture_is_counted_as_left_out(clip_folder: Path, folder: Path) -> None:
     whole = read_drawn(folder)
     for picture in whole.pictures:
         picture.rename(picture.with_suffix(".gone"))
-    *_, summary = measure(Clip(clip_folder), [whole], "small")
-    assert summary == Summary("small", 1, None, None, 1)
+    found = measured(clip_folder, whole)
+    (mean,) = of(found, "mean", "clip_t")
+    assert (mean.value, mean.count, mean.of) == (None, 0, 1) and "frame-000.png" in str(mean.missing)
 
 
 def test_the_command_measures_a_run_folder_and_writes_what_it_found(
@@ -94,12 +129,20 @@ def test_the_command_measures_a_run_folder_and_writes_what_it_found(
     done = CliRunner().invoke(app, [*command, "-o", "table.json"])
     assert done.exit_code == 0, done.output
     assert "two" in done.stdout and "2 of 2" in done.stdout and "table.json" in done.stdout
-    rows = json.loads((tmp_path / "table.json").read_text())
-    assert [row["kind"] for row in rows] == ["FrameMeasured", "FrameMeasured", "StoryMeasured", "Summary"]
-    assert rows[0]["caption"] == CAPTIONS[0] and rows[-1]["encoder"] == str(clip_folder)
+    table = json.loads((tmp_path / "table.json").read_text())
+    rows = table["rows"]
+    assert (
+        table["schema"] == 1 and [row["kind"] for row in rows] == ["frame"] * 2 + ["story"] * 2 + ["mean"] * 2
+    )
+    assert rows[0]["caption"] == CAPTIONS[0] and rows[-1]["by"]["model"] == str(clip_folder)
+    assert all(row["by"]["versions"]["torch"] and len(row["by"]["sha256"]) == 64 for row in rows)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "table.json"]
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
     lines = CliRunner().invoke(app, [*command, "--json"]).stdout.splitlines()
-    assert [json.loads(line)["event"] for line in lines] == [row["kind"] for row in rows]
+    assert [json.loads(line)["metric"] for line in lines] == [row["metric"] for row in rows]
+    for name in ("table.md", "table.tex"):
+        assert CliRunner().invoke(app, [*command, "-o", name]).exit_code == 0
+        assert "CLIP-T" in (tmp_path / name).read_text()
     again = CliRunner().invoke(app, [*command, "-o", "table.json"])
     assert again.exit_code == 2 and "exists; wanted a name that is free" in again.stderr
 
@@ -113,8 +156,19 @@ def test_the_command_measures_a_run_folder_and_writes_what_it_found(
         (["own", "--clip", "own"], "own"),
         (["own", "--clip", "owner/name", "--offline"], "--offline forbids downloading"),
         (["own", "-o", "missing/table.json"], "wanted a file in a folder that exists"),
+        (["own", "-o", "table.csv"], "ends in .json, .md, .tex"),
+        (["own", "--metrics", "beauty"], "--metrics: wanted"),
     ],
-    ids=["no folder", "no story", "no hub id", "no CLIP", "offline", "no folder for the table"],
+    ids=[
+        "no folder",
+        "no story",
+        "no hub id",
+        "no CLIP",
+        "offline",
+        "no folder for the table",
+        "form",
+        "metric",
+    ],
 )
 def test_what_cannot_be_measured_is_one_line(
     folder: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], said: str

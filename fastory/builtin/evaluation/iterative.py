@@ -44,6 +44,7 @@ from fastory.builtin.world.corpus import sample_tale
 from fastory.builtin.world.drawing import ACTIONS, PLACES, SPECIES, Scene, Tale
 from fastory.builtin.world.looks import NOTHING, Said, sample_said
 from fastory.events import FrameDrawn
+from fastory.intervals import interval
 from fastory.modes.iterative import iterative
 from fastory.modes.mode import StoryPlan
 from fastory.settings import resolve
@@ -229,13 +230,6 @@ def scores(judged: Judged) -> dict[str, float]:
             found[name] = float(np.mean([modal_share(values) for values in shown]))
             found[f"{name}, pairs"] = float(np.mean([pairwise_share(values) for values in shown]))
     return {**found, **distinct_scores(judged), **said_scores(judged)}
-
-
-def interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean and 95 % bootstrap interval over stories."""
-    rng, sample = np.random.default_rng(0), np.asarray(values)
-    means = sample[rng.integers(0, len(sample), (2000, len(sample)))].mean(1)
-    return float(sample.mean()), float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
 
 
 def summary(rows: Sequence[dict[str, float]]) -> dict[str, tuple[float, float, float]]:

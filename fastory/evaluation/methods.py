@@ -1,0 +1,95 @@
+"""What is compared: a mode, or a preset, with settings of its own, by the word that names it on the command line."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastory.errors import InputError
+from fastory.presets import PRESETS
+from fastory.settings import MODES, check, check_choice, choices
+from fastory.wording import shown
+
+
+@dataclass(frozen=True)
+class Method:
+    """name: as it was given. settings: over those of the preset, the story and the model's folder. rounds: to be measured,
+    the last one being how many are drawn; none where the mode has no rounds, or its own last round alone counts."""
+
+    name: str
+    mode: str
+    preset: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    rounds: tuple[int, ...] = ()
+
+    @property
+    def folder(self) -> str:
+        """A name for any file system; two methods of a comparison have two."""
+        return re.sub(r"[^a-z0-9.]+", "-", self.name.lower()).strip("-.")
+
+
+def words() -> tuple[str, ...]:
+    """The words that name a method: every mode there is, those of plug-ins too, and every preset."""
+    return tuple(dict.fromkeys((*choices("mode"), *PRESETS)))
+
+
+def read_methods(text: str, rounds: Sequence[int] = ()) -> list[Method]:
+    """The methods of WORD[+SETTING=VALUE..],WORD..; rounds: of --rounds.
+
+    Raises InputError for a word that is neither a mode nor a preset, for a setting that its mode does not read, and for a
+    method that is named twice.
+    """
+    methods = [_read(part.strip(), rounds) for part in text.split(",") if part.strip()]
+    if not methods:
+        raise InputError(f"--methods: wanted one or more of {', '.join(words())}, got none")
+    folders = [method.folder for method in methods]
+    if twice := [method.name for method in methods if folders.count(method.folder) > 1]:
+        raise InputError(f"--methods: {twice[0]} is named twice; wanted every method once")
+    return methods
+
+
+def _read(text: str, rounds: Sequence[int]) -> Method:
+    word, *own = text.split("+")
+    preset = word if word in PRESETS and word not in MODES else None
+    if preset is None and word not in words():
+        raise InputError(f"--methods: wanted {', '.join(words())}, got {shown(word)}")
+    mode = PRESETS[preset]["mode"] if preset else word
+    check_choice("mode", mode, "--methods")  # a plug-in's mode is registered by it
+    settings = dict(_setting(part, text, mode) for part in own)
+    if "iterations" not in MODES[mode].own or not rounds:
+        return Method(text, mode, preset, settings)
+    last = settings.setdefault("iterations", max(rounds))
+    return Method(text, mode, preset, settings, tuple(sorted({k for k in rounds if k <= last})) or (last,))
+
+
+def _setting(text: str, method: str, mode: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    name = name.replace("-", "_")
+    if not equals:
+        raise InputError(f"--methods: {shown(method)}: wanted SETTING=VALUE after +, got {shown(text)}")
+    foreign = {other for traits in MODES.values() for other in traits.own} - set(MODES[mode].own)
+    if name in foreign or name == "mode":
+        raise InputError(
+            f"--methods: {shown(method)}: {name} is no setting of {mode} mode; wanted one that it reads"
+        )
+    try:
+        parsed = json.loads(value)
+    except ValueError:
+        parsed = value  # a word, or FIRST:LAST
+    return name, check(name, parsed, f"--methods {method}")
+
+
+def parse_rounds(text: str | None) -> tuple[int, ...]:
+    """The numbers of 0,1,3,5,10. Raises InputError for what no round can be."""
+    if text is None:
+        return ()
+    try:
+        found = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        found = (-1,)
+    if min(found) < 0 or max(found) > 1000:
+        raise InputError(f"--rounds: wanted numbers of rounds such as 0,1,3,5,10, got {shown(text)}")
+    return tuple(sorted(set(found)))
