@@ -56,11 +56,13 @@ class ModeTraits:
     """What settings must know of a mode. own: the settings that it reads and not every mode does.
 
     A mode with `iterations` among them draws every frame in round 0 and in each of these, any other once. first_frame:
-    whether the story may give frame 0 as a picture.
+    whether the story may give frame 0 as a picture. bank: of a mode whose first frames alone are seen by others, how many
+    of them where the user does not say.
     """
 
     own: tuple[str, ...]
     first_frame: bool = False
+    bank: int = 0
 
 
 MODES: dict[str, ModeTraits] = {
@@ -73,6 +75,7 @@ MODES: dict[str, ModeTraits] = {
     ),
     "causal": ModeTraits(("window", "drafts"), first_frame=True),
     "plain": ModeTraits(()),
+    "reference": ModeTraits(("bank", "reference_scale", "reference_fit", "reference_interval"), bank=1),
 }
 
 
@@ -89,10 +92,11 @@ class Settings:
     stories too, see modes/regions.py. cast_limit: the appearances of a character that are its references then, those that
     stand for all best; 0 for all. window: L_M of causal mode,
     the frames before it that a frame sees, or "all" (AR-LDM). drafts: how often frame 0 of causal mode is drawn before it is
-    kept, each time from the one before; see modes/causal.py. guidance_interval, reference_interval: the shares of the steps,
-    from a start to before an end, in which there is classifier-free guidance, and in which references are read; outside, the
-    unconditional rows, or the references, are not computed ("Applying Guidance in a Limited Interval Improves Sample and
-    Distribution Quality in Diffusion Models", arXiv 2404.07724, for guidance).
+    kept, each time from the one before; see modes/causal.py. bank: how many first frames alone are
+    seen by the others, None for as many as the mode has without being told. guidance_interval, reference_interval: the
+    shares of the steps, from a start to before an end, in which there is classifier-free guidance, and in which references
+    are read; outside, the unconditional rows, or the references, are not computed ("Applying Guidance in a Limited Interval
+    Improves Sample and Distribution Quality in Diffusion Models", arXiv 2404.07724, for guidance).
     """
 
     mode: str = "iterative"
@@ -116,6 +120,7 @@ class Settings:
     window: int | str = "all"
     drafts: int = 0
     inner_steps: int = 0
+    bank: int | None = None
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     reference_interval: tuple[float, float] = (0.0, 1.0)
 
@@ -141,6 +146,12 @@ class Settings:
             *(name for name, none in _LATER.items() if getattr(self, name) == none),
         }
         return {name: value for name, value in asdict(self).items() if name not in others}
+
+    @property
+    def bank_size(self) -> int:
+        """How many first frames alone are seen by others; 0 in a mode in which every frame may be."""
+        bank = MODES[self.mode].bank
+        return (self.bank or bank) if bank else 0
 
     def with_own_alone(self) -> Settings:
         """The same, and what this mode does not read as if it were not given."""
@@ -200,6 +211,7 @@ _LEAST = {
     "reference_start": 0,
     "cast_limit": 0,
     "drafts": 0,
+    "bank": 1,
     "seed": 0,
     "width": 8,
     "height": 8,
@@ -211,6 +223,7 @@ _MOST = {
     "reference_start": 1000,
     "cast_limit": 10_000,
     "drafts": 100,
+    "bank": 1000,
     "seed": SEED_LIMIT - 1,
     "width": 8192,
     "height": 8192,
@@ -256,6 +269,8 @@ def resolve(
                 values[name] = check(name, value, "argument" if origin == "flag" else origin)
                 sources[name] = origin
     settings = replace(Settings(), **values)
+    if settings.bank is None and settings.bank_size:
+        settings = replace(settings, bank=settings.bank_size)
     return settings, sources
 
 

@@ -120,6 +120,10 @@ Window = Annotated[
 Drafts = Annotated[
     int | None, option(METHOD, help="Causal: how often frame 0 is drawn before it is kept (default 0).")
 ]
+Bank = Annotated[
+    int | None,
+    option(METHOD, metavar="K", help="Reference: first frames, which alone the others see (default 1)."),
+]
 FirstFrame = Annotated[
     Path | None, option(METHOD, help="Causal: the picture that the story goes on from, as its frame 0.")
 ]
@@ -192,6 +196,7 @@ def generate(
     cast_limit: CastLimit = None,
     window: Window = None,
     drafts: Drafts = None,
+    bank: Bank = None,
     first_frame: FirstFrame = None,
     model: ModelName = "builtin",
     config: Config = None,

@@ -135,7 +135,7 @@ class Ranks:
         lent = [(rank, share) for rank, share in zip(self.ranks, shares, strict=True) if share]
         if not lent:
             return []
-        last = run.drawn.of_round(round.number - 1, round.frames)
+        last = run.drawn.of_round(round.number - 1, run.settings.bank_size or round.frames)
         sent = {j: seen.to(CPU) for j, seen in last.items()}
         for rank, share in lent:
             self._begin(rank, run)

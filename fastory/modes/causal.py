@@ -288,9 +288,9 @@ class Causal:
         """InputError where the model has no history encoder, or none for so wide a window."""
         window_of(model.require_history().encoder.config, settings, len(story.frames))
 
-    def check_redraw(self, frames: Sequence[int], count: int) -> None:
+    def check_redraw(self, frames: Sequence[int], story: Story, settings: Settings) -> None:
         """InputError for frames that do not run to the end: every later frame depends on an earlier one."""
-        if tuple(frames) != tuple(range(frames[0], max(count, frames[-1] + 1))):
+        if tuple(frames) != tuple(range(frames[0], max(len(story.frames), frames[-1] + 1))):
             raise InputError(
                 f"--frames: in causal mode every later frame depends on an earlier one; wanted a first frame to redraw "
                 f"from, such as {frames[0]}-"

@@ -16,12 +16,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Round:
-    """What is to be drawn of a round. size: frames at once; frames: of the story; missing: those that are not finished."""
+    """What is to be drawn of a round. size: frames at once; first, frames: from where to where it goes in the story; missing:
+    those that are not finished.
+    """
 
     number: int
     size: int
     frames: int
     missing: frozenset[int]
+    first: int = 0
 
     @property
     def batches(self) -> list[range]:
@@ -30,7 +33,7 @@ class Round:
         A frame always has the same place among the same others, finished ones included: where a library's rounding depends
         on the place, a resumed run still gives the same bytes, and so does another process.
         """
-        starts = range(0, self.frames, self.size)
+        starts = range(self.first, self.frames, self.size)
         members = (range(first, min(first + self.size, self.frames)) for first in starts)
         return [batch for batch in members if not self.missing.isdisjoint(batch)]
 

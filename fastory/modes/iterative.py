@@ -185,7 +185,7 @@ def groups_of(run: IterativeRun, k: int, fresh: Mapping[int, Seen]) -> list[Grou
     """
     settings, story, regions = run.settings, run.story, run.regions
     groups: list[Group] = []
-    count = len(story.frames)
+    count = settings.bank_size or len(story.frames)
     seen = {j: fresh[j] if j in fresh else run.drawn.seen(k - 1, j) for j in range(count) if k or j in fresh}
     if seen:
         tokens = [seen[j].whole if j in seen else None for j in range(count)]
@@ -281,7 +281,7 @@ class Iterative:
         if settings.iterations >= settings.first_referring or shown:
             model.require_references()
 
-    def check_redraw(self, frames: Sequence[int], count: int) -> None:
+    def check_redraw(self, frames: Sequence[int], story: Story, settings: Settings) -> None:
         """Any frames can be redrawn: the last round alone is, from the same references."""
 
     def reference_groups(self, story: Story, settings: Settings) -> list[int]:

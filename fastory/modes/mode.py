@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, Protocol
 
+from fastory.errors import InputError
 from fastory.events import Event, Notice
 from fastory.models.protocol import Model
 from fastory.modes.executor import HERE, Executor
@@ -58,6 +59,16 @@ def not_read(story: Story, mode: str, goes_by: str) -> Iterator[str]:
         yield "`first_frame` is read by causal mode alone; this story is drawn without it"
 
 
+def check_bank(frames: Sequence[int], story: Story, bank: int) -> None:
+    """InputError where the first `bank` frames, which the later ones see, are not redrawn together with these."""
+    later = range(bank, len(story.frames))
+    if frames[0] < bank and not set(later) <= set(frames):
+        raise InputError(
+            f"--frames: the frames from {bank} on were drawn from those before, frame {frames[0]} among them; wanted frames "
+            f"from {bank} on alone, or all of these as well, such as {frames[0]}-"
+        )
+
+
 class Mode(Protocol):
     """An algorithm that draws stories, and what a run must know of it.
 
@@ -70,8 +81,8 @@ class Mode(Protocol):
     def check(self, model: Model, story: Story, settings: Settings) -> None:
         """InputError where this model cannot draw the story."""
 
-    def check_redraw(self, frames: Sequence[int], count: int) -> None:
-        """InputError where these of a story's `count` frames cannot be redrawn alone."""
+    def check_redraw(self, frames: Sequence[int], story: Story, settings: Settings) -> None:
+        """InputError where these of a story's frames cannot be redrawn alone."""
 
     def reference_groups(self, story: Story, settings: Settings) -> list[int]:
         """Pictures in each group of references that a UNet call holds at most."""
@@ -101,7 +112,7 @@ class Mode(Protocol):
         """The settings of this mode as a picture of `round` carries them."""
 
 
-_MODULES = {name: f"fastory.modes.{name}" for name in ("iterative", "causal", "plain")}
+_MODULES = {name: f"fastory.modes.{name}" for name in ("iterative", "causal", "plain", "reference")}
 _modes: dict[str, Mode] = {}
 
 

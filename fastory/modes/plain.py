@@ -25,7 +25,7 @@ class Plain:
     def check(self, model: Model, story: Story, settings: Settings) -> None:
         """Every model draws from captions."""
 
-    def check_redraw(self, frames: Sequence[int], count: int) -> None:
+    def check_redraw(self, frames: Sequence[int], story: Story, settings: Settings) -> None:
         """Any frames can be redrawn: none sees another."""
 
     def reference_groups(self, story: Story, settings: Settings) -> list[int]:

@@ -93,7 +93,7 @@ def frames_to_redraw(frames: Frames | None, story: Story, settings: Settings) ->
         raise InputError(
             f"--frames: {story.title!r} has the frames 0 to {count - 1}, and none of them was chosen"
         )
-    mode_of(settings.mode).check_redraw(wanted, count)
+    mode_of(settings.mode).check_redraw(wanted, story, settings)
     return wanted
 
 

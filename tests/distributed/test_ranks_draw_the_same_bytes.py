@@ -104,6 +104,16 @@ def test_frames_of_a_round_are_dealt_over_ranks(size: int, frames: int, alone: A
     assert [e.out + e.err for e in ended[1:]] == [""] * (size - 1)  # progress stands in one place
 
 
+def test_later_frames_are_dealt_with_the_bank_of_their_references(tmp_path: Path) -> None:
+    few = ["--mode=reference", "--bank=2", "--steps=2", "--batch-size=1", "--noise=per-frame", "--json"]
+    for size in (1, 2):
+        command = ["generate", story(tmp_path, 4), "-o", tmp_path / f"by-{size}", *few]
+        ended = run_ranks(size, command, tmp_path)
+        assert [e.status for e in ended] == [0] * size, ended
+    assert pictures(tmp_path / "by-2") == pictures(tmp_path / "by-1")
+    assert processes(tmp_path / "by-2") == [2]
+
+
 def killed_then_resumed(size: int, rank: int, picture: int, then: int, tmp_path: Path) -> dict[str, str]:
     run = tmp_path / "run"
     command = ["generate", story(tmp_path, 5), "-o", run, *FEW]

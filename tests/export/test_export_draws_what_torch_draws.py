@@ -127,10 +127,11 @@ def test_each_frame_from_the_same_history(model: StoryModel, engine: EngineModel
         assert (ours - theirs).abs().max() <= ROUND
 
 
-@pytest.mark.parametrize("mode", ["iterative", "causal"])
+@pytest.mark.parametrize("mode", ["iterative", "causal", "plain", "reference"])
 def test_a_whole_story_stays_near(mode: str, model: StoryModel, engine: EngineModel) -> None:
     # One draft, as every draft of four steps takes up what the one before rounded otherwise: after four of them, 20 dB.
-    flags = {"mode": mode} if mode == "iterative" else {"mode": mode, "iterations": None, "drafts": 1}
+    more: dict[str, Any] = {"iterative": {}, "causal": {"iterations": None, "drafts": 1}}
+    flags = {"mode": mode, **more.get(mode, {"iterations": None})}
     own, other = drawn(model, **flags), drawn(engine, **flags)
     assert own.keys() == other.keys()
     last = max(round for round, _ in own)
