@@ -19,12 +19,14 @@ from fastory.wording import shown
 class Scheduler:
     """One of diffusers' schedulers by its class. config: what stands in place of the model folder's own values.
 
-    distilled: whether it wants a UNet that was distilled for it, as LCM does.
+    distilled: whether it wants a UNet that was distilled for it, as LCM does. solves: whether a step solves for its
+    coefficients with small tensors on the sample's device, as UniPC does; they are computed on the host then.
     """
 
     kind: str
     config: Mapping[str, Any] = field(default_factory=dict)
     distilled: bool = False
+    solves: bool = False
 
 
 SCHEDULERS: dict[str, Scheduler] = {
@@ -37,7 +39,7 @@ SCHEDULERS: dict[str, Scheduler] = {
     "euler": Scheduler("EulerDiscreteScheduler"),
     "euler-ancestral": Scheduler("EulerAncestralDiscreteScheduler"),
     "dpm++": Scheduler("DPMSolverMultistepScheduler"),
-    "unipc": Scheduler("UniPCMultistepScheduler"),
+    "unipc": Scheduler("UniPCMultistepScheduler", solves=True),
     "pndm": Scheduler("PNDMScheduler"),
 }
 REFERENCES = ("all", "others", "cast")

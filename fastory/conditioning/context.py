@@ -31,8 +31,11 @@ class Context(Protocol):
 class Shared(Protocol):
     """What all frames of a round share of a context: makes contexts of any number of rows, and refills one."""
 
-    def context(self, rows: int) -> Context:
-        """A context whose rows are zeros."""
+    def context(self, rows: int, beside: Context | None = None) -> Context:
+        """A context of `rows` rows. beside: another one of as many rows, which is never read while this one is.
+
+        What rows alone fill may lie in the memory of `beside`.
+        """
 
     def refill(self, context: Context) -> bool:
         """Write the shared part where `context` holds it. False, and nothing written, where the shapes differ."""

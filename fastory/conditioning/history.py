@@ -80,8 +80,8 @@ class Window:
     frames: int
     like: Tensor
 
-    def context(self, rows: int) -> HistoryContext:
-        """An empty window for `rows` rows."""
+    def context(self, rows: int, beside: Context | None = None) -> HistoryContext:
+        """An empty window for `rows` rows, in memory of its own."""
         keys = self.caption_tokens + self.frames * self.frame_tokens
         kv = self.like.new_zeros(rows, keys, self.like.shape[-1])
         padding = torch.ones(rows, keys, dtype=torch.bool, device=kv.device)

@@ -234,11 +234,13 @@ class References:
         ones = torch.ones(self.grid.height, self.grid.width)
         return layer_masks([ones if mask is None else mask for mask in masks], self.grid)
 
-    def context(self, rows: int) -> ReferenceContext:
-        """Room for the captions of `rows` rows beside these references."""
+    def context(self, rows: int, beside: Context | None = None) -> ReferenceContext:
+        """Room for the captions of `rows` rows beside these references; their K and V lie where `beside` has its own."""
         width, blocks = self.ref_kv.shape[2], self.ref_kv.shape[1] // self.tokens_per_ref
+        text = (rows, self.text_tokens, width)
+        there = beside.text_kv if isinstance(beside, ReferenceContext) else None
         return ReferenceContext(
-            text_kv=self.ref_kv.new_zeros(rows, self.text_tokens, width),
+            text_kv=self.ref_kv.new_zeros(text) if there is None or there.shape != text else there,
             ref_kv=self.ref_kv,
             scale=self.scale,
             ref_visible=torch.zeros(rows, blocks, dtype=torch.bool, device=self.ref_kv.device),

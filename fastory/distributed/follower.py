@@ -31,6 +31,7 @@ from fastory.models.protocol import Model
 from fastory.modes.iterative import IterativeRun, draw_batches
 from fastory.modes.mode import mode_of
 from fastory.runtime import is_out_of_memory, release_memory
+from fastory.sampling.sampler import leave_idle
 from fastory.wording import last_words
 
 Open = Callable[[str, str | None, bool | None], Model]
@@ -114,7 +115,9 @@ class Follower:
         model = self._model_for(message.computing)
         device = model.placement.device
         characters = {name: [t.to(device) for t in tokens] for name, tokens in message.characters.items()}
-        self._story = None  # its buffers go before the new ones come
+        if self._story is not None:
+            leave_idle(self._story.sampler)
+        self._story = None
         self._story = IterativeRun.of(model, message.plan, message.batch_sizes, message.size, characters)
 
     def _frames(self, message: DrawFrames) -> Iterator[Event | Drawn]:

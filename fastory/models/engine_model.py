@@ -67,6 +67,7 @@ class EngineModel:
         self.device, self.dtype = placement.device, placement.dtype
         self.session_of = session_of
         self.sessions: dict[str, Session] = {}
+        self.idle_samplers: list[Any] = []
         self.constants: Mapping[str, Tensor] = {
             name: tensor.to(self.device, self.dtype)
             for name, tensor in load_finite(folder.path / "constants.safetensors").items()

@@ -107,6 +107,9 @@ class Model(Protocol):
 
     name: str
     placement: Placement
+    idle_samplers: list[
+        Any
+    ]  # what fastory.sampling keeps from one story to the next, `causal` sharing the list
 
     # What a run asks before it draws.
 

@@ -59,6 +59,7 @@ class StoryModel:
         self.name = name
         self.requested = dict(requested or {})
         self.options: dict[str, Any] | None = None
+        self.idle_samplers: list[Any] = []
         self.checkpoint = checkpoint
         self.family, self.world = checkpoint.family, world_of(checkpoint.defaults)
         self.placement = placement
@@ -137,6 +138,7 @@ class StoryModel:
     def release(self) -> None:
         """Let go of every part, so that what from_pipeline had to copy is freed. The model cannot draw any more."""
         gone: Any = Released(self.name)
+        self.idle_samplers.clear()
         self.pipeline = self.unet = self.vae = gone
         self.checkpoint = replace(
             self.checkpoint, pipeline=gone, image_encoder=None, adapter=None, history=None, weights={}

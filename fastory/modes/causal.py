@@ -30,7 +30,7 @@ from fastory.modes.memory import until_it_fits
 from fastory.modes.mode import StoryPlan, long_captions, register
 from fastory.pictures import open_picture
 from fastory.sampling.noise import frame_seed
-from fastory.sampling.sampler import Row, Sampler
+from fastory.sampling.sampler import Row, Sampler, leave_idle, sampler_for
 from fastory.settings import MODES, Settings
 from fastory.story import Story
 from fastory.wording import counted
@@ -94,7 +94,7 @@ class CausalBatch:
         """The sampler for `size` stories at once; its buffers and its captured graph serve all frames."""
         if self.sampler is None or self.sampler.batch_size != size:
             self.sampler = None  # its buffers go before the new ones come
-            self.sampler = Sampler(self.model, self.settings, size, *self.size)
+            self.sampler = sampler_for(self.model, self.settings, size, *self.size)
             tokens = self.history.encoder.config.frame_tokens
             limit = int(self.model.tokenizer.model_max_length)
             self.sampler.set_round(Window(limit, tokens, self.window, self.table))
@@ -194,9 +194,12 @@ def causal(
     batch = CausalBatch(model, plans, batch_sizes, size)
     for plan in plans:
         yield from long_captions(batch.model, plan)
-    for frame in range(max(len(plan.prompts) for plan in plans)):
-        if any(state.needs(frame) for state in batch.states):
-            yield from until_it_fits(batch, partial(draw_frame, batch, frame), 0, frame)
+    try:
+        for frame in range(max(len(plan.prompts) for plan in plans)):
+            if any(state.needs(frame) for state in batch.states):
+                yield from until_it_fits(batch, partial(draw_frame, batch, frame), 0, frame)
+    finally:
+        leave_idle(batch.sampler)
 
 
 def prepare_frame(

@@ -29,7 +29,7 @@ from fastory.modes.mode import StoryPlan, long_captions, register
 from fastory.modes.regions import NEEDED, Regions, Seen, check_boxes, settled
 from fastory.pictures import open_picture
 from fastory.sampling.noise import frame_seed
-from fastory.sampling.sampler import Row, Sampler
+from fastory.sampling.sampler import Row, Sampler, leave_idle, sampler_for
 from fastory.settings import MODES, Settings
 from fastory.story import Story
 from fastory.wording import counted
@@ -95,7 +95,7 @@ class IterativeRun:
         """The sampler for micro-batches of `size`; its buffers and captured graphs serve all rounds."""
         if self.sampler is None or self.sampler.batch_size != size:
             self.sampler = None  # its buffers go before the new ones come
-            self.sampler = Sampler(self.model, self.settings, size, *self.size)
+            self.sampler = sampler_for(self.model, self.settings, size, *self.size)
         return self.sampler
 
     @cached_property
@@ -115,8 +115,11 @@ def iterative(
     """
     yield from long_captions(model, plan)
     run = IterativeRun.of(model, plan, batch_sizes, size)
-    for k in range(plan.settings.iterations + 1):
-        yield from until_it_fits(run, partial(draw_round, run, k), k)
+    try:
+        for k in range(plan.settings.iterations + 1):
+            yield from until_it_fits(run, partial(draw_round, run, k), k)
+    finally:
+        leave_idle(run.sampler)
 
 
 def encode_characters(model: Model, plan: StoryPlan) -> dict[str, list[Tensor]]:

@@ -17,7 +17,7 @@ from fastory.runs.folder import RunFolder
 from fastory.runs.provenance import version_notices, versions
 from fastory.runs.redraw import begin_redraw, finish_move, give_up_redraw, refuse_unrepeatable
 from fastory.runs.resolve import ResolvedStory
-from fastory.runtime import choose_batch, frame_bytes
+from fastory.runtime import choose_batch, frame_bytes, release_memory
 from fastory.sampling.noise import frame_seed
 from fastory.sampling.sampler import is_guided, rows_per_frame
 from fastory.settings import Settings
@@ -180,6 +180,10 @@ def _micro_batch(
         share = -(-count // processes)
         taken = share if taken is None else min(taken, share)
     size, reason = choose_batch(model.placement, needed, count, unit, taken)
+    if model.idle_samplers and size < choose_batch(model.placement, 1, count, unit, taken)[0]:
+        model.idle_samplers.clear()  # memory decides, and what the last story's sampler holds is no part of the question
+        release_memory(model.placement.device)
+        size, reason = choose_batch(model.placement, needed, count, unit, taken)
     return size, reason if processes == 1 else f"{reason}, {processes} processes"
 
 

@@ -20,8 +20,8 @@ class Denoiser(Protocol):
     def predict(self, inputs: UnetInputs) -> Tensor:
         """The prediction (R, c, h, w). It may lie in memory that the next call writes again."""
 
-    def forget(self) -> None:
-        """The inputs of the next calls lie in other buffers than those of the calls before."""
+    def forget(self, inputs: UnetInputs) -> None:
+        """These inputs are not given again."""
 
 
 class Eager:
@@ -34,7 +34,7 @@ class Eager:
         """The prediction (R, c, h, w)."""
         return self.model.predict(inputs)
 
-    def forget(self) -> None:
+    def forget(self, inputs: UnetInputs) -> None:
         """Nothing is kept."""
 
 
@@ -69,13 +69,15 @@ def explained(capture: AbstractContextManager[Any]) -> Iterator[None]:
 class Captured:
     """The call replayed from a CUDA graph, captured on first use: one launch in place of some thousand.
 
-    The result lies in the graph's own memory, which the next replay writes again.
+    The result lies in the graph's own memory, which the next replay writes again. All graphs of a sampler share that memory:
+    one call is over, and its result read, before another begins.
     """
 
     def __init__(self, model: Model) -> None:
         self.model = model
         # By the identity of the inputs, which are kept with their graph: a step may read some of the rows alone.
         self.graphs: dict[int, tuple[UnetInputs, Replayed, Tensor]] = {}
+        self.pool: Any = None
 
     def predict(self, inputs: UnetInputs) -> Tensor:
         """The prediction (R, c, h, w) from what the inputs' buffers hold now."""
@@ -85,9 +87,9 @@ class Captured:
         graph.replay()
         return prediction
 
-    def forget(self) -> None:
-        """The graphs read other buffers."""
-        self.graphs = {}
+    def forget(self, inputs: UnetInputs) -> None:
+        """The graph that reads them goes."""
+        self.graphs.pop(id(inputs), None)
 
     def capture(self, inputs: UnetInputs) -> tuple[Replayed, Tensor]:
         """A graph of the call, and where its replay leaves the prediction."""
@@ -100,7 +102,8 @@ class Captured:
                 self.model.predict(inputs)
                 self.model.predict(inputs)
             torch.cuda.current_stream(device).wait_stream(aside)
-            with explained(torch.cuda.graph(graph, stream=aside)):
+            self.pool = self.pool or torch.cuda.graph_pool_handle()
+            with explained(torch.cuda.graph(graph, pool=self.pool, stream=aside)):
                 prediction = self.model.predict(inputs)
         return graph, prediction
 

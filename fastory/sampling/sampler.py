@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,10 @@ from fastory.models.protocol import Caption, Model, UnetInputs
 from fastory.sampling.clock import timed
 from fastory.sampling.denoiser import denoiser_of
 from fastory.sampling.schedulers import SchedulerStep, make_scheduler
-from fastory.settings import Settings, is_within
+from fastory.settings import SCHEDULERS, Settings, is_within
+
+# Shapes of a round whose buffers and graphs are kept: an iterative story has two, a causal one has one.
+KEPT_ROUNDS = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,8 +40,18 @@ class Row:
     unconditional: ReferenceRow | HistoryRow
 
 
+@dataclass(frozen=True, eq=False)
+class RoundInputs:
+    """What the UNet calls of rounds of one shape read. parts: by whether a step is guided, and whether it has references."""
+
+    whole: UnetInputs
+    parts: dict[tuple[bool, bool], UnetInputs] = field(default_factory=dict)
+
+
 class Sampler:
     """Owns the static input buffers of one micro-batch shape; nothing is allocated per step but what the UNet needs.
+
+    It serves one story after the other: see sampler_for.
 
     No tensor is read on the host inside the step loop, so a CUDA graph can be put around a step.
     """
@@ -47,6 +60,7 @@ class Sampler:
         """width, height: of the picture, in pixels. batch_size: frames per micro-batch."""
         self.model, self.settings, self.batch_size = model, settings, batch_size
         placement, sizes = model.placement, model.sizes
+        self.serves = served(model, settings, batch_size, width, height)
         self.guided = is_guided(model, settings)
         self.rows = batch_size * rows_per_frame(model, settings)
         self.scheduler = make_scheduler(model, settings.scheduler)
@@ -66,9 +80,16 @@ class Sampler:
             row = model.added_conditions(torch.zeros(1, sizes.pooled_width, **options), width, height)
             self.conditions = {name: value.repeat(self.rows, 1) for name, value in row.items()}
         self.model_input = torch.zeros(self.rows, *self.latent_shape, **options)
-        self.inputs: UnetInputs | None = None
-        self.parts: dict[tuple[bool, bool], UnetInputs] = {}
+        self.rounds: list[RoundInputs] = []  # the current one first
         self.denoiser = denoiser_of(model)
+
+    def use(self, settings: Settings) -> None:
+        """Serve another story, with settings of which `served` says the same."""
+        self.settings = settings
+        self.scheduler = make_scheduler(self.model, settings.scheduler)
+        self.set_steps(settings.steps)
+        if self.timestep_cond is not None:
+            self.timestep_cond.copy_(self.model.guidance_embedding(settings.guidance_scale, self.rows))
 
     def set_steps(self, steps: int) -> None:
         """Denoise in this many steps from now on. What a UNet call reads keeps its place, so captured graphs stay good."""
@@ -82,6 +103,11 @@ class Sampler:
         )
 
     @property
+    def inputs(self) -> UnetInputs | None:
+        """What a UNet call of all rows reads; None before the first round."""
+        return self.rounds[0].whole if self.rounds else None
+
+    @property
     def context(self) -> Context | None:
         """What the next micro-batches attend to; None before the first round."""
         return None if self.inputs is None else self.inputs.context
@@ -90,37 +116,41 @@ class Sampler:
     def set_round(self, shared: Shared) -> None:
         """Make `shared` what the next micro-batches attend to.
 
-        Inputs of the same shapes are written where the last round's were, so that a captured graph stays good: an
+        Inputs of the same shapes are written where those of an earlier round were, so that a captured graph stays good: an
         iterative story has two shapes, round 0 without references and every later round; a causal one has one.
         """
-        if self.inputs is None or not shared.refill(self.inputs.context):
-            context = shared.context(self.rows)
-            self.inputs = UnetInputs(
-                self.model_input, self.timestep, context, self.timestep_cond, self.conditions
-            )
-            self.parts = {}
-            self.denoiser.forget()
+        for number, held in enumerate(self.rounds):
+            if shared.refill(held.whole.context):
+                self.rounds.insert(0, self.rounds.pop(number))
+                return
+        for dropped in self.rounds[KEPT_ROUNDS - 1 :]:
+            for inputs in (dropped.whole, *dropped.parts.values()):
+                self.denoiser.forget(inputs)
+        del self.rounds[KEPT_ROUNDS - 1 :]
+        context = shared.context(self.rows, self.context)
+        whole = UnetInputs(self.model_input, self.timestep, context, self.timestep_cond, self.conditions)
+        self.rounds.insert(0, RoundInputs(whole))
 
     def inputs_of(self, guided: bool, referenced: bool) -> UnetInputs:
         """What a step reads: all rows or the conditional ones alone, with references or without, in the same memory."""
-        if (guided, referenced) not in self.parts:
-            assert self.inputs is not None
-            inputs = self.inputs if guided == self.guided else self.inputs.last_rows(self.batch_size)
+        held = self.rounds[0]
+        if (guided, referenced) not in held.parts:
+            inputs = held.whole if guided == self.guided else held.whole.last_rows(self.batch_size)
             if not referenced:
                 inputs = replace(inputs, context=inputs.context.without_references())
-            self.parts[guided, referenced] = inputs
-        return self.parts[guided, referenced]
+            held.parts[guided, referenced] = inputs
+        return held.parts[guided, referenced]
 
     def _load(self, rows: Sequence[Row]) -> list[torch.Generator]:
         """Copy the rows into the static buffers, padded with the last one; returns each row's generator.
 
-        A row that stands in for others, too, has one generator, and all of them get its noise.
+        Rows of one seed have one generator, and all of them get its noise.
         """
         padded = [*rows, *[rows[-1]] * (self.batch_size - len(rows))]
-        generators = {row: torch.Generator().manual_seed(row.seed) for row in padded}
-        noise = {row: self.initial_noise(generator) for row, generator in generators.items()}
+        generators = {row.seed: torch.Generator().manual_seed(row.seed) for row in padded}
+        noise = {seed: self.initial_noise(generator) for seed, generator in generators.items()}
         for index, row in enumerate(padded):
-            self.latents[index : index + 1] = noise[row]
+            self.latents[index : index + 1] = noise[row.seed]
         filled = [(row.conditional, row.caption) for row in padded]
         if self.guided:
             filled = [(row.unconditional, row.negative) for row in padded] + filled
@@ -130,7 +160,7 @@ class Sampler:
             if self.conditions is not None:
                 assert caption.pooled is not None
                 self.conditions["text_embeds"][index : index + 1] = caption.pooled
-        return [generators[row] for row in padded]
+        return [generators[row.seed] for row in padded]
 
     @torch.inference_mode()
     def denoise(self, rows: Sequence[Row]) -> Iterator[tuple[int, float]]:
@@ -139,7 +169,10 @@ class Sampler:
         seconds: on the device, without what the reader does between two steps. Afterwards `latents[n : n + 1]` is row n.
         Raises what PyTorch raises when memory runs out.
         """
-        within = SchedulerStep(self.model.placement.device, self._load(rows))
+        solves = SCHEDULERS[self.settings.scheduler].solves
+        within = SchedulerStep(
+            self.model.placement.device, self._load(rows), len(self.host_timesteps), solves
+        )
         self.scheduler.set_timesteps(self.steps, device="cpu")  # clears what multi-step schedulers remember
         if hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(0)
@@ -176,6 +209,34 @@ class Sampler:
             shape, generator=generator, device=self.model.placement.device, dtype=self.model.placement.dtype
         )
         return noise * self.scheduler.init_noise_sigma
+
+
+def served(
+    model: Model, settings: Settings, batch_size: int, width: int, height: int
+) -> tuple[int, int, int, str, bool]:
+    """Equal for stories that one sampler can serve."""
+    return batch_size, width, height, settings.scheduler, is_guided(model, settings)
+
+
+def sampler_for(model: Model, settings: Settings, batch_size: int, width: int, height: int) -> Sampler:
+    """A sampler for a story: what an earlier one left at the model where it serves this one, with what it has captured.
+
+    One that does not goes before the new one comes. Two stories that are drawn at the same time have one each.
+    """
+    wanted = served(model, settings, batch_size, width, height)
+    while model.idle_samplers:
+        idle: Sampler = model.idle_samplers.pop()
+        if idle.model is model and idle.serves == wanted:
+            idle.use(settings)
+            return idle
+        del idle
+    return Sampler(model, settings, batch_size, width, height)
+
+
+def leave_idle(sampler: Sampler | None) -> None:
+    """Leave the sampler of a finished story at its model, where the next story takes it."""
+    if sampler is not None:
+        sampler.model.idle_samplers[:] = [sampler]
 
 
 def is_guided(model: Model, settings: Settings) -> bool:

@@ -250,7 +250,7 @@ def fake_cuda() -> Iterator[ShapesAlone]:
         mode.counted.launches["graph"] += 1
 
     @contextmanager
-    def graph(made: Any, stream: Any = None) -> Iterator[None]:
+    def graph(made: Any, pool: Any = None, stream: Any = None) -> Iterator[None]:
         before = mode.counted.copy()
         yield
         mode.captures.append(mode.counted - before)
@@ -277,6 +277,7 @@ def fake_cuda() -> Iterator[ShapesAlone]:
             "device": nullcontext,
             "CUDAGraph": lambda: SimpleNamespace(replay=replay),
             "graph": graph,
+            "graph_pool_handle": lambda: (0, 1),
         }
         for name, stand_in in stand_ins.items():
             patch.setattr(torch.cuda, name, stand_in)
