@@ -47,12 +47,16 @@ class Notice:
 
 @dataclass(frozen=True)
 class RoundStarted:
-    """Round 0 draws from the captions alone; `reference_scale` is l_k of the later ones."""
+    """Round 0 draws from the captions alone; `reference_scale` is l_k of the later ones.
+
+    steps: of a picture of this round.
+    """
 
     round: int
     rounds: int
     reference_scale: float
     frames: int
+    steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,10 @@ class StepDone:
 
 @dataclass(frozen=True)
 class FrameDrawn:
-    """A finished picture, 8-bit RGB. `left_out` says why it is never a reference, or is None. story_index: as in StepDone."""
+    """A finished picture, 8-bit RGB. `left_out` says why it is never a reference, or is None. story_index: as in StepDone.
+
+    converged: the round in which the frame was finished, whose picture this one is, too (--until converged), or None.
+    """
 
     round: int
     frame: int
@@ -84,6 +91,7 @@ class FrameDrawn:
     left_out: str | None
     path: Path | None = None
     story_index: int = 0
+    converged: int | None = None
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ _STORY_ADAPTER: Mapping[str, Any] = {
     "guidance_interval": (0.0, 1.0),
     "reference_interval": (0.0, 1.0),
     "noise": "shared",
+    "until": "iterations",
 }
 
 # A preset names every value it stands for, so that it also overrules the model folder's defaults.

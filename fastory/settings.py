@@ -46,6 +46,7 @@ REFERENCES = ("all", "others", "cast")
 REFERENCES_FROM = ("last", "latest")
 REFERENCE_FITS = ("pad", "squash", "crop")
 REGIONS = ("auto", "on", "off")
+UNTIL = ("iterations", "converged")
 NOISES = ("shared", "per-frame")
 DTYPES = ("float32", "float16", "bfloat16")
 GRAPHS = ("auto", "off")
@@ -72,7 +73,7 @@ MODES: dict[str, ModeTraits] = {
         (
             *("iterations", "inner_steps", "reference_scale"),
             *("references", "references_from", "reference_fit", "reference_start"),
-            *("reference_interval", "regions", "cast_limit"),
+            *("reference_interval", "regions", "cast_limit", "until", "tolerance"),
         )
     ),
     "causal": ModeTraits(("window", "drafts"), first_frame=True),
@@ -99,6 +100,8 @@ class Settings:
     shares of the steps, from a start to before an end, in which there is classifier-free guidance, and in which references
     are read; outside, the unconditional rows, or the references, are not computed ("Applying Guidance in a Limited Interval
     Improves Sample and Distribution Quality in Diffusion Models", arXiv 2404.07724, for guidance).
+    until: when a frame is finished, after all iterations, or once it has `converged`: its reference
+    tokens lie within `tolerance`, a cosine distance, of those of both rounds before; see modes/converged.py.
     """
 
     mode: str = "iterative"
@@ -125,6 +128,8 @@ class Settings:
     bank: int | None = None
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     reference_interval: tuple[float, float] = (0.0, 1.0)
+    until: str = "iterations"
+    tolerance: float = 0.02
 
     @property
     def rounds(self) -> int:
@@ -146,6 +151,7 @@ class Settings:
         others = {
             *foreign(self.mode),
             *(name for name, none in _LATER.items() if getattr(self, name) == none),
+            *(name for name, (of, value) in _BESIDE.items() if getattr(self, of) != value),
         }
         return {name: value for name, value in asdict(self).items() if name not in others}
 
@@ -191,6 +197,7 @@ _CHOICES: Mapping[str, Collection[str]] = {
     "references_from": REFERENCES_FROM,
     "reference_fit": REFERENCE_FITS,
     "regions": REGIONS,
+    "until": UNTIL,
     "scheduler": SCHEDULERS,
     "noise": NOISES,
     "preset": PRESETS,
@@ -205,7 +212,10 @@ _LATER = {
     "reference_interval": (0.0, 1.0),
     "regions": "off",
     "cast_limit": 0,
+    "until": "iterations",
 }
+# Settings that are read where another one has this value.
+_BESIDE = {"tolerance": ("until", "converged")}
 _LEAST = {
     "iterations": 0,
     "steps": 1,
@@ -230,6 +240,11 @@ _MOST = {
     "width": 8192,
     "height": 8192,
 }
+
+_WITHIN = {
+    "guidance_scale": (0, 100),
+    "tolerance": (0, 2),
+}  # numbers that may be fractions; NaN is within nothing
 
 
 def is_within(interval: tuple[float, float], step: int, steps: int) -> bool:
@@ -355,8 +370,8 @@ def check(name: str, value: Any, origin: str) -> Any:
         check_choice(name, value, what)
     if name in _LEAST and not _LEAST[name] <= value <= _MOST[name]:
         raise InputError(f"{what}: wanted {_LEAST[name]} to {_MOST[name]}, got {shown(value)}")
-    if name == "guidance_scale" and not 0 <= value <= 100:
-        raise InputError(f"{what}: wanted 0 to 100, got {shown(value)}")
+    if name in _WITHIN and not _WITHIN[name][0] <= value <= _WITHIN[name][1]:
+        raise InputError(f"{what}: wanted {_WITHIN[name][0]} to {_WITHIN[name][1]}, got {shown(value)}")
     if isinstance(value, str):
         _refuse_broken_text(value, what)
     return value

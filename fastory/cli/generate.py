@@ -108,6 +108,20 @@ CastLimit = Annotated[
         METHOD, metavar="K", help="References of a character at most, those that stand for all (default all)."
     ),
 ]
+Until = Annotated[
+    str | None,
+    choice(
+        METHOD,
+        choices("until"),
+        help="A frame is finished after all iterations, or once it no longer changes (iterations are then the most).",
+    ),
+]
+Tolerance = Annotated[
+    float | None,
+    option(
+        METHOD, metavar="EPS", help="With --until converged: how far two rounds may move it (default 0.02)."
+    ),
+]
 Window = Annotated[
     str | None,
     option(
@@ -194,6 +208,8 @@ def generate(
     reference_start: ReferenceStart = None,
     regions: Regions = None,
     cast_limit: CastLimit = None,
+    until: Until = None,
+    tolerance: Tolerance = None,
     window: Window = None,
     drafts: Drafts = None,
     bank: Bank = None,

@@ -91,7 +91,7 @@ class Screen:
             speed_estimate_period=120,
         )
         self.task = self.progress.add_task("", visible=False)
-        self.round, self.frame, self.done_in_round = "", -1, 0
+        self.round, self.frame, self.done_in_round, self.steps_of_round = "", -1, 0, 0
         self.titles: dict[int, str] = {}  # stories that are being drawn, by their place in the call
         self.total = 0
         self.since = time.monotonic()
@@ -146,6 +146,13 @@ class Screen:
         self.done_in_round += done
         self.progress.update(self.task, advance=done, description=described)
 
+    def stay(self, event: FrameDrawn) -> None:
+        """A frame that no longer changes: its steps are saved, and it is said once."""
+        self.done_in_round += self.steps_of_round
+        self.progress.update(self.task, advance=self.steps_of_round)
+        if event.converged == event.round - 1:
+            self.note(f"frame {event.frame} no longer changes: finished in round {event.converged}")
+
     def show(self, event: Event) -> None:
         """One event."""
         from fastory import events
@@ -159,6 +166,7 @@ class Screen:
                 self.note(f"[yellow]note:[/] {plain(event.message)}")
             case events.RoundStarted():
                 self.round, self.done_in_round = f"round {event.round} of {event.rounds}", 0
+                self.steps_of_round = event.steps
             case events.StepDone():
                 self.step(event)
             case events.FrameDrawn() if event.left_out:
@@ -167,6 +175,8 @@ class Screen:
                 )
                 self.note(f"[yellow]note:[/] {which} {event.left_out}; it is left out as a reference")
                 self.count(event)
+            case events.FrameDrawn() if event.converged is not None:
+                self.stay(event)
             case events.FrameDrawn():
                 self.count(event)
             case events.BatchHalved():

@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from fastory.events import FrameDrawn
-from fastory.modes.executor import Round
+from fastory.modes.executor import Batch, Round
 from fastory.modes.mode import StoryPlan
 from fastory.modes.regions import Seen
 
@@ -50,7 +50,7 @@ class DrawFrames:
     """Micro-batches of a round of that story. last: what every picture of the round before gives this one, on the CPU."""
 
     round: Round
-    batches: Sequence[range]
+    batches: Sequence[Batch]
     last: Mapping[int, Seen]
 
 

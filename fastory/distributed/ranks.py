@@ -33,7 +33,7 @@ from fastory.distributed.messages import (
 from fastory.errors import FastoryError, InputError
 from fastory.events import Event
 from fastory.models.protocol import Model
-from fastory.modes.executor import HERE, Draw, Round, Worker
+from fastory.modes.executor import HERE, Batch, Draw, Round, Worker
 from fastory.modes.iterative import IterativeRun
 from fastory.modes.mode import StoryPlan
 from fastory.pictures import as_picture, open_picture
@@ -130,7 +130,7 @@ class Ranks:
         if failure is not None:
             raise failure
 
-    def _send(self, run: IterativeRun, round: Round, shares: Sequence[Sequence[range]]) -> list[Rank]:
+    def _send(self, run: IterativeRun, round: Round, shares: Sequence[Sequence[Batch]]) -> list[Rank]:
         """Give the other ranks their shares, those that have one; returns these ranks."""
         lent = [(rank, share) for rank, share in zip(self.ranks, shares, strict=True) if share]
         if not lent:
@@ -172,7 +172,7 @@ class Ranks:
             rank.story = run
 
 
-def deal(batches: Sequence[range], processes: int) -> list[Sequence[range]]:
+def deal(batches: Sequence[Batch], processes: int) -> list[Sequence[Batch]]:
     """A share of the micro-batches for each process. The last one, which writes as well, has the smallest."""
     return [batches[first::processes] for first in range(processes)]
 

@@ -11,20 +11,29 @@ from fastory.modes.finished import Finished
 from fastory.modes.regions import Regions, Seen
 from fastory.settings import Settings
 
+LOOKED_BACK = 3  # rounds that say whether a frame has converged
+
 
 @dataclass
 class DrawnRounds:
-    """The pictures of a story's rounds as references. One that was not drawn just now is loaded and encoded, once a round."""
+    """The pictures of a story's rounds as references. One that was not drawn just now is loaded and encoded, once a round.
+
+    converged: the frames that are finished, each with the round in which it was; see modes/converged.py.
+    """
 
     model: Model
     settings: Settings
     finished: Finished
     regions: Regions | None
+    converged: dict[int, int] = field(default_factory=dict)
     _seen: dict[tuple[int, int], Seen] = field(default_factory=dict)
+    _pictures: dict[tuple[int, int], Image.Image] = field(default_factory=dict)
 
     def begin(self, k: int) -> None:
         """Round k begins, or begins again: pictures that it drew before do not count, nor those that no round sees any more."""
-        self._seen = {key: seen for key, seen in self._seen.items() if key[0] == k - 1}
+        kept = range(k - (LOOKED_BACK if self.settings.until == "converged" else 1), k)
+        self._seen = {key: seen for key, seen in self._seen.items() if key[0] in kept}
+        self._pictures = {key: image for key, image in self._pictures.items() if key[0] == k - 1}
 
     def add(self, k: int, frame: int, image: Image.Image, left_out: str | None) -> None:
         """A picture was drawn. left_out: why it must not become a reference, None for one that may."""
@@ -40,6 +49,16 @@ class DrawnRounds:
     def put(self, k: int, frame: int, seen: Seen) -> None:
         """What a picture that another process drew gives others."""
         self._seen[k, frame] = seen
+
+    def keep(self, k: int, frame: int, image: Image.Image) -> None:
+        """A picture that may stand for its frame in the next round, too."""
+        if self.settings.until == "converged":
+            self._pictures[k, frame] = image
+
+    def picture(self, k: int, frame: int) -> Image.Image:
+        """The picture of `frame` in round k."""
+        there = self._pictures.get((k, frame))
+        return self.finished.load(k, frame)[0] if there is None else there
 
     def of_round(self, k: int, frames: int) -> dict[int, Seen]:
         """What every picture of a finished round gives; of round -1, before the first, there are none."""

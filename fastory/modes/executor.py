@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 class Round:
     """What is to be drawn of a round. size: frames at once; first, frames: from where to where it goes in the story; missing:
     those that are not finished.
+
+    staying: frames that have converged before this round, which does not draw them.
     """
 
     number: int
@@ -25,20 +27,24 @@ class Round:
     frames: int
     missing: frozenset[int]
     first: int = 0
+    staying: frozenset[int] = frozenset()
 
     @property
-    def batches(self) -> list[range]:
+    def batches(self) -> list[Batch]:
         """The micro-batches that hold a missing frame.
 
         A frame always has the same place among the same others, finished ones included: where a library's rounding depends
         on the place, a resumed run still gives the same bytes, and so does another process.
         """
-        starts = range(self.first, self.frames, self.size)
-        members = (range(first, min(first + self.size, self.frames)) for first in starts)
+        moving = [i for i in range(self.first, self.frames) if i not in self.staying]
+        members = (tuple(moving[first : first + self.size]) for first in range(0, len(moving), self.size))
         return [batch for batch in members if not self.missing.isdisjoint(batch)]
 
 
-Draw = Callable[[Sequence[range]], Iterator[Event]]
+Batch = tuple[int, ...]
+"""The frames of a micro-batch, in their order."""
+
+Draw = Callable[[Sequence[Batch]], Iterator[Event]]
 """Draws some of a round's micro-batches in this process; what they give the next round is added to the run."""
 
 

@@ -22,8 +22,9 @@ from torch import Tensor
 from fastory.conditioning.references import Group, References, everywhere
 from fastory.events import Event, FrameDrawn, RoundFinished, RoundStarted, StepDone
 from fastory.models.protocol import Caption, Model
-from fastory.modes.drawn_rounds import DrawnRounds
-from fastory.modes.executor import HERE, Round
+from fastory.modes.converged import staying
+from fastory.modes.drawn_rounds import LOOKED_BACK, DrawnRounds
+from fastory.modes.executor import HERE, Batch, Round
 from fastory.modes.memory import until_it_fits
 from fastory.modes.mode import StoryPlan, long_captions, register
 from fastory.modes.regions import NEEDED, Regions, Seen, check_boxes, settled
@@ -140,17 +141,33 @@ def draw_round(run: IterativeRun, k: int, size: int) -> Generator[Event, None, N
     count = len(run.story.frames)
     todo = frozenset(i for i in range(count) if not run.plan.finished.has(k, i))
     run.drawn.begin(k)
+    stays = staying(run.drawn, settings, first_settled(run), k, count)
     if not todo:
         return
-    yield RoundStarted(k, settings.iterations, settings.reference_scale_of(k), len(todo))
-    round = Round(k, size, count, todo)
+    scale, steps = settings.reference_scale_of(k), settings.steps_of(k)
+    yield RoundStarted(k, settings.iterations, scale, len(todo), steps)
+    for i in stays:
+        run.drawn.put(k, i, run.drawn.seen(k - 1, i))
+        if i in todo:
+            image, seed = run.drawn.picture(k - 1, i), seed_of(run, i)
+            run.drawn.keep(k, i, image)
+            yield FrameDrawn(k, i, image, seed, None, converged=stays[i])
+    round = Round(k, size, count, todo - stays.keys(), frozenset(stays))
     # With references from the latest round a micro-batch waits for the one before it, wherever that is drawn.
     executor = HERE if settings.references_from == "latest" else run.plan.executor
-    yield from executor.frames(run, round, partial(draw_batches, run, round))
+    for event in executor.frames(run, round, partial(draw_batches, run, round)):
+        if isinstance(event, FrameDrawn):
+            run.drawn.keep(k, event.frame, event.image)
+        yield event
     yield RoundFinished(k, settings.iterations, time.monotonic() - started)
 
 
-def draw_batches(run: IterativeRun, round: Round, batches: Sequence[range]) -> Iterator[Event]:
+def first_settled(run: IterativeRun) -> int:
+    """The first round with no fewer references than the later ones have, but for the frames' own."""
+    return max(0, run.settings.reference_start - 1) if has_pictures(run.story) else 0
+
+
+def draw_batches(run: IterativeRun, round: Round, batches: Sequence[Batch]) -> Iterator[Event]:
     """Some of a round's micro-batches, in this process."""
     settings, k = run.settings, round.number
     sampler = run.sampler_of(round.size)
@@ -159,7 +176,7 @@ def draw_batches(run: IterativeRun, round: Round, batches: Sequence[range]) -> I
     references: References | None = None
     for members in batches:
         if references is None or latest:
-            fresh = {j: run.drawn.seen(k, j) for j in range(members.start if latest else 0)}
+            fresh = {j: run.drawn.seen(k, j) for j in range(members[0] if latest else 0)}
             references = references_of(run, k, fresh)
             sampler.set_round(references)
         rows = [row_of(run, references, i) for i in members]
@@ -238,17 +255,23 @@ def references_of(run: IterativeRun, k: int, fresh: Mapping[int, Seen]) -> Refer
 
 def row_of(run: IterativeRun, references: References, frame: int) -> Row:
     """One frame's inputs: the seed of its noise, its text K/V (once a frame and round), and which references it sees."""
-    plan, caption, bias = run.plan, run.captions[frame], None
+    caption, bias = run.captions[frame], None
     if run.regions is not None:
         bias = run.regions.text_bias(frame, references.text_tokens)
     return Row(
         frame=frame,
-        seed=frame_seed(plan.story.frames[frame].seed, plan.seeds.get(frame), plan.settings, frame),
+        seed=seed_of(run, frame),
         caption=caption,
         negative=run.negative,
         conditional=references.row(frame, project(run.model, caption), bias),
         unconditional=references.null_row(frame, run.negative_kv),
     )
+
+
+def seed_of(run: IterativeRun, frame: int) -> int:
+    """The seed of a frame's noise."""
+    plan = run.plan
+    return frame_seed(plan.story.frames[frame].seed, plan.seeds.get(frame), plan.settings, frame)
 
 
 def prepare_round(
@@ -302,6 +325,13 @@ class Iterative:
         """Settings of references where there are none."""
         reasons: dict[str, str] = {}
         pictures = has_pictures(story)
+        if settings.until != "converged":
+            reasons["tolerance"] = (
+                "a frame that no longer changes is finished early with `until: converged` alone"
+            )
+        elif settings.iterations <= LOOKED_BACK - 1:
+            why = f"whether a frame still changes is known after round {LOOKED_BACK - 1}, and there is none after it"
+            reasons |= dict.fromkeys(("until", "tolerance"), why)
         if not settings.iterations:
             reasons["inner_steps"] = "without iterations there is one round, the last"
         if settings.iterations < settings.first_referring:
@@ -352,7 +382,12 @@ class Iterative:
         steps = settings.inner_steps
         inner = f", {counted(steps, 'step')} before the last" if steps else ""
         latest = " as drawn" if settings.references_from == "latest" else ""
-        return {"Rounds": f"{settings.iterations}, {scale}, references {settings.references}{latest}{inner}"}
+        most = "at most " if settings.until == "converged" else ""
+        until = f", until it moves by {settings.tolerance:g}" if most else ""
+        rounds = (
+            f"{most}{settings.iterations}{until}, {scale}, references {settings.references}{latest}{inner}"
+        )
+        return {"Rounds": rounds}
 
     def picture_values(self, settings: Settings, round: int) -> dict[str, Any]:
         """The weight of the references in this round, and which frames they were."""

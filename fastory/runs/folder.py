@@ -307,6 +307,7 @@ class RunFolder:
             "seed": drawn.seed,
             "left_out": drawn.left_out,
             "seconds": round(seconds, 3),
+            **({} if drawn.converged is None else {"converged": drawn.converged}),
         }
         self._pictures().setdefault(str(drawn.round), {})[str(drawn.frame)] = record
         self._trusted[drawn.round, drawn.frame] = True
@@ -420,6 +421,8 @@ class RunFolder:
             pictures.append(None if left_out else self._file(k, frame))
             if left_out:
                 notes.append(f"round {k}: {left_out}")
+            elif record and record.get("converged") == k - 1:
+                notes.append(f"no change after round {k - 1}")
         return Page(story.frames[frame].caption, tuple(pictures), final, "; ".join(notes))
 
     # -- files ---------------------------------------------------------------------------------------------------

@@ -51,6 +51,7 @@ class _Picture(_Strict):
     seed: Seed
     left_out: str | None
     seconds: Annotated[float, Field(ge=0)]
+    converged: Annotated[int, Field(ge=0, le=1000)] | None = None  # the round that this picture is from
 
 
 class _Machine(_Strict):

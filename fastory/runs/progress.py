@@ -23,6 +23,7 @@ class StepBar:
             0  # steps that a smaller micro-batch would take again: of the round, in causal mode of the frame
         )
         self._in_round = False
+        self._of_round = 0  # steps of a picture
 
     def __enter__(self) -> StepBar:
         return self
@@ -38,11 +39,13 @@ class StepBar:
                 self._steps += event.steps_left
                 self._title, self._in_round = event.story, False
             case RoundStarted():
-                self._again, self._in_round = 0, True
+                self._again, self._in_round, self._of_round = 0, True, event.steps
                 self._open(f"{self._title}, round {event.round} of {event.rounds}")
             case StepDone() if not event.draft:
                 self._open(None if self._in_round else self._title)
                 self._advance(len(event.frames))
+            case FrameDrawn() if event.converged is not None:
+                self._advance(self._of_round)
             case FrameDrawn() if not self._in_round:
                 self._again = 0
             case BatchHalved() if self._bar is not None:

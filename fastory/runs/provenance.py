@@ -43,6 +43,8 @@ def png_chunks(
         "seed": drawn.seed,
         "left_out": drawn.left_out,
     }
+    if drawn.converged is not None:
+        values["converged"] = drawn.converged
     values |= mode_of(settings.mode).picture_values(settings, drawn.round)
     return {"parameters": "\n".join(lines), "fastory": json.dumps(values, ensure_ascii=False)}
 

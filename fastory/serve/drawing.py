@@ -37,6 +37,7 @@ class Progress:
     total: int = 0
     seconds_left: float | None = None
     since: float = 0.0
+    steps_of_round: int = 0
 
     def note(self, event: Mapping[str, Any]) -> None:
         """Take in one of the library's events."""
@@ -45,7 +46,7 @@ class Progress:
                 self.left, self.rounds, self.since = event["steps_left"], event["rounds"], 0.0
                 self.finished, self.total = event["finished"], event["total"]
             case "RoundStarted":
-                self.round = event["round"]
+                self.round, self.steps_of_round = event["round"], event["steps"]
             case "StepDone" if not event["draft"]:
                 now, count = time.monotonic(), len(event["frames"])
                 self.since = self.since or now - event["seconds"]
@@ -54,6 +55,8 @@ class Progress:
                 self.seconds_left = (now - self.since) / self.done * self.left
             case "FrameDrawn":
                 self.finished += 1
+                if event["converged"] is not None:
+                    self.left = max(0, self.left - self.steps_of_round)
 
     def shown(self) -> dict[str, Any]:
         """As the API has it."""
