@@ -152,7 +152,7 @@ def draw_round(run: IterativeRun, k: int, size: int) -> Generator[Event, None, N
             image, seed = run.drawn.picture(k - 1, i), seed_of(run, i)
             run.drawn.keep(k, i, image)
             yield FrameDrawn(k, i, image, seed, None, converged=stays[i])
-    round = Round(k, size, count, todo - stays.keys(), frozenset(stays))
+    round = Round(k, size, count, todo - stays.keys(), staying=frozenset(stays))
     # With references from the latest round a micro-batch waits for the one before it, wherever that is drawn.
     executor = HERE if settings.references_from == "latest" else run.plan.executor
     for event in executor.frames(run, round, partial(draw_batches, run, round)):
