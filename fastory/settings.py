@@ -47,6 +47,7 @@ REFERENCES_FROM = ("last", "latest")
 REFERENCE_FITS = ("pad", "squash", "crop")
 REGIONS = ("auto", "on", "off")
 UNTIL = ("iterations", "converged")
+PRONOUNS = ("on", "off")
 NOISES = ("shared", "per-frame")
 DTYPES = ("float32", "float16", "bfloat16")
 GRAPHS = ("auto", "off")
@@ -93,7 +94,8 @@ class Settings:
     reference_start: the first round in which pictures given for a character are references. regions: whether characters
     have references of their own, each where it stands: `auto` in stories that name them, `on` in the built-in model's plain
     stories too, see modes/regions.py. cast_limit: the appearances of a character that are its references then, those that
-    stand for all best; 0 for all. window: L_M of causal mode,
+    stand for all best; 0 for all. pronouns: whether `he` or `they` in a caption without a name mean named characters of the
+    story, see story/pronouns.py. window: L_M of causal mode,
     the frames before it that a frame sees, or "all" (AR-LDM). drafts: how often frame 0 of causal mode is drawn before it is
     kept, each time from the one before; see modes/causal.py. bank: how many first frames alone are
     seen by the others, None for as many as the mode has without being told. guidance_interval, reference_interval: the
@@ -119,6 +121,7 @@ class Settings:
     noise: str = "shared"
     seed: int = 0
     style: str | None = None
+    pronouns: str = "on"
     negative_prompt: str = ""
     width: int | None = None
     height: int | None = None
@@ -198,6 +201,7 @@ _CHOICES: Mapping[str, Collection[str]] = {
     "reference_fit": REFERENCE_FITS,
     "regions": REGIONS,
     "until": UNTIL,
+    "pronouns": PRONOUNS,
     "scheduler": SCHEDULERS,
     "noise": NOISES,
     "preset": PRESETS,
@@ -213,6 +217,7 @@ _LATER = {
     "regions": "off",
     "cast_limit": 0,
     "until": "iterations",
+    "pronouns": "off",
 }
 # Settings that are read where another one has this value.
 _BESIDE = {"tolerance": ("until", "converged")}

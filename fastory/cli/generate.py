@@ -173,6 +173,14 @@ Style = Annotated[
     str | None,
     option(PICTURE, autocompletion=styles, help="comic, film, realistic, none, or any text with {prompt}."),
 ]
+Pronouns = Annotated[
+    str | None,
+    choice(
+        PICTURE,
+        choices("pronouns"),
+        help="Whether `he` or `they` mean the story's named characters (default on).",
+    ),
+]
 NegativePrompt = Annotated[str | None, option(PICTURE, help="What the pictures should not show.")]
 Width = Annotated[int | None, option(PICTURE, help="Pixels.")]
 Height = Annotated[int | None, option(PICTURE, help="Pixels.")]
@@ -231,6 +239,7 @@ def generate(
     seed: Seed = None,
     noise: Noise = None,
     style: Style = None,
+    pronouns: Pronouns = None,
     negative_prompt: NegativePrompt = None,
     width: Width = None,
     height: Height = None,

@@ -18,6 +18,7 @@ from fastory.sampling.sampler import rows_per_frame
 from fastory.sampling.schedulers import check_steps
 from fastory.settings import MODES, Settings, check, resolve
 from fastory.story import Story
+from fastory.story.pronouns import understood
 
 Frames = Sequence[int] | slice
 
@@ -66,6 +67,9 @@ def resolve_story(
     width, height = model.native_size
     settings = replace(settings, width=settings.width or width, height=settings.height or height)
     in_vain = False
+    story, understood_notices = _understood(story, settings)
+    if not understood_notices:
+        settings = replace(settings, pronouns="off")
     prompts = tuple(story.prompt(i, settings.style) for i in range(len(story.frames)))
     if "regions" in MODES[settings.mode].own:
         requested = settings.regions
@@ -74,11 +78,19 @@ def resolve_story(
     _check_drawable(model, story, settings, batch_size)
     check_steps(model, settings.scheduler, [n for n in (settings.steps, settings.inner_steps) if n])
     mode_of(settings.mode).check(model, story, settings)
-    notices = tuple(unused_notices(model, story, settings, sources))
+    notices = (*understood_notices, *unused_notices(model, story, settings, sources))
     if in_vain:
         notices += (f"`regions` are off in this story: {NEEDED}",)
     frames = frames_to_redraw(redrawn, story, settings)
     return ResolvedStory(model, story, settings, sources, prompts, frames, notices)
+
+
+def _understood(story: Story, settings: Settings) -> tuple[Story, tuple[str, ...]]:
+    """The story with its pronouns understood where that is wanted, and a line that says how; none where there are none."""
+    if settings.pronouns == "off" or not story.characters:
+        return story, ()
+    story, meant = story.understood()
+    return story, (understood(meant),) if meant else ()
 
 
 def frames_to_redraw(frames: Frames | None, story: Story, settings: Settings) -> tuple[int, ...] | None:

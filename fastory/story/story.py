@@ -16,9 +16,11 @@ from typing import Any
 
 from fastory import files
 from fastory.errors import InputError
-from fastory.pictures import MemoryPicture, Picture, as_picture, as_pictures, check_picture
+from fastory.pictures import MemoryPicture, Picture, as_picture, check_picture
 from fastory.story.files import READERS, read_document, yaml_text
+from fastory.story.frame import Character, Frame
 from fastory.story.names import Names
+from fastory.story.pronouns import Listener, Meant, Someone
 from fastory.story.schema import (
     MAX_FRAMES,
     MAX_NAME,
@@ -36,43 +38,6 @@ from fastory.story.schema import (
 from fastory.wording import shown
 
 _CLOSED = re.compile(r"\s*([,.;:!?)\]…]|$)")  # a caption's own punctuation follows
-
-Box = tuple[float, float, float, float]
-
-
-@dataclass(frozen=True)
-class Character:
-    """Who appears in a story.
-
-    name: as it occurs in captions, as a whole word in any case.
-    prompt: what follows the name's first occurrence in a caption, or None.
-    references: pictures that show the character: paths, made absolute, and PIL pictures, kept as MemoryPicture.
-    scale: weight of these pictures; None is the round's reference scale.
-    """
-
-    name: str
-    prompt: str | None = None
-    references: tuple[Picture, ...] = ()
-    scale: float | None = None
-
-    def __post_init__(self) -> None:
-        """One picture stands for a list of one. InputError for what is no picture."""
-        object.__setattr__(self, "references", as_pictures(self.references))
-
-
-@dataclass(frozen=True)
-class Frame:
-    """One picture of a story.
-
-    seed: overrides the run's noise for this frame, 0..2**63-1.
-    characters: names of characters that the caption does not mention.
-    boxes: reserved: (name, (left, top, right, bottom)) in fractions of the picture. Checked, not used yet.
-    """
-
-    caption: str
-    seed: int | None = None
-    characters: tuple[str, ...] = ()
-    boxes: tuple[tuple[str, Box], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -142,6 +107,24 @@ class Story:
             cast[checked.name.casefold()] = replace(checked, references=character.references)
         return replace(self, characters=tuple(cast.values()))
 
+    def understood(self) -> tuple[Story, list[Meant]]:
+        """The story with its pronouns understood (pronouns.py), and what each was taken to mean.
+
+        Who is meant stands in the frames' `characters`, as if the file had named it.
+        """
+        listener = Listener([Someone(character.name, character.prompt) for character in self.characters])
+        frames, meant = [], list[Meant]()
+        for i, frame in enumerate(self.frames):
+            named = [self.characters[index].name for index, _ in self._names.find(frame.caption)]
+            spoken = listener.hear(i, frame.caption, named, frame.characters)
+            if spoken.meant:
+                names = (name for pronoun in spoken.meant for name in pronoun.names)
+                cast = tuple(dict.fromkeys((*frame.characters, *names)))
+                frame = replace(frame, characters=cast, spoken=spoken.caption)
+            frames.append(frame)
+            meant += spoken.meant
+        return (replace(self, frames=tuple(frames)) if meant else self), meant
+
     @property
     def slug(self) -> str:
         """The title as a file name for any file system: 1..60 of a-z, 0-9 and '-'."""
@@ -174,7 +157,7 @@ class Story:
 
     def _described(self, i: int) -> Iterator[str]:
         """The parts of a caption, a character's prompt after the first occurrence of its name."""
-        caption, end = self.frames[i].caption, 0
+        caption, end = self.frames[i].text, 0
         introduced: set[str] = set()
         for index, match in self._mentions(i):
             yield caption[end : match.end()]
@@ -204,8 +187,8 @@ class Story:
             yield character.name, match.start(), end
 
     def _mentions(self, i: int) -> Iterator[tuple[int, re.Match[str]]]:
-        """Which character is named in frame i's caption, and where."""
-        return self._names.find(self.frames[i].caption)
+        """Which character is named in frame i's text, and where."""
+        return self._names.find(self.frames[i].text)
 
     # What does not change with a frozen story is made once; it is no field, so that it does not count in comparisons.
 
