@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 # From the door down. Rooms of one line may use each other.
 ROOMS = (
     ("cli", "__main__"),
-    ("serve",),
+    ("serve", "batch"),
     ("door",),
     ("evaluation",),
     ("builtin.evaluation", "builtin.moved"),

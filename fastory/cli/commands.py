@@ -11,6 +11,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from fastory import __version__
 from fastory.cli import reporting
+from fastory.cli.batch import batch
 from fastory.cli.compare import compare
 from fastory.cli.convert import convert
 from fastory.cli.doctor import doctor
@@ -79,7 +80,7 @@ def common(
     reporting.debugging = debug
 
 
-for command in (generate, serve, render, compare, tune, export, convert, doctor, words):
+for command in (generate, batch, serve, render, compare, tune, export, convert, doctor, words):
     app.command(cls=Command)(command)
 app.command("eval", cls=Command)(evaluate)
 

@@ -328,8 +328,8 @@ def drawn(requested: Mapping[str, Any], executor_of: ExecutorOf) -> Iterator[Eve
     return draw(stories, model=model, frames=frames, **where, **chosen, **settings)
 
 
-def opened(requested: Mapping[str, Any]) -> Any:
-    """The model, or the export, that these options name."""
+def check_named(requested: Mapping[str, Any]) -> None:
+    """InputError for options that name no model and no export; PyTorch is not imported for it."""
     from fastory import door
 
     engine, options = requested["engine"], ModelOptions.among(requested)
@@ -337,10 +337,25 @@ def opened(requested: Mapping[str, Any]) -> Any:
         if named := options.named():
             raise InputError(f"--engine holds the whole model; {named[0]} is given when it is exported")
         door.check_engine(engine)
-        return open_engine(engine, requested["device"], requested["dtype"], requested["trust_cache"])
-    if requested["trust_cache"]:
+    elif requested["trust_cache"]:
         raise InputError("--trust-cache is for --engine; a model's hashes are always remembered")
+    else:
+        options.check()
+
+
+def opened(requested: Mapping[str, Any]) -> Any:
+    """The model, or the export, that these options name."""
+    check_named(requested)
+    if requested["engine"] is not None:
+        chosen = (requested[name] for name in ("engine", "device", "dtype", "trust_cache"))
+        return open_engine(*chosen)
+    options = ModelOptions.among(requested)
     return options.open(requested["device"], requested["dtype"], requested["graphs"])
+
+
+def opened_on(requested: Mapping[str, Any], device: str) -> Any:
+    """The same on another device."""
+    return opened({**requested, "device": device})
 
 
 def read_stories(names: list[str]) -> list[Any]:

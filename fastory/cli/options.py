@@ -101,13 +101,21 @@ class ModelOptions:
         default, others = ModelOptions(), [field.name for field in fields(self) if field.name != "offline"]
         return [flag(name) for name in others if (getattr(self, name) or None) != getattr(default, name)]
 
-    def open(self, device: str, dtype: str, graphs: str) -> Any:
-        """The StoryModel. Names are checked before PyTorch is imported, which says it in full."""
+    def check(self) -> None:
+        """InputError for a name of nothing that is here or on a hub; PyTorch, which says it in full, is not imported."""
         from fastory import door
 
-        named = {name: getattr(self, name) for name in ("config", "ip_adapter", "image_encoder", "adapter")}
-        loras = [parse_lora(text) for text in self.lora or []]
+        named, loras = self._parts()
         door.check_model(self.model, **named, loras=[path for path, _ in loras])
+
+    def _parts(self) -> tuple[dict[str, Any], list[tuple[str, float]]]:
+        named = {name: getattr(self, name) for name in ("config", "ip_adapter", "image_encoder", "adapter")}
+        return named, [parse_lora(text) for text in self.lora or []]
+
+    def open(self, device: str, dtype: str, graphs: str) -> Any:
+        """The StoryModel. Names are checked before PyTorch is imported."""
+        self.check()
+        named, loras = self._parts()
         if self.offline:
             os.environ["HF_HUB_OFFLINE"] = "1"
         quiet_libraries()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -193,6 +194,60 @@ class Screen:
                 self.progress.update(self.task, visible=False)
                 self.progress.refresh()
                 say(str(event.folder))
+
+
+def show_batch(events: Iterable[Any], quiet: bool) -> None:
+    """A line for each story and for what becomes of workers, a bar over the stories; the batch's folder on stdout."""
+    from fastory.batch import messages
+
+    columns = (
+        TextColumn("  {task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("stories {task.fields[left]}"),
+    )
+    with Progress(*columns, console=stderr, disable=quiet or not stderr.is_terminal) as bar:
+        task = bar.add_task("", total=None, left="")
+
+        def note(text: str) -> None:
+            if not quiet:
+                bar.console.print(f"  {text}", soft_wrap=True)
+
+        for event in events:
+            match event:
+                case messages.BatchStarted():
+                    bar.update(task, total=event.stories, completed=event.done)
+                    finished = f", {event.done} of them finished" if event.done else ""
+                    drawing = f"; {counted(event.workers, 'worker')}" if event.workers else ""
+                    note(f"{counted(event.stories, 'story')}{finished}{drawing}")
+                case messages.WorkerReady():
+                    note(f"{plain(event.worker)}: {plain(event.device)}")
+                case messages.WorkerLost():
+                    story = f"; {plain(event.story)} waits again" if event.story else ""
+                    note(f"[yellow]note:[/] {plain(event.worker)} {plain(event.reason)}{story}")
+                case messages.BatchNotice():
+                    story = f"{plain(event.story)}: " if event.story else ""
+                    note(f"[yellow]note:[/] {story}{plain(event.message)}")
+                case messages.BatchProgress():
+                    said = f"{plain(event.story)}: {event.finished} of {event.total}"
+                    bar.update(task, description=said, left=_time_left(event.seconds_left))
+                case messages.StoryDone():
+                    bar.update(task, completed=event.done + event.failed)
+                    note(
+                        f"{plain(event.story)}: {event.seconds:.1f} s ({event.done} done, {event.failed} failed, {event.left} "
+                        f"left{_time_left(event.seconds_left)})"
+                    )
+                case messages.StoryFailed():
+                    bar.update(task, completed=event.done + event.failed)
+                    note(f"[bold red]failed:[/] {plain(event.story)}: {plain(event.reason)}")
+                case messages.BatchFinished():
+                    bar.update(task, visible=False)
+                    say(str(event.folder))
+
+
+def _time_left(seconds: float | None) -> str:
+    """As it stands behind the number of stories."""
+    return "" if seconds is None else f", about {timedelta(seconds=round(seconds))}"
 
 
 def show_export(events: Iterable[Any], quiet: bool) -> None:

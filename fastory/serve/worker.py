@@ -18,6 +18,7 @@ from typing import Any
 
 from fastory.errors import FastoryError
 from fastory.serve.shelf import Shelf
+from fastory.story.self_contained import with_pictures_inside
 from fastory.threads import wait_passively
 from fastory.wording import last_words
 
@@ -139,21 +140,6 @@ def take_back_as_requested(shelf: Shelf, request: Mapping[str, Any]) -> None:
         frames[int(number)] = Frame(entry.caption, entry.seed, tuple(entry.characters), boxes)
         seeds[int(number)] = before["seed"]
     take_back(shelf.run(request["story"]), request["number"], frames, seeds)
-
-
-def with_pictures_inside(story: Any) -> Any:
-    """The story with its pictures in memory: the run folder keeps copies of them, and can be moved."""
-    from fastory.pictures import MemoryPicture, open_picture
-
-    def inside(picture: Any) -> Any:
-        return MemoryPicture.of(open_picture(picture))
-
-    cast = tuple(
-        replace(character, references=tuple(map(inside, character.references)))
-        for character in story.characters
-    )
-    first = inside(story.first_frame) if story.first_frame else None
-    return replace(story, characters=cast, first_frame=first)
 
 
 def _changed(frame: Any, change: Mapping[str, Any]) -> Any:

@@ -1,0 +1,186 @@
+"""`fastory batch`: a queue of many stories, drawn by this machine's devices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fastory.cli import generate as single
+from fastory.cli.options import (
+    OUTPUT,
+    RUN,
+    Adapter,
+    Config,
+    Device,
+    Dtype,
+    ImageEncoder,
+    IpAdapter,
+    JsonLines,
+    Loras,
+    ModelName,
+    ModelOptions,
+    Offline,
+    Quiet,
+    option,
+)
+from fastory.cli.progress import show_batch, show_json
+from fastory.cli.reporting import reported
+from fastory.errors import FastoryError, InputError
+from fastory.wording import counted
+
+if TYPE_CHECKING:
+    from fastory.batch.messages import Drawing, StoryFailed
+    from fastory.batch.queue import Event, Workers
+
+MOST_WORKERS = 10_000
+
+Stories = Annotated[
+    list[str],
+    typer.Argument(
+        help="Story files, folders of them, .jsonl files with a story a line, or names of bundled examples.",
+        show_default=False,
+    ),
+]
+Output = Annotated[
+    Path, option(OUTPUT, "--output", "-o", help="The batch's folder, which gets a run folder for each story.")
+]
+WorkerCount = Annotated[
+    int | None,
+    option(
+        RUN,
+        "--workers",
+        help="Processes that draw (default: one for each CUDA device, on the CPU one in all).",
+    ),
+]
+
+
+def batch(
+    stories: Stories,
+    output: Output,
+    workers: WorkerCount = None,
+    mode: single.Mode = None,
+    preset: single.Preset = None,
+    iterations: single.Iterations = None,
+    reference_scale: single.ReferenceScale = None,
+    reference_interval: single.ReferenceInterval = None,
+    references: single.References = None,
+    references_from: single.ReferencesFrom = None,
+    reference_fit: single.ReferenceFit = None,
+    reference_start: single.ReferenceStart = None,
+    regions: single.Regions = None,
+    cast_limit: single.CastLimit = None,
+    window: single.Window = None,
+    drafts: single.Drafts = None,
+    model: ModelName = "builtin",
+    config: Config = None,
+    ip_adapter: IpAdapter = None,
+    image_encoder: ImageEncoder = None,
+    adapter: Adapter = None,
+    lora: Loras = None,
+    engine: single.Engine = None,
+    trust_cache: single.TrustCache = False,
+    offline: Offline = False,
+    steps: single.Steps = None,
+    inner_steps: single.InnerSteps = None,
+    guidance_scale: single.GuidanceScale = None,
+    guidance_interval: single.GuidanceInterval = None,
+    scheduler: single.Scheduler = None,
+    seed: single.Seed = None,
+    noise: single.Noise = None,
+    style: single.Style = None,
+    negative_prompt: single.NegativePrompt = None,
+    width: single.Width = None,
+    height: single.Height = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    graphs: single.Graphs = "auto",
+    batch_size: single.BatchSize = None,
+    quiet: Quiet = False,
+    json_lines: JsonLines = False,
+) -> None:
+    """Draw many stories, each into a run folder of its own, with every device of this machine.
+
+    A story that fails does not stop the others. The same command goes on where a batch was interrupted.
+    """
+    requested = locals()
+    with reported(resumable=True):
+        failures: list[StoryFailed] = []
+        events = noting_failures(drawn(requested), failures)
+        if json_lines:
+            show_json(events)
+        else:
+            show_batch(events, quiet)
+        if failures:
+            raise FastoryError(
+                f"{counted(len(failures), 'story')} failed; {output / 'batch.json'} says why. The same command tries again"
+            )
+
+
+def noting_failures(events: Iterator[Event], failures: list[StoryFailed]) -> Iterator[Event]:
+    """Pass events on; stories that failed are added to `failures`."""
+    from fastory.batch.messages import StoryFailed
+
+    for event in events:
+        if isinstance(event, StoryFailed):
+            failures.append(event)
+        yield event
+
+
+def drawn(requested: Mapping[str, Any]) -> Iterator[Event]:
+    """The events of a batch. All that can be told without the model is checked first, and PyTorch is not imported for it."""
+    from fastory import door
+    from fastory.batch.messages import Drawing
+    from fastory.batch.queue import NoWorkers, Queue
+    from fastory.batch.record import BatchFolder
+    from fastory.batch.stories import read_stories
+    from fastory.builtin import EXAMPLES
+    from fastory.settings import Settings
+
+    settings = {field.name: requested[field.name] for field in fields(Settings)}
+    door.check_flags(settings, requested["preset"])
+    door.check_placement(
+        requested["device"], requested["dtype"], requested["graphs"], requested["batch_size"]
+    )
+    check_workers(requested)
+    door.check_paths({"--output": requested["output"]})
+    stories = read_stories(
+        requested["stories"], EXAMPLES, lambda story: door.check_stories([story], requested["style"])
+    )
+    single.check_named(requested)
+    folder = BatchFolder(requested["output"], stories, options_of(requested, settings))
+    try:
+        folder.wait_for_others()
+        arguments = {name: requested[name] for name in ("preset", "batch_size")}
+        drawing = Drawing(partial(single.opened_on, requested), {**arguments, **settings})
+        left = len(folder.left())
+        workers = workers_of(requested, drawing, left) if left else NoWorkers()
+        yield from Queue(stories, folder, workers).draw()
+    finally:
+        folder.close()
+
+
+def check_workers(requested: Mapping[str, Any]) -> None:
+    """InputError for a number of processes that cannot be."""
+    workers = requested["workers"]
+    if workers is not None and not 1 <= workers <= MOST_WORKERS:
+        raise InputError(f"--workers: wanted 1 to {MOST_WORKERS}, got {workers}")
+
+
+def options_of(requested: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides the pictures of a batch and was said on the command line, as its folder keeps it."""
+    named = [field.name for field in fields(ModelOptions) if field.name != "offline"]
+    others = {name: requested[name] for name in ("preset", "engine", "batch_size", "dtype", *named)}
+    return {name: value for name, value in {**settings, **others}.items() if value not in (None, [], ())}
+
+
+def workers_of(requested: Mapping[str, Any], drawing: Drawing, stories: int) -> Workers:
+    """The processes that draw, no more than there are stories left; they open their models at once."""
+    from fastory.batch.local import LocalWorkers, devices_here, threads_each
+
+    devices = devices_here(requested["device"], requested["workers"])[:stories]
+    return LocalWorkers(drawing, devices, threads_each(devices))
