@@ -6,14 +6,12 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from fastory.errors import InputError
 from fastory.files import check_names_fit
-from fastory.story import STORY_FILES, Story
-from fastory.story.files import READERS
-from fastory.story.lines import LINES, read_lines
+from fastory.story import Story
+from fastory.story.bulk import each_story
 from fastory.story.self_contained import with_pictures_inside
 from fastory.wording import counted
 
@@ -40,7 +38,9 @@ def read_stories(
     wrong: list[str] = []
     for source, read in _sources(names, examples):
         try:
-            story = with_pictures_inside(read())
+            if isinstance(read, InputError):
+                raise read
+            story = with_pictures_inside(read)
             check(story)
             name = _name_of(story)
             if name in found:
@@ -70,71 +70,11 @@ def _listed(wrong: Sequence[str], count: int) -> str:
     )
 
 
-Read = Callable[[], Story]
-
-
-def _sources(names: Sequence[str], examples: Mapping[str, Path]) -> Iterator[tuple[str, Read]]:
-    """Each story's source and what reads it."""
+def _sources(names: Sequence[str], examples: Mapping[str, Path]) -> Iterator[tuple[str, Story | InputError]]:
+    """Each story by its source, or what is wrong with it."""
     for name in names:
-        path = Path(name)
-        if name in examples and not path.exists():
-            yield name, _reader(examples[name])
-        elif path.is_dir():
-            yield from _of_folder(path)
-        elif path.suffix.lower() in LINES:
-            yield from _of_lines(path)
-        else:
-            yield name, _reader(path)
-
-
-def _reader(path: Path) -> Read:
-    return lambda: Story.read(path)
-
-
-def _of_folder(folder: Path) -> Iterator[tuple[str, Read]]:
-    """The story files in a folder, and the story of each folder in it, by name."""
-    try:
-        entries = sorted(folder.iterdir())
-    except OSError as error:
-        yield str(folder), _raiser(InputError(f"{folder} cannot be read: {error.strerror}"))
-        return
-    empty = True
-    for entry in (entry for entry in entries if not entry.name.startswith(".")):
-        if entry.is_dir():
-            inside = next((entry / name for name in STORY_FILES if (entry / name).is_file()), None)
-            found = [] if inside is None else [(str(inside), _reader(inside))]
-        elif entry.suffix.lower() in LINES:
-            found = list(_of_lines(entry))
-        else:
-            found = [(str(entry), _reader(entry))] if entry.suffix.lower() in READERS else []
-        empty = empty and not found
-        yield from found
-    if empty:
-        wanted = ", ".join((*READERS, *LINES))
-        yield str(folder), _raiser(InputError(f"{folder} holds no story: wanted files ending in {wanted}."))
-
-
-def _of_lines(path: Path) -> Iterator[tuple[str, Read]]:
-    try:
-        for number, story in enumerate(read_lines(path), start=1):
-            source = f"{path} (story {number})"
-            if isinstance(story, InputError):
-                yield source, _raiser(story)
-            else:
-                yield source, partial(_itself, story)
-    except InputError as error:
-        yield str(path), _raiser(error)
-
-
-def _itself(story: Story) -> Story:
-    return story
-
-
-def _raiser(error: InputError) -> Read:
-    def read() -> Story:
-        raise error
-
-    return read
+        is_example = name in examples and not Path(name).exists()
+        yield from each_story(examples[name] if is_example else Path(name))
 
 
 def _name_of(story: Story) -> str:

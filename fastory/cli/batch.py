@@ -74,8 +74,11 @@ def batch(
     reference_start: single.ReferenceStart = None,
     regions: single.Regions = None,
     cast_limit: single.CastLimit = None,
+    until: single.Until = None,
+    tolerance: single.Tolerance = None,
     window: single.Window = None,
     drafts: single.Drafts = None,
+    bank: single.Bank = None,
     model: ModelName = "builtin",
     config: Config = None,
     ip_adapter: IpAdapter = None,
@@ -93,6 +96,7 @@ def batch(
     seed: single.Seed = None,
     noise: single.Noise = None,
     style: single.Style = None,
+    pronouns: single.Pronouns = None,
     negative_prompt: single.NegativePrompt = None,
     width: single.Width = None,
     height: single.Height = None,
@@ -107,14 +111,19 @@ def batch(
 
     A story that fails does not stop the others. The same command goes on where a batch was interrupted.
     """
-    requested = locals()
+    show(locals())
+
+
+def show(requested: Mapping[str, Any]) -> None:
+    """Draw, and print what happens. Exit code 1 where stories failed."""
+    output = requested["output"]
     with reported(resumable=True):
         failures: list[StoryFailed] = []
         events = noting_failures(drawn(requested), failures)
-        if json_lines:
+        if requested["json_lines"]:
             show_json(events)
         else:
-            show_batch(events, quiet)
+            show_batch(events, requested["quiet"])
         if failures:
             raise FastoryError(
                 f"{counted(len(failures), 'story')} failed; {output / 'batch.json'} says why. The same command tries again"

@@ -64,7 +64,7 @@ def run_one(folder: Path, *stories: Path) -> Ended:
         (["-o", "out", "--steps", "0"], "--steps"),
         (["-o", "out", "--model", "nowhere"], "nowhere"),
         (["-o", "out", "story-0.txt"], "give it once"),
-        (["-o", "out", "empty"], "holds no story"),
+        (["-o", "out", "empty"], "wanted a folder with story files"),
     ],
     ids=["read-only", "a user's folder", "workers", "setting", "model", "twice", "empty folder"],
 )
@@ -87,3 +87,13 @@ def test_another_batch_is_not_mixed_in(tmp_path: Path) -> None:
     assert run_one(tmp_path, story).status == 0
     said = refused(story, "-o", tmp_path / "out", *FEW, "--seed", 7)
     assert "--seed: None there, 7 here" in said
+
+
+def test_every_setting_of_generate_is_one_of_batch() -> None:
+    from inspect import signature
+
+    from fastory.cli.batch import batch
+    from fastory.cli.generate import generate
+
+    of_a_run = {"first_frame", "overwrite", "frames", "redraw_seed"}
+    assert set(signature(generate).parameters) - of_a_run <= set(signature(batch).parameters)
