@@ -21,6 +21,8 @@ _STORY_ADAPTER: Mapping[str, Any] = {
     "reference_interval": (0.0, 1.0),
     "noise": "shared",
     "until": "iterations",
+    "restart": 1.0,
+    "reference_rise": 0,
 }
 
 # A preset names every value it stands for, so that it also overrules the model folder's defaults.

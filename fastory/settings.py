@@ -12,6 +12,7 @@ from typing import Any, get_args, get_type_hints
 from fastory import plugins
 from fastory.errors import InputError
 from fastory.presets import PRESETS
+from fastory.values import LEAST, MOST, WITHIN, as_float, interval, scale, window
 from fastory.wording import shown
 
 
@@ -21,12 +22,14 @@ class Scheduler:
 
     distilled: whether it wants a UNet that was distilled for it, as LCM does. solves: whether a step solves for its
     coefficients with small tensors on the sample's device, as UniPC does; they are computed on the host then.
+    begins_within: whether its steps may begin within a schedule; PNDM's first ones are others.
     """
 
     kind: str
     config: Mapping[str, Any] = field(default_factory=dict)
     distilled: bool = False
     solves: bool = False
+    begins_within: bool = True
 
 
 SCHEDULERS: dict[str, Scheduler] = {
@@ -40,7 +43,7 @@ SCHEDULERS: dict[str, Scheduler] = {
     "euler-ancestral": Scheduler("EulerAncestralDiscreteScheduler"),
     "dpm++": Scheduler("DPMSolverMultistepScheduler"),
     "unipc": Scheduler("UniPCMultistepScheduler", solves=True),
-    "pndm": Scheduler("PNDMScheduler"),
+    "pndm": Scheduler("PNDMScheduler", begins_within=False),
 }
 REFERENCES = ("all", "others", "cast")
 REFERENCES_FROM = ("last", "latest")
@@ -51,8 +54,6 @@ PRONOUNS = ("on", "off")
 NOISES = ("shared", "per-frame")
 DTYPES = ("float32", "float16", "bfloat16")
 GRAPHS = ("auto", "off")
-SEED_LIMIT = 2**63
-MOST_SCALE = 10  # of references; an IP-Adapter is trained at 1
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ MODES: dict[str, ModeTraits] = {
             *("iterations", "inner_steps", "reference_scale"),
             *("references", "references_from", "reference_fit", "reference_start"),
             *("reference_interval", "regions", "cast_limit", "until", "tolerance"),
+            *("restart", "reference_rise"),
         )
     ),
     "causal": ModeTraits(("window", "drafts"), first_frame=True),
@@ -104,6 +106,9 @@ class Settings:
     Improves Sample and Distribution Quality in Diffusion Models", arXiv 2404.07724, for guidance).
     until: when a frame is finished, after all iterations, or once it has `converged`: its reference
     tokens lie within `tolerance`, a cosine distance, of those of both rounds before; see modes/converged.py.
+    restart: the share of the steps that rounds from 2 on take, the last ones, beginning from the last round's picture with
+    that much noise (SDEdit, arXiv 2108.01073); 1 begins from noise alone. reference_rise: the round in which the weight has
+    risen to l_K, 0 for the last.
     """
 
     mode: str = "iterative"
@@ -133,6 +138,8 @@ class Settings:
     reference_interval: tuple[float, float] = (0.0, 1.0)
     until: str = "iterations"
     tolerance: float = 0.02
+    restart: float = 1.0
+    reference_rise: int = 0
 
     @property
     def rounds(self) -> int:
@@ -171,9 +178,18 @@ class Settings:
         }
         return replace(self, **unread)
 
-    def steps_of(self, round: int) -> int:
-        """Denoising steps of a picture of this round."""
+    def scheduled_steps(self, round: int) -> int:
+        """Steps of the schedule of a picture of this round, from noise alone on."""
         return self.inner_steps if self.inner_steps and round < self.rounds - 1 else self.steps
+
+    def restarts(self, round: int) -> bool:
+        """Whether pictures of this round begin from those of the last one."""
+        return self.restart < 1 and 2 <= round < self.rounds
+
+    def steps_of(self, round: int) -> int:
+        """Denoising steps that a picture of this round takes, at least one."""
+        steps = self.scheduled_steps(round)
+        return max(1, math.floor(steps * self.restart + 0.5)) if self.restarts(round) else steps
 
     @property
     def first_referring(self) -> int:
@@ -183,14 +199,18 @@ class Settings:
     def reference_scale_of(self, round: int) -> float:
         """l_k: linear from l_1 to l_K; K = 1 uses l_1 (Story-Adapter, section 3.3). 0 where nothing drawn is seen yet.
 
-        Round 0 of fresh references is weighted as round 1 is.
+        With reference_rise l_K is reached in that round, in round 1 at once. Round 0 of fresh references is weighted as
+        round 1 is.
         """
         first, last = self.reference_scale
         if round < self.first_referring:
             return 0.0
-        if self.iterations <= 1 or round == 0:
+        risen = self.reference_rise or self.iterations
+        if 0 < self.reference_rise <= round:
+            return last
+        if risen <= 1 or round == 0:
             return first
-        return first + (round - 1) / (self.iterations - 1) * (last - first)
+        return first + (round - 1) / (risen - 1) * (last - first)
 
 
 # What takes one word of a table: settings, and options of the command line.
@@ -218,38 +238,11 @@ _LATER = {
     "cast_limit": 0,
     "until": "iterations",
     "pronouns": "off",
+    "restart": 1.0,
+    "reference_rise": 0,
 }
 # Settings that are read where another one has this value.
 _BESIDE = {"tolerance": ("until", "converged")}
-_LEAST = {
-    "iterations": 0,
-    "steps": 1,
-    "inner_steps": 0,
-    "reference_start": 0,
-    "cast_limit": 0,
-    "drafts": 0,
-    "bank": 1,
-    "seed": 0,
-    "width": 8,
-    "height": 8,
-}
-_MOST = {
-    "iterations": 1000,
-    "steps": 1000,
-    "inner_steps": 1000,
-    "reference_start": 1000,
-    "cast_limit": 10_000,
-    "drafts": 100,
-    "bank": 1000,
-    "seed": SEED_LIMIT - 1,
-    "width": 8192,
-    "height": 8192,
-}
-
-_WITHIN = {
-    "guidance_scale": (0, 100),
-    "tolerance": (0, 2),
-}  # numbers that may be fractions; NaN is within nothing
 
 
 def is_within(interval: tuple[float, float], step: int, steps: int) -> bool:
@@ -361,22 +354,22 @@ def check(name: str, value: Any, origin: str) -> Any:
         raise InputError(f"unknown setting {shown(name)} ({origin}){hint}")
     what = origin if origin.startswith("--") else f"{name} ({origin})"
     if name == "reference_scale":
-        return _scale(value, what)
+        return scale(value, what)
     if name in ("guidance_interval", "reference_interval"):
-        return _interval(value, what)
+        return interval(value, what)
     if name == "window":
-        return _window(value, what)
+        return window(value, what)
     kinds = tuple(kind for kind in (get_args(hints[name]) or (hints[name],)) if kind is not type(None))
     if kinds == (float,) and type(value) is int:
-        value = _float(value)
+        value = as_float(value)
     if not isinstance(value, kinds) or isinstance(value, bool):
         raise InputError(f"{what}: wanted {kinds[0].__name__}, got {shown(value)}")
     if name in _CHOICES:
         check_choice(name, value, what)
-    if name in _LEAST and not _LEAST[name] <= value <= _MOST[name]:
-        raise InputError(f"{what}: wanted {_LEAST[name]} to {_MOST[name]}, got {shown(value)}")
-    if name in _WITHIN and not _WITHIN[name][0] <= value <= _WITHIN[name][1]:
-        raise InputError(f"{what}: wanted {_WITHIN[name][0]} to {_WITHIN[name][1]}, got {shown(value)}")
+    if name in LEAST and not LEAST[name] <= value <= MOST[name]:
+        raise InputError(f"{what}: wanted {LEAST[name]} to {MOST[name]}, got {shown(value)}")
+    if name in WITHIN and not WITHIN[name][0] <= value <= WITHIN[name][1]:
+        raise InputError(f"{what}: wanted {WITHIN[name][0]} to {WITHIN[name][1]}, got {shown(value)}")
     if isinstance(value, str):
         _refuse_broken_text(value, what)
     return value
@@ -395,52 +388,3 @@ def _refuse_broken_text(text: str, what: str) -> None:
         text.encode()
     except UnicodeEncodeError:  # bytes of a command line that are no UTF-8, or half of a UTF-16 pair
         raise InputError(f"{what}: wanted text in UTF-8, got {text[:60]!a}") from None
-
-
-def _float(number: Any) -> float:
-    try:
-        return float(number)
-    except OverflowError:
-        return math.inf if number > 0 else -math.inf
-
-
-def _pair(value: Any) -> list[float]:
-    """The numbers of FIRST:LAST, of one number, or of a pair; anything else gives none."""
-    parts = (
-        value.split(":") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
-    )
-    try:
-        return [_float(part) for part in parts]
-    except (TypeError, ValueError):
-        return []
-
-
-def _scale(value: Any, what: str) -> tuple[float, float]:
-    """l_1 and l_K from 0.3:0.5, from one number, or from a pair."""
-    numbers = _pair(value)
-    if len(numbers) not in (1, 2) or not all(math.isfinite(number) for number in numbers):
-        raise InputError(f"{what}: wanted FIRST:LAST such as 0.3:0.5, or one number, got {shown(value)}")
-    if not all(0 <= number <= MOST_SCALE for number in numbers):
-        raise InputError(f"{what}: wanted 0 to {MOST_SCALE} for both, got {shown(value)}")
-    return numbers[0], numbers[-1]
-
-
-def _interval(value: Any, what: str) -> tuple[float, float]:
-    """Start and end as shares of the steps."""
-    numbers = _pair(value)
-    if len(numbers) != 2 or not 0 <= numbers[0] < numbers[1] <= 1:
-        raise InputError(
-            f"{what}: wanted START:END such as 0.2:0.8, shares of the steps with 0 <= START < END <= 1, got {shown(value)}"
-        )
-    return numbers[0], numbers[1]
-
-
-def _window(value: Any, what: str) -> int | str:
-    """L_M: a number of frames from 1 on, or "all"."""
-    if value == "all":
-        return "all"
-    digits = isinstance(value, str) and value.isdecimal() and len(value) < 10
-    number = int(value) if digits else value
-    if type(number) is not int or not 1 <= number <= 1000:
-        raise InputError(f"{what}: wanted 1 to 1000 frames, or all, got {shown(value)}")
-    return number

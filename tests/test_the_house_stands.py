@@ -30,7 +30,7 @@ ROOMS = (
     ("processors",),
     ("checkpoints",),
     ("story",),
-    ("settings", "presets", "events", "runtime", "pictures", "model_names", "builtin"),
+    ("settings", "values", "presets", "events", "runtime", "pictures", "model_names", "builtin"),
     ("kernels",),
     ("files", "documents", "packages", "plugins", "threads", "wording", "intervals", "errors"),
 )

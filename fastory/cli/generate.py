@@ -108,6 +108,18 @@ CastLimit = Annotated[
         METHOD, metavar="K", help="References of a character at most, those that stand for all (default all)."
     ),
 ]
+Restart = Annotated[
+    float | None,
+    option(
+        SAMPLING,
+        metavar="SHARE",
+        help="Rounds from 2 on begin from the last round's pictures and take this share of the steps (default 1: all).",
+    ),
+]
+ReferenceRise = Annotated[
+    int | None,
+    option(METHOD, metavar="ROUND", help="Round that has the last weight of references (default the last)."),
+]
 Until = Annotated[
     str | None,
     choice(
@@ -218,6 +230,8 @@ def generate(
     cast_limit: CastLimit = None,
     until: Until = None,
     tolerance: Tolerance = None,
+    restart: Restart = None,
+    reference_rise: ReferenceRise = None,
     window: Window = None,
     drafts: Drafts = None,
     bank: Bank = None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from PIL import Image
 
@@ -38,7 +38,11 @@ class DrawnRounds:
     def add(self, k: int, frame: int, image: Image.Image, left_out: str | None) -> None:
         """A picture was drawn. left_out: why it must not become a reference, None for one that may."""
         whole = None if left_out else self.model.encode_reference(image, self.settings.reference_fit)
-        self._seen[k, frame] = Seen(whole) if self.regions is None else self.regions.see(frame, image, whole)
+        seen = Seen(whole) if self.regions is None else self.regions.see(frame, image, whole)
+        if whole is not None and self.settings.restarts(k + 1):
+            # From the picture as it is saved: a resumed run has no other.
+            seen = replace(seen, latents=self.model.encode_picture(image))
+        self._seen[k, frame] = seen
 
     def seen(self, k: int, frame: int) -> Seen:
         """What the picture of `frame` in round k gives others; nothing if it must not become a reference."""

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fastory.conditioning.references import Group, References, everywhere
+from fastory.errors import InputError
 from fastory.events import Event, FrameDrawn, RoundFinished, RoundStarted, StepDone
 from fastory.models.protocol import Caption, Model
 from fastory.modes.converged import staying
@@ -31,7 +32,7 @@ from fastory.modes.regions import NEEDED, Regions, Seen, check_boxes, settled
 from fastory.pictures import open_picture
 from fastory.sampling.noise import frame_seed
 from fastory.sampling.sampler import Row, Sampler, leave_idle, sampler_for
-from fastory.settings import MODES, Settings
+from fastory.settings import MODES, SCHEDULERS, Settings
 from fastory.story import Story
 from fastory.wording import counted
 
@@ -171,7 +172,7 @@ def draw_batches(run: IterativeRun, round: Round, batches: Sequence[Batch]) -> I
     """Some of a round's micro-batches, in this process."""
     settings, k = run.settings, round.number
     sampler = run.sampler_of(round.size)
-    sampler.set_steps(settings.steps_of(k))
+    sampler.set_steps(settings.scheduled_steps(k), settings.steps_of(k))
     latest = settings.references_from == "latest"
     references: References | None = None
     for members in batches:
@@ -179,7 +180,7 @@ def draw_batches(run: IterativeRun, round: Round, batches: Sequence[Batch]) -> I
             fresh = {j: run.drawn.seen(k, j) for j in range(members[0] if latest else 0)}
             references = references_of(run, k, fresh)
             sampler.set_round(references)
-        rows = [row_of(run, references, i) for i in members]
+        rows = [row_of(run, references, k, i) for i in members]
         yield from report_steps(sampler, rows, k, round.missing)
         for n, row in enumerate(rows):
             if row.frame not in round.missing:
@@ -253,8 +254,8 @@ def references_of(run: IterativeRun, k: int, fresh: Mapping[int, Seen]) -> Refer
     )
 
 
-def row_of(run: IterativeRun, references: References, frame: int) -> Row:
-    """One frame's inputs: the seed of its noise, its text K/V (once a frame and round), and which references it sees."""
+def row_of(run: IterativeRun, references: References, k: int, frame: int) -> Row:
+    """One frame's inputs in round k: the seed of its noise, what it begins from, its text K/V and which references it sees."""
     caption, bias = run.captions[frame], None
     if run.regions is not None:
         bias = run.regions.text_bias(frame, references.text_tokens)
@@ -265,6 +266,7 @@ def row_of(run: IterativeRun, references: References, frame: int) -> Row:
         negative=run.negative,
         conditional=references.row(frame, project(run.model, caption), bias),
         unconditional=references.null_row(frame, run.negative_kv),
+        start=run.drawn.seen(k - 1, frame).latents if run.settings.restarts(k) else None,
     )
 
 
@@ -283,9 +285,9 @@ def prepare_round(
     """
     run = IterativeRun.of(model, plan, [batch_size], size)
     references, sampler = references_of(run, k, {}), run.sampler_of(batch_size)
-    sampler.set_steps(plan.settings.steps_of(k))
+    sampler.set_steps(plan.settings.scheduled_steps(k), plan.settings.steps_of(k))
     sampler.set_round(references)
-    return sampler, [row_of(run, references, i) for i in range(len(plan.story.frames))]
+    return sampler, [row_of(run, references, k, i) for i in range(len(plan.story.frames))]
 
 
 @torch.inference_mode()
@@ -306,6 +308,8 @@ class Iterative:
         shown = has_pictures(story) and settings.reference_start <= settings.iterations
         if settings.iterations >= settings.first_referring or shown:
             model.require_references()
+        if settings.restarts(settings.iterations):
+            check_restart(model, settings)
 
     def check_redraw(self, frames: Sequence[int], story: Story, settings: Settings) -> None:
         """Any frames can be redrawn: the last round alone is, from the same references."""
@@ -332,13 +336,19 @@ class Iterative:
         elif settings.iterations <= LOOKED_BACK - 1:
             why = f"whether a frame still changes is known after round {LOOKED_BACK - 1}, and there is none after it"
             reasons |= dict.fromkeys(("until", "tolerance"), why)
+        if settings.iterations < 2:
+            reasons["restart"] = (
+                "rounds begin from the last one's pictures from round 2 on, and there is none"
+            )
         if not settings.iterations:
             reasons["inner_steps"] = "without iterations there is one round, the last"
         if settings.iterations < settings.first_referring:
             reasons["references"] = "without iterations no frame sees another one"
             if not pictures or settings.reference_start > 0:
                 why = "without iterations nothing is a reference"
-                reasons |= dict.fromkeys(("reference_scale", "reference_fit", "reference_interval"), why)
+                reasons |= dict.fromkeys(
+                    ("reference_scale", "reference_fit", "reference_interval", "reference_rise"), why
+                )
         if settings.regions == "off":
             reasons["cast_limit"] = "without regions no character has references of its own"
         if not pictures:
@@ -378,7 +388,8 @@ class Iterative:
     def method(self, settings: Settings) -> dict[str, str]:
         """Rounds and references."""
         first, last = settings.reference_scale
-        scale = f"reference scale {first:g} to {last:g}"
+        risen = f" in round {settings.reference_rise}" if settings.reference_rise else ""
+        scale = f"reference scale {first:g} to {last:g}{risen}"
         steps = settings.inner_steps
         inner = f", {counted(steps, 'step')} before the last" if steps else ""
         latest = " as drawn" if settings.references_from == "latest" else ""
@@ -387,6 +398,8 @@ class Iterative:
         rounds = (
             f"{most}{settings.iterations}{until}, {scale}, references {settings.references}{latest}{inner}"
         )
+        if settings.restarts(settings.iterations):
+            rounds += f", from 2 on the last {settings.restart:g} of the steps"
         return {"Rounds": rounds}
 
     def picture_values(self, settings: Settings, round: int) -> dict[str, Any]:
@@ -394,7 +407,23 @@ class Iterative:
         values = {"reference_scale": settings.reference_scale_of(round), "references": settings.references}
         if settings.references_from != "last":
             values["references_from"] = settings.references_from
+        if settings.restarts(round):
+            values["restart"] = settings.restart
         return values
+
+
+def check_restart(model: Model, settings: Settings) -> None:
+    """InputError where rounds cannot begin from pictures: they are encoded by the VAE, and noised by the scheduler."""
+    if not model.takes_masks:
+        raise InputError(
+            f"restart: wanted 1 for {model.name}: an export has no encoder for the pictures that rounds would begin from; "
+            "draw with the model it was exported from"
+        )
+    if not SCHEDULERS[settings.scheduler].begins_within:
+        able = ", ".join(name for name, row in SCHEDULERS.items() if row.begins_within)
+        raise InputError(
+            f"restart: scheduler {settings.scheduler} begins with steps of its own; wanted one of {able}, or restart 1"
+        )
 
 
 def has_pictures(story: Story) -> bool:

@@ -105,17 +105,21 @@ class Seen:
     """What a picture of the last round gives the next one.
 
     whole: its reference tokens (1, T, C_x), None for one that was left out. own: those of each character in it. masks: where
-    the characters are, (h, w); none where they could not be told apart.
+    the characters are, (h, w); none where they could not be told apart. latents: the picture as the UNet's (1, c, h, w), where
+    its frame's next one begins from it.
     """
 
     whole: Tensor | None
     own: Mapping[str, Tensor] = field(default_factory=dict)
     masks: Mapping[str, Tensor] = field(default_factory=dict)
+    latents: Tensor | None = None
 
     def to(self, device: torch.device) -> Seen:
         """The same on another device; masks stay on the CPU, where they are made."""
         whole = None if self.whole is None else self.whole.to(device)
-        return Seen(whole, {name: tokens.to(device) for name, tokens in self.own.items()}, self.masks)
+        own = {name: tokens.to(device) for name, tokens in self.own.items()}
+        latents = None if self.latents is None else self.latents.to(device)
+        return Seen(whole, own, self.masks, latents)
 
 
 class Regions:

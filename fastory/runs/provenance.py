@@ -27,9 +27,11 @@ def png_chunks(
     lines = [prompt]
     if settings.negative_prompt:
         lines.append(f"Negative prompt: {settings.negative_prompt}")
+    strength = f", Denoising strength: {settings.restart:g}" if settings.restarts(drawn.round) else ""
+    steps = settings.scheduled_steps(drawn.round)
     lines.append(
-        f"Steps: {settings.steps_of(drawn.round)}, Sampler: {settings.scheduler}, CFG scale: {settings.guidance_scale:g}, "
-        f"Seed: {drawn.seed}, Size: {settings.width}x{settings.height}, Model: {Path(model.name).name}"
+        f"Steps: {steps}, Sampler: {settings.scheduler}, CFG scale: {settings.guidance_scale:g}, "
+        f"Seed: {drawn.seed}, Size: {settings.width}x{settings.height}, Model: {Path(model.name).name}{strength}"
     )
     values = {
         "schema": 1,

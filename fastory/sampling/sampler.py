@@ -29,7 +29,8 @@ class Row:
     """One frame to denoise. seed: of its generator, from which its initial noise and the noise of every step are drawn.
 
     conditional and unconditional: what the two rows of the frame attend to, as the round's context takes it. caption and
-    negative: whose pooled text SDXL takes.
+    negative: whose pooled text SDXL takes. start: latents (1, c, h, w) without noise that a row which takes but the last steps
+    begins from; None for zeros.
     """
 
     frame: int
@@ -38,6 +39,7 @@ class Row:
     negative: Caption
     conditional: ReferenceRow | HistoryRow
     unconditional: ReferenceRow | HistoryRow
+    start: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,9 +93,15 @@ class Sampler:
         if self.timestep_cond is not None:
             self.timestep_cond.copy_(self.model.guidance_embedding(settings.guidance_scale, self.rows))
 
-    def set_steps(self, steps: int) -> None:
-        """Denoise in this many steps from now on. What a UNet call reads keeps its place, so captured graphs stay good."""
-        self.steps = steps
+    def set_steps(self, steps: int, taken: int | None = None) -> None:
+        """Denoise in this many steps from now on. What a UNet call reads keeps its place, so captured graphs stay good.
+
+        taken: only so many of them, the last ones, from rows' `start` with the noise that belongs there (SDEdit, arXiv
+        2108.01073); None for all, from noise alone.
+        """
+        self.scheduled = steps
+        self.steps = steps if taken is None else taken
+        self.skipped = steps - self.steps
         self.scheduler.set_timesteps(steps, device="cpu")
         self.timesteps = self.scheduler.timesteps.to(self.model.placement.device)
         # DDIM and PNDM index their tables by a Python int; the others keep a step index and take the tensor.
@@ -148,9 +156,9 @@ class Sampler:
         """
         padded = [*rows, *[rows[-1]] * (self.batch_size - len(rows))]
         generators = {row.seed: torch.Generator().manual_seed(row.seed) for row in padded}
-        noise = {seed: self.initial_noise(generator) for seed, generator in generators.items()}
+        noise = {seed: self.noise_of(generator) for seed, generator in generators.items()}
         for index, row in enumerate(padded):
-            self.latents[index : index + 1] = noise[row.seed]
+            self.latents[index : index + 1] = self.begun(noise[row.seed], row.start)
         filled = [(row.conditional, row.caption) for row in padded]
         if self.guided:
             filled = [(row.unconditional, row.negative) for row in padded] + filled
@@ -170,13 +178,14 @@ class Sampler:
         Raises what PyTorch raises when memory runs out.
         """
         solves = SCHEDULERS[self.settings.scheduler].solves
-        within = SchedulerStep(
-            self.model.placement.device, self._load(rows), len(self.host_timesteps), solves
-        )
-        self.scheduler.set_timesteps(self.steps, device="cpu")  # clears what multi-step schedulers remember
+        self.scheduler.set_timesteps(
+            self.scheduled, device="cpu"
+        )  # clears what multi-step schedulers remember
         if hasattr(self.scheduler, "set_begin_index"):
-            self.scheduler.set_begin_index(0)
-        steps = map(partial(self._step, within), range(len(self.host_timesteps)))
+            self.scheduler.set_begin_index(self.skipped)
+        numbers = range(self.skipped, len(self.host_timesteps))
+        within = SchedulerStep(self.model.placement.device, self._load(rows), len(numbers), solves)
+        steps = map(partial(self._step, within), numbers)
         yield from enumerate(timed(self.model.placement.device, steps), 1)
 
     def _step(self, within: SchedulerStep, number: int) -> None:
@@ -202,13 +211,21 @@ class Sampler:
         unconditional, conditional = prediction.chunk(2)
         return unconditional + self.settings.guidance_scale * (conditional - unconditional)
 
-    def initial_noise(self, generator: torch.Generator) -> Tensor:
-        """What diffusers draws for one picture from `generator`: (1, c, h, w), scaled for the scheduler."""
+    def noise_of(self, generator: torch.Generator) -> Tensor:
+        """What diffusers draws for one picture from `generator`: (1, c, h, w)."""
         shape = (1, *self.latent_shape)
-        noise = randn_tensor(
+        return randn_tensor(
             shape, generator=generator, device=self.model.placement.device, dtype=self.model.placement.dtype
         )
-        return noise * self.scheduler.init_noise_sigma
+
+    def begun(self, noise: Tensor, start: Tensor | None) -> Tensor:
+        """What the first step takes (1, c, h, w): noise as the scheduler scales it, or `start` with its share of it."""
+        if not self.skipped:
+            return noise * self.scheduler.init_noise_sigma
+        clean = torch.zeros_like(noise) if start is None else start
+        first = self.scheduler.timesteps[self.skipped : self.skipped + 1]
+        # On the host and in float32: the scheduler would move its tables to where the latents are, and leave them there.
+        return self.scheduler.add_noise(clean.float().cpu(), noise.float().cpu(), first).to(noise)
 
 
 def served(
