@@ -56,8 +56,10 @@ extras_require = {
     ],
     # fastory serve: routes with an OpenAPI document, and the server under them
     "serve": ["fastapi>=0.115", "uvicorn>=0.30"],
-    # fastory eval --metrics fid,kid,afid: the distances; features are a module of ours, or Inception through torch-fidelity
-    "eval": ["torchmetrics>=1.5"],
+    # fastory eval --metrics fid,kid,afid: the distances; --metrics cids: its matching
+    "eval": ["torchmetrics>=1.5", "scipy>=1.13"],
+    # the papers' features of FID, KID and aFID; it brings torchvision, which has to be of this torch
+    "inception": ["torchmetrics>=1.5", "scipy>=1.13", "torch-fidelity>=0.3"],
     "test": [
         "pytest>=8",
         "pytest-xdist>=3.6",  # the suite in two processes
@@ -70,7 +72,7 @@ extras_require = {
         "fastapi>=0.115",  # fastory serve
         "uvicorn>=0.30",
         "torchmetrics>=1.5",  # fastory eval, and the oracle of CLIP-T
-        "scipy>=1.13",  # the oracle of FID
+        "scipy>=1.13",  # fastory eval, and the oracle of FID
         "hypothesis>=6.100",  # properties of the kernels
         "ruff>=0.12",  # lint and format
         "mypy>=1.15",  # types

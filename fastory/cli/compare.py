@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from fastory.cli.eval import Encoder, Metrics, encoder_of, measures_of, show_means
+from fastory.cli.eval import (
+    DetectorName,
+    DinoName,
+    Encoder,
+    FeaturesName,
+    Metrics,
+    Truth,
+    instruments,
+    measures,
+    show_means,
+)
 from fastory.cli.generate import (
     BatchSize,
     Graphs,
@@ -46,6 +55,7 @@ from fastory.cli.reporting import plain, reported, say, stderr
 
 if TYPE_CHECKING:
     from fastory.evaluation.compare import Comparison
+    from fastory.evaluation.instruments import Opened
     from fastory.evaluation.rows import Measured
     from fastory.story import Story
 
@@ -84,7 +94,11 @@ def compare(
     output: Directory,
     rounds: Rounds = None,
     metrics: Metrics = None,
+    truth: Truth = None,
     encoder: Encoder = None,
+    detector: DetectorName = None,
+    features: FeaturesName = None,
+    dino: DinoName = None,
     model: ModelName = "builtin",
     config: Config = None,
     ip_adapter: IpAdapter = None,
@@ -112,10 +126,10 @@ def compare(
     """
     requested = locals()
     with reported(resumable=True), ExitStack() as stack:
-        comparison, measures = opened(requested)
+        comparison, found = opened(requested)
         stack.enter_context(comparison)
         draw(comparison, batch_size, quiet or json_lines)
-        rows = list(comparison.measure(measures))
+        rows = list(comparison.measure(found.measures, found.of_all))
         written = write(comparison, rows)
         if json_lines:
             show_json(iter(rows))
@@ -126,10 +140,10 @@ def compare(
             say(str(path))
 
 
-def opened(requested: Mapping[str, Any]) -> tuple[Comparison, list[Any]]:
+def opened(requested: Mapping[str, Any]) -> tuple[Comparison, Opened]:
     """The comparison and its measures. Raises InputError for what cannot be, before anything is drawn or written."""
     from fastory import door
-    from fastory.evaluation.choices import read_metrics
+    from fastory.evaluation.choices import BUILTIN, read_metrics
     from fastory.evaluation.methods import parse_rounds, read_methods
     from fastory.settings import Settings
 
@@ -139,22 +153,18 @@ def opened(requested: Mapping[str, Any]) -> tuple[Comparison, list[Any]]:
         requested["device"], requested["dtype"], requested["graphs"], requested["batch_size"]
     )
     methods = read_methods(requested["methods"], parse_rounds(requested["rounds"]))
-    metrics = read_metrics(requested["metrics"]) if requested["metrics"] else None
+    own = requested["model"] == BUILTIN
+    metrics = read_metrics(requested["metrics"] or ("clip,judge" if own else "clip"))
     stories = read(requested["stories"])
     door.check_stories(stories, requested["style"])
     door.check_paths({"--output": requested["output"]})
-    encoder = encoder_of(requested["encoder"], requested["model"])
-    if requested["offline"]:
-        os.environ["HF_HUB_OFFLINE"] = "1"
+    wanted = instruments(requested, metrics, own)
     model = ModelOptions.among(requested).open(requested["device"], requested["dtype"], requested["graphs"])
     from fastory.evaluation.compare import Comparison
 
     flags = {name: value for name, value in settings.items() if value is not None}
     comparison = Comparison(model, stories, methods, flags, requested["output"])
-    judged = model.world is not None
-    names = metrics or (("clip", "judge") if judged else ("clip",))
-    measures = measures_of(names, encoder, str(model.placement.device), requested["offline"])
-    return comparison, measures
+    return comparison, measures(replace(wanted, device=str(model.placement.device)), requested)
 
 
 def read(paths: list[Path]) -> list[Story]:

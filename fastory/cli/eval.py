@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,16 +15,26 @@ from rich.table import Table
 from fastory.cli.options import METHOD, MODEL, OUTPUT, Device, Offline, option
 from fastory.cli.progress import show_json
 from fastory.cli.reporting import plain, quiet_libraries, reported, say, stderr
-from fastory.evaluation.choices import BUILTIN, CLIP_B32, MEASURES
+from fastory.evaluation.choices import (
+    ALL,
+    BUILTIN,
+    CLIP_B32,
+    DINO_SMALL,
+    GROUNDING_DINO,
+    MEASURES,
+    NOT_COMPUTED,
+    Instruments,
+    read_metrics,
+)
 
 if TYPE_CHECKING:
+    from fastory.evaluation.instruments import Opened
     from fastory.evaluation.rows import Measured
+    from fastory.evaluation.stories import DrawnStory
 
 Metrics = Annotated[
     str | None,
-    option(
-        METHOD, metavar="NAME,..", help=f"What is measured: {', '.join(MEASURES)}, or all (default clip)."
-    ),
+    option(METHOD, metavar="NAME,..", help=f"What is measured: {', '.join(MEASURES)}, or all that can be."),
 ]
 Encoder = Annotated[
     str | None,
@@ -30,25 +42,60 @@ Encoder = Annotated[
         MODEL,
         "--encoder",
         "--clip",
-        help=f"The CLIP model: builtin, a folder, or a hub id (default {CLIP_B32}; builtin for the built-in model).",
+        help=f"The CLIP model: builtin, a folder, or a hub id (default {CLIP_B32}).",
     ),
 ]
+DetectorName = Annotated[
+    str | None,
+    option(
+        MODEL,
+        "--detector",
+        help=f"Finds characters: boxes (of the story), builtin, a folder, or a hub id (default {GROUNDING_DINO}).",
+    ),
+]
+FeaturesName = Annotated[
+    str | None,
+    option(
+        MODEL,
+        "--features",
+        help="Of FID, KID and aFID: inception, the file of its weights, or encoder (default inception).",
+    ),
+]
+DinoName = Annotated[
+    str | None, option(MODEL, "--dino", help=f"A folder or a hub id (default {DINO_SMALL}).")
+]
+Truth = Annotated[Path | None, option(METHOD, help="A folder of true pictures, for FID, KID and clip_i.")]
 
 
 def evaluate(
     runs: Annotated[
         list[Path],
         typer.Argument(
-            help="Run folders, or folders with a story file and frame-000.png ..", show_default=False
+            help="Run folders, folders with a story file and frame-000.png .., or runs of ViStoryBench.",
+            show_default=False,
         ),
     ],
     metrics: Metrics = None,
+    captions: Annotated[
+        Path | None,
+        option(METHOD, help="Story files, called as the folders, for folders of pictures without one."),
+    ] = None,
+    truth: Truth = None,
     encoder: Encoder = None,
+    detector: DetectorName = None,
+    features: FeaturesName = None,
+    dino: DinoName = None,
     device: Device = "auto",
     offline: Offline = False,
     output: Annotated[
         Path | None,
         option(OUTPUT, "--output", "-o", help="A table: .json has every row, .md and .tex the means."),
+    ] = None,
+    export_vistorybench: Annotated[
+        Path | None,
+        option(
+            OUTPUT, metavar="DIR", help="Write the pictures there, too, as ViStoryBench's reader takes them."
+        ),
     ] = None,
     json_lines: Annotated[bool, option(OUTPUT, "--json", help="Print rows as JSON lines.")] = False,
 ) -> None:
@@ -58,7 +105,9 @@ def evaluate(
     """
     requested = locals()
     with reported(resumable=output is not None, kept="Measured stories"):
-        rows = measured(requested)
+        stories, wanted = opened(requested)
+        rows = measured(stories, wanted, requested)
+        exported = exported_to(stories, export_vistorybench)
         if json_lines:
             show_json(iter(rows))
         else:
@@ -66,17 +115,17 @@ def evaluate(
             show_means(rows)
         if output is not None and not json_lines:
             say(str(output))
+        if exported is not None:
+            stderr.print(f"  [yellow]note:[/] {plain(NOT_COMPUTED)}", soft_wrap=True)
+            if not json_lines:
+                say(str(exported))
 
 
-def measured(requested: dict[str, Any]) -> list[Measured]:
-    """All rows, which are written where they should be.
-
-    Raises InputError for folders, an encoder or an output that cannot be, before anything is measured.
-    """
-    from fastory import door, files
-    from fastory.evaluation.choices import read_metrics
+def opened(requested: Mapping[str, Any]) -> tuple[list[DrawnStory], Instruments]:
+    """The stories, and what is to be measured. Raises InputError for what cannot be, before PyTorch is imported."""
+    from fastory import door
     from fastory.evaluation.stories import read_drawn
-    from fastory.evaluation.tables import FORMS, check_form
+    from fastory.evaluation.tables import check_form
     from fastory.settings import check_placement
 
     output = requested["output"]
@@ -84,49 +133,72 @@ def measured(requested: dict[str, Any]) -> list[Measured]:
     metrics = read_metrics(requested["metrics"] or "clip")
     for run in requested["runs"]:
         door.check_paths({"RUNS": run})
+    door.check_paths(
+        {"--captions": requested["captions"], "--export-vistorybench": requested["export_vistorybench"]}
+    )
     door.check_new_file(output, "--output")
     if output is not None:
         check_form(output)
-    stories = [read_drawn(run) for run in requested["runs"]]
-    if requested["offline"]:
+    stories = [story for run in requested["runs"] for story in read_drawn(run, requested["captions"])]
+    return stories, instruments(requested, metrics)
+
+
+def instruments(requested: Mapping[str, Any], metrics: Sequence[str], builtin: bool = False) -> Instruments:
+    """What these options name, checked. builtin: whether no encoder means the built-in model's."""
+    names = ("encoder", "detector", "features", "dino", "truth", "offline")
+    named = {name: requested[name] for name in names}
+    if builtin:
+        named["encoder"] = named["encoder"] or BUILTIN
+    wanted = Instruments.of(metrics, **named)
+    if not everything(requested):
+        wanted.check()
+    if wanted.offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
-    encoder = encoder_of(requested["encoder"], None)
+    return wanted
+
+
+def everything(requested: Mapping[str, Any]) -> bool:
+    """Whether all is wanted that can be measured."""
+    return ALL in (requested["metrics"] or "").split(",")
+
+
+def measured(stories: list[DrawnStory], wanted: Instruments, requested: Mapping[str, Any]) -> list[Measured]:
+    """All rows, which are written where they should be. Raises InputError for weights that are not to be had."""
     quiet_libraries()
+    from fastory import files
     from fastory.evaluation.journal import Journal
     from fastory.evaluation.measures import measure
+    from fastory.evaluation.tables import FORMS
     from fastory.runtime import choose_placement
 
+    output = requested["output"]
     where = str(choose_placement(requested["device"], "float32", "off").device)
-    measures = measures_of(metrics, encoder, where, requested["offline"])
+    found = measures(replace(wanted, device=where), requested)
     journal = Journal(None if output is None else output.with_name(output.name + files.UNFINISHED))
-    rows = list(measure(stories, measures, journal))
+    rows = list(measure(stories, found.measures, journal, found.of_all))
     if output is not None:
         files.atomic_write(output, FORMS[output.suffix.lower()](rows).encode())
         journal.remove()
     return rows
 
 
-def encoder_of(requested: str | None, model: str | None) -> str:
-    """The encoder's name, checked. model: that draws the stories, where one does."""
-    from fastory import door
+def measures(wanted: Instruments, requested: Mapping[str, Any]) -> Opened:
+    """The measures, opened; of all that are wanted those that can be, the others as notes."""
+    from fastory.evaluation.instruments import open_measures
 
-    name = requested or (BUILTIN if model == BUILTIN else CLIP_B32)
-    if name != BUILTIN:
-        door.check_model(BUILTIN, image_encoder=name)
-    return name
+    found = open_measures(wanted, whatever_there_is=everything(requested))
+    for line in found.missing:
+        stderr.print(f"  [yellow]note:[/] {plain(line)}", soft_wrap=True)
+    return found
 
 
-def measures_of(names: Sequence[str], encoder: str, device: str, offline: bool) -> list[Any]:
-    """The measures of --metrics, opened. Raises InputError for weights that are not to be had."""
-    from fastory.evaluation.clip import open_encoder
-    from fastory.evaluation.judged import JudgeMeasure
-    from fastory.evaluation.measures import ClipMeasure
+def exported_to(stories: list[DrawnStory], folder: Path | None) -> Path | None:
+    """Where the pictures were written for ViStoryBench, if they should be."""
+    if folder is None:
+        return None
+    from fastory.evaluation.vistory import export
 
-    makers = {
-        "clip": lambda: ClipMeasure(open_encoder(encoder, device=device, offline=offline)),
-        "judge": JudgeMeasure,
-    }
-    return [makers[name]() for name in names]
+    return export(stories, folder, when=datetime.now(UTC).strftime("%Y%m%d_%H%M%S"))
 
 
 def show_stories(rows: Sequence[Measured]) -> None:

@@ -14,7 +14,14 @@ from typing import Any, Protocol
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer, CLIPVisionModelWithProjection
+from transformers import (
+    BitImageProcessorPil,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPTokenizer,
+    CLIPVisionModelWithProjection,
+    Dinov2Model,
+)
 
 from fastory.builtin import WEIGHTS
 from fastory.checkpoints.hashes import model_hashes
@@ -27,21 +34,23 @@ BUILTIN = "builtin"
 AT_ONCE = 16  # pictures
 
 
-class Encoder(Protocol):
-    """What gives L2-normalised features in float32. name: as a table names it; sha256: of the weights.
-
-    no_captions: why captions have no features beside those of pictures; empty where they have.
-    """
+class PictureEncoder(Protocol):
+    """What gives L2-normalised features of pictures in float32. name: as a table names it; sha256: of the weights."""
 
     name: str
     sha256: str
+
+    def pictures(self, images: Sequence[Image.Image]) -> Tensor:
+        """(n, D) features of 8-bit RGB pictures."""
+
+
+class Encoder(PictureEncoder, Protocol):
+    """The same of captions. no_captions: why they have no features beside those of pictures; empty where they have."""
+
     no_captions: str
 
     def captions(self, texts: Sequence[str]) -> Tensor:
         """(n, D) features of captions, cut at the tokenizer's limit."""
-
-    def pictures(self, images: Sequence[Image.Image]) -> Tensor:
-        """(n, D) features of 8-bit RGB pictures."""
 
 
 def open_encoder(name: str, *, device: str = "cpu", offline: bool = False) -> Encoder:
@@ -120,6 +129,26 @@ class BuiltinEncoder:
         return normalised(self.model(pixels.to(self.device)).image_embeds)
 
 
+class Dino:
+    """A DINOv2 as transformers saves it."""
+
+    def __init__(self, name: str, *, device: str = "cpu", offline: bool = False) -> None:
+        """name: a folder, or an id of the hub. Raises InputError where it is neither here nor to be had."""
+        folder = encoder_path(name, offline=offline)
+        _, weights = component_weights(folder)
+        with loading(f"{folder} is not a DINOv2 with its preprocessor"):
+            opened: Any = Dinov2Model.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+            self.processor = BitImageProcessorPil.from_pretrained(folder, local_files_only=True)
+        self.model = opened.to(device, torch.float32).eval().requires_grad_(False)
+        self.device, self.name, self.sha256 = device, name, hash_of(weights)
+
+    @torch.inference_mode()
+    def pictures(self, images: Sequence[Image.Image]) -> Tensor:
+        """(n, D) class tokens of 8-bit RGB pictures, after the last normalisation."""
+        pixels = pixels_of(self.processor, images)
+        return normalised(self.model(pixels.to(self.device)).last_hidden_state[:, 0])
+
+
 def pixels_of(processor: Any, images: Sequence[Image.Image]) -> Tensor:
     """(n, 3, h, w) as an encoder takes pictures. Raises InputError for none."""
     if not images:
@@ -127,7 +156,7 @@ def pixels_of(processor: Any, images: Sequence[Image.Image]) -> Tensor:
     return processor([image.convert("RGB") for image in images], return_tensors="pt").pixel_values
 
 
-def in_parts(encoder: Encoder, images: Sequence[Image.Image]) -> Tensor:
+def in_parts(encoder: PictureEncoder, images: Sequence[Image.Image]) -> Tensor:
     """(n, D) features, so many pictures at once as memory bears."""
     return torch.cat([encoder.pictures(part) for part in parts(images)])
 

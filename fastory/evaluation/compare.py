@@ -23,7 +23,7 @@ from fastory.documents import read_json
 from fastory.errors import InputError
 from fastory.evaluation.costs import Cost, seconds_of
 from fastory.evaluation.journal import Journal
-from fastory.evaluation.measures import Measure, measure
+from fastory.evaluation.measures import Measure, SetMeasure, measure
 from fastory.evaluation.methods import Method
 from fastory.evaluation.rows import Measured, Source, means
 from fastory.evaluation.stories import DrawnStory, drawn_story
@@ -128,14 +128,14 @@ class Comparison:
             for event in Cost.read(cell.cost).counted(events, self.model.placement.device):
                 yield cell, event
 
-    def measure(self, measures: Sequence[Measure]) -> Iterator[Measured]:
+    def measure(self, measures: Sequence[Measure], of_all: Sequence[SetMeasure] = ()) -> Iterator[Measured]:
         """Rows of every method and round: of frames, of stories, and means over stories, costs among them."""
         for method in self.methods:
             cells = [cell for cell in self.cells if cell.method is method]
             for round in sorted({round for cell in cells for round in cell.rounds}):
                 drawn = [cell for cell in cells if round in cell.rounds]
                 named: dict[str, Any] = {"method": method.name, "round": round if method.rounds else None}
-                rows = measure([cell.drawn(round) for cell in drawn], measures, self.journal)
+                rows = measure([cell.drawn(round) for cell in drawn], measures, self.journal, of_all)
                 yield from (replace(row, **named) for row in rows)
                 costs = [row for cell in drawn for row in self._costs(cell, round)]
                 yield from (replace(row, **named) for row in [*costs, *means(costs)])

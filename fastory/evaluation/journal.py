@@ -21,10 +21,11 @@ from fastory.evaluation.stories import DrawnStory
 HEADER = json.dumps({"schema": 1, "what": "fastory evaluation"})
 
 
-def key_of(story: DrawnStory, source: Source) -> str:
-    """Equal for equal pictures, captions and annotations measured by the same: hex sha256."""
+def key_of(story: DrawnStory, measure: str, sources: Sequence[Source]) -> str:
+    """Equal for equal pictures, captions and annotations in one measure by the same models: hex sha256."""
     pictures = [files.sha256_of(path) if path.is_file() else None for path in story.pictures]
-    said = [story.title, story.captions, [asdict(c) for c in story.characters], asdict(source)]
+    cast = [[asdict(c), [files.sha256_of(path) for path in c.references]] for c in story.characters]
+    said = [story.title, story.captions, cast, measure, [asdict(source) for source in sources]]
     return hashlib.sha256(json.dumps([pictures, said], default=str).encode()).hexdigest()
 
 

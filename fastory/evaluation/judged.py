@@ -34,6 +34,11 @@ class JudgeMeasure:
         """The classifier of fastory.builtin.evaluation."""
         return Source("judge of the drawn world", sha256_of(FILE))
 
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """The classifier."""
+        return (self.source,)
+
     def rows(self, opened: Opened) -> Iterator[Measured]:
         """judge_agreement: mean of the three shares of appearances that show the most frequent value; judge_captions: mean of
         the shares of frames with species, place and action, or both characters, as captioned."""

@@ -13,7 +13,7 @@ from fastory.packages import installed
 
 SCHEMA = 1
 VERSIONED = ("torch", "transformers", "pillow", "numpy")
-OPTIONAL = ("torchmetrics", "torch-fidelity", "dreamsim")
+OPTIONAL = ("torchmetrics", "torch-fidelity", "scipy")
 
 
 def versions() -> dict[str, str]:

@@ -38,7 +38,7 @@ class DrawnCharacter:
 class DrawnStory:
     """One story with its pictures. captions: raw, as the story file has them, without style and descriptions.
 
-    prompts: the same with the characters described.
+    prompts: the same with the characters described. story: what it was read from.
     """
 
     folder: Path
@@ -47,32 +47,61 @@ class DrawnStory:
     pictures: tuple[Path, ...]
     prompts: tuple[str, ...] = ()
     characters: tuple[DrawnCharacter, ...] = ()
+    story: Story | None = None
 
 
-def read_drawn(folder: Path) -> DrawnStory:
-    """The story of one folder: story.yaml (.yml, .json, .txt) beside frames/frame-000.png .. or frame-000.png ..
+def story_file(folder: Path) -> Path | None:
+    """story.yaml (.yml, .json, .txt) of a folder, where there is one."""
+    return next((folder / name for name in STORY_FILES if (folder / name).is_file()), None)
 
-    Raises InputError for a folder without a story file. Whether each picture can be read is seen when it is.
+
+def read_drawn(folder: Path, named: Path | None = None) -> list[DrawnStory]:
+    """The stories of a folder: one with a story file beside its pictures, or a run of ViStoryBench with several.
+
+    Pictures: frames/frame-000.png .. or frame-000.png .., or shots/00.png ..; a run of ViStoryBench holds stories that are
+    called 01, 02 and so on. named: a folder of story files, called as the stories' folders, for those without one of their own.
+    Raises InputError for a folder without a story. Whether each picture can be read is seen when it is.
     """
     if not folder.is_dir():
         raise InputError(
             f"{folder}: wanted a run folder, or a folder with a story and its pictures; there is none"
         )
-    file = next((folder / name for name in STORY_FILES if (folder / name).is_file()), None)
+    numbered = sorted((path for path in folder.iterdir() if (path / "shots").is_dir()), key=_number)
+    if numbered and story_file(folder) is None:
+        return [_read_one(path, named) for path in numbered]
+    return [_read_one(folder, named)]
+
+
+def _number(path: Path) -> tuple[int, str]:
+    """Of a story of ViStoryBench, by number and not by letters: 9 before 10."""
+    return (int(path.name) if path.name.isdecimal() else 0), path.name
+
+
+def _read_one(folder: Path, named: Path | None) -> DrawnStory:
+    elsewhere = [named / f"{folder.name}{Path(name).suffix}" for name in STORY_FILES] if named else []
+    file = story_file(folder) or next((path for path in elsewhere if path.is_file()), None)
     if file is None:
+        where = (
+            f", or {named / folder.name}.yaml" if named else ", or --captions with a folder of story files"
+        )
         raise InputError(
-            f"{folder}: wanted a story file ({', '.join(STORY_FILES)}) beside the pictures, got none"
+            f"{folder}: wanted a story file ({', '.join(STORY_FILES)}) beside the pictures{where}; got none"
         )
     story = Story.read(file)
+    count = range(len(story.frames))
+    if (folder / "shots").is_dir():
+        return drawn_story(story, folder, tuple(folder / "shots" / f"{i:02d}.png" for i in count))
     inside = folder / "frames" if (folder / "frames").is_dir() else folder
-    return drawn_story(story, folder, tuple(inside / f"frame-{i:03d}.png" for i in range(len(story.frames))))
+    return drawn_story(story, folder, tuple(inside / f"frame-{i:03d}.png" for i in count))
 
 
 def drawn_story(story: Story, folder: Path, pictures: Sequence[Path]) -> DrawnStory:
     """A story with its pictures, one a frame."""
     captions = tuple(frame.caption for frame in story.frames)
     prompts = tuple(story.prompt(i, "none") for i in range(len(captions)))
-    return DrawnStory(folder, story.title, captions, tuple(pictures), prompts, tuple(_characters(story)))
+    return DrawnStory(
+        folder, story.title, captions, tuple(pictures), prompts, tuple(_characters(story)), story
+    )
 
 
 def _characters(story: Story) -> list[DrawnCharacter]:

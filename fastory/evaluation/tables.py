@@ -29,10 +29,9 @@ METRICS: Mapping[str, Metric] = {
     "clip_i": Metric("CLIP-I (truth)", 1),
     "clip_i_self": Metric("CLIP-I (self)", 1),
     "dino": Metric("DINO", 1),
-    "dreamsim": Metric("DreamSim", -1),
     "accs": Metric("aCCS", 1),
-    "afid": Metric("aFID", -1, 2),
-    "fid": Metric("FID", -1, 2),
+    "afid": Metric("aFID", -1, 3),
+    "fid": Metric("FID", -1, 3),
     "kid": Metric("KID", -1, 4),
     "cids_self": Metric("CIDS self", 1),
     "cids_cross": Metric("CIDS cross", 1),
@@ -48,6 +47,7 @@ METRICS: Mapping[str, Metric] = {
     "seconds": Metric("seconds a frame", -1, 2),
     "peak_memory": Metric("peak memory, MiB", -1, 0, 2**20),
 }
+OF_PICTURES = ("fid", "kid")  # of all stories together
 ARROWS = {1: " ↑", -1: " ↓", 0: ""}
 
 
@@ -95,7 +95,7 @@ def _notes(row: Measured) -> Iterator[str]:
     for key, value in row.notes.items():
         yield f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
     if row.value is not None and row.count < row.of:
-        yield f"of {row.count} of {counted(row.of, 'story')}"
+        yield f"of {row.count} of {counted(row.of, 'picture' if row.metric in OF_PICTURES else 'story')}"
 
 
 def line_title(line: tuple[str | None, int | None]) -> str:

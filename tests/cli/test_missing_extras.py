@@ -82,6 +82,15 @@ def test_serve_without_its_packages(environment: Made, folder: Path) -> None:
     refuse(environment("serve"), folder, "serve", "stories", wanted="pip install 'fastory[serve]'")
 
 
+def test_distances_of_pictures_without_torchmetrics(environment: Made, folder: Path) -> None:
+    """CLIP-T needs no extra; `fastory compare` is refused before it draws."""
+    (folder / "story.txt").write_text(STORY)
+    bare, wanted = environment("eval"), "pip install 'fastory[eval]'"
+    refuse(bare, folder, *("eval", ".", "--encoder", "builtin", "--metrics", "afid"), wanted=wanted)
+    compare = ("compare", "good.txt", "--methods", "iterative", "--metrics", "accs,cids", "-o", "out")
+    refuse(bare, folder, *compare, wanted=wanted)
+
+
 def test_kernels_of_xformers_without_xformers(environment: Made, folder: Path) -> None:
     variables = environment("xformers").but(FASTORY_KERNELS="xformers")
     refuse(

@@ -57,7 +57,7 @@ def test_a_frame_s_clip_t_is_the_cosine_that_transformers_computes(clip_folder: 
     with torch.no_grad():
         out = model(**inputs)
     wanted = (out.logits_per_image / model.logit_scale.exp()).detach().diagonal()
-    rows = measured(clip_folder, read_drawn(folder))
+    rows = measured(clip_folder, read_drawn(folder)[0])
     found = [row.value for row in of(rows, "frame", "clip_t")]
     np.testing.assert_allclose(found, wanted.numpy(), atol=1e-5)
     images_alone = torch.nn.functional.normalize(out.image_embeds, dim=-1)
@@ -83,7 +83,7 @@ def test_clip_t_is_torchmetrics_clip_score(clip_folder: Path, folder: Path) -> N
     multimodal = pytest.importorskip("torchmetrics.multimodal", reason="the oracle: pip install .[eval]")
     opened = WithTensors.from_pretrained(clip_folder), CLIPProcessor.from_pretrained(clip_folder)
     oracle = multimodal.CLIPScore(model_name_or_path=lambda: opened)
-    rows = of(measured(clip_folder, read_drawn(folder)), "frame", "clip_t")
+    rows = of(measured(clip_folder, read_drawn(folder)[0]), "frame", "clip_t")
     for i, row in enumerate(rows):
         pixels = torch.from_numpy(np.array(Image.open(folder / f"frame-{i:03d}.png"))).permute(2, 0, 1)
         wanted = float(oracle(pixels, CAPTIONS[i])) / 100
@@ -99,7 +99,7 @@ def test_off_diagonal_mean_by_hand() -> None:
 def test_a_picture_that_cannot_be_read_is_a_row_with_its_reason(clip_folder: Path, folder: Path) -> None:
     (folder / "frame-001.png").write_bytes(b"no picture")
     (folder / "frame-002.png").unlink()
-    rows = measured(clip_folder, read_drawn(folder))
+    rows = measured(clip_folder, read_drawn(folder)[0])
     frames = of(rows, "frame", "clip_t")
     assert [row.value is None for row in frames] == [False, True, True]
     assert "frame-001.png" in str(frames[1].missing) and "frame-002.png" in str(frames[2].missing)
@@ -109,7 +109,7 @@ def test_a_picture_that_cannot_be_read_is_a_row_with_its_reason(clip_folder: Pat
 
 
 def test_a_story_without_any_picture_is_counted_as_left_out(clip_folder: Path, folder: Path) -> None:
-    whole = read_drawn(folder)
+    whole = read_drawn(folder)[0]
     for picture in whole.pictures:
         picture.rename(picture.with_suffix(".gone"))
     found = measured(clip_folder, whole)

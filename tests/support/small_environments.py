@@ -15,7 +15,7 @@ MODULES = {
     "xformers": ("xformers",),
     "serve": ("fastapi", "starlette", "uvicorn"),
     "tune": ("tensorboard",),
-    "eval": ("torchmetrics",),
+    "eval": ("torchmetrics", "scipy"),
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "tensorrt": ("tensorrt", "tensorrt_bindings", "tensorrt_libs"),
     "rtx": (

@@ -1,0 +1,195 @@
+"""Fréchet and kernel distances of two sets of pictures, by torchmetrics, and the features that they are of.
+
+The papers' features are Inception's 2048; any module that gives features of pictures will do, such as an encoder of `clip`.
+torchmetrics is imported where it is used: the extra `eval`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from fastory.checkpoints.hashes import tensors_hash
+from fastory.checkpoints.loading import loading
+from fastory.errors import InputError
+from fastory.evaluation.choices import ENCODER, INCEPTION
+from fastory.evaluation.clip import Encoder, parts
+from fastory.evaluation.rows import Measured, Source
+from fastory.pictures import open_picture
+
+SIDE = 299  # px, Inception's
+SUBSETS, SUBSET_SIZE, KID_SEED = 100, 1000, 0
+RESIZED = f"{SIDE} x {SIDE}, bilinear with antialiasing"
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+class Features(nn.Module):
+    """A module as torchmetrics takes one: uint8 (n, 3, 299, 299) -> (n, D) float32. num_features: D."""
+
+    name: str
+    sha256: str
+    num_features: int
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """(n, D) features."""
+        raise NotImplementedError
+
+
+class EncoderFeatures(Features):
+    """An encoder's L2-normalised picture features."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        self.encoder, self.name, self.sha256 = encoder, encoder.name, encoder.sha256
+        self.num_features = encoder.pictures([Image.new("RGB", (SIDE, SIDE))]).shape[1]
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """(n, D) features."""
+        return self.encoder.pictures([Image.fromarray(p.permute(1, 2, 0).numpy()) for p in pictures])
+
+
+class Inception(Features):
+    """Inception-v3 with the weights of the first FID, 2048 features, by torch-fidelity through torchmetrics."""
+
+    num_features = 2048
+
+    def __init__(self, weights: Path | None, device: str) -> None:
+        """weights: pt_inception-2015-12-05-6726825d.pth; None downloads it. Raises InputError for another file."""
+        super().__init__()
+        from torchmetrics.image.fid import NoTrainInceptionV3
+
+        with loading(
+            f"{weights or 'the published Inception weights'} are not to be had, or not Inception-v3's of FID"
+        ):
+            network: Any = NoTrainInceptionV3(
+                "inception-v3-compat", ["2048"], None if weights is None else str(weights)
+            )
+        self.network, self.device = network.to(device), device
+        self.name, self.sha256 = "Inception-v3, pool of 2048", tensors_hash(network.state_dict())
+
+    @torch.inference_mode()
+    def forward(self, pictures: Tensor) -> Tensor:
+        """(n, 2048) features."""
+        return self.network(pictures.to(self.device)).reshape(len(pictures), -1).float().cpu()
+
+
+def open_features(name: str, encoder: Encoder, device: str = "cpu") -> Features:
+    """`encoder`, `inception`, or the path of Inception's weights."""
+    if name == ENCODER:
+        return EncoderFeatures(encoder)
+    return Inception(None if name == INCEPTION else Path(name), device)
+
+
+def prepared(images: Sequence[Image.Image]) -> Tensor:
+    """uint8 (n, 3, 299, 299), resized by Pillow, bilinear with antialiasing."""
+    small = [image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BILINEAR) for image in images]
+    return torch.from_numpy(np.stack([np.asarray(image) for image in small])).permute(0, 3, 1, 2).contiguous()
+
+
+def features_of(features: Features, images: Sequence[Image.Image]) -> Tensor:
+    """(n, D) float32."""
+    return torch.cat([features(prepared(part)).float() for part in parts(images)])
+
+
+def frechet(features: Features, generated: Sequence[Image.Image], real: Sequence[Image.Image]) -> float:
+    """The Fréchet distance of two sets of at least two pictures (Heusel et al., arXiv 1706.08500)."""
+    return fid_of(features_of(features, generated), features_of(features, real))
+
+
+class SetDistance:
+    """FID or KID of all stories' pictures together and of true ones: one figure, without an interval over stories."""
+
+    def __init__(self, features: Features, truth: Sequence[Path], metric: str) -> None:
+        """truth: picture files. metric: `fid` or `kid`."""
+        self.features, self.truth, self.metric = features, truth, metric
+
+    @cached_property
+    def source(self) -> Source:
+        """The features."""
+        said: dict[str, Any] = {"resized": RESIZED, "true pictures": len(self.truth)}
+        if self.metric == "kid":
+            said |= {"subsets": SUBSETS, "subset size at most": SUBSET_SIZE, "seed": KID_SEED}
+        return Source(self.features.name, self.features.sha256, said)
+
+    def rows(self, pictures: Sequence[Path]) -> Iterator[Measured]:
+        """Of generated pictures; those that cannot be read are left out and counted: a measure of stories tells why."""
+        generated = []
+        for path in pictures:
+            try:
+                generated.append(self._features(path))
+            except InputError:
+                continue
+        count = len(generated)
+        counts: dict[str, Any] = {"count": count, "of": len(pictures), "notes": {"pictures": count}}
+        if min(count, len(self.truth)) < 2:
+            yield Measured(
+                self.metric, None, self.source, missing="fewer than two pictures in a set", **counts
+            )
+            return
+        value = DISTANCES[self.metric](torch.cat(generated), self._real)
+        yield Measured(self.metric, value, self.source, **counts)
+
+    @cached_property
+    def _real(self) -> Tensor:
+        return torch.cat([self._features(path) for path in self.truth])
+
+    def _features(self, path: Path) -> Tensor:
+        return features_of(self.features, [open_picture(path)])
+
+
+class _Ready(nn.Module):
+    """Features that are at hand pass through torchmetrics as they are."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.num_features = count
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features
+
+
+def fid_of(generated: Tensor, real: Tensor) -> float:
+    """The Fréchet distance of features (n, D) and (m, D)."""
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    distance: Any = FrechetInceptionDistance(feature=_Ready(generated.shape[1]))
+    distance.update(generated.double(), real=False)
+    distance.update(real.double(), real=True)
+    return max(0.0, float(distance.compute()))
+
+
+def kid_of(generated: Tensor, real: Tensor) -> float:
+    """The kernel distance (Binkowski et al., arXiv 1801.01401): 100 subsets of at most 1000, drawn from a fixed seed."""
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    size = min(len(generated), len(real), SUBSET_SIZE)
+    with _quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(KID_SEED)
+        distance: Any = KernelInceptionDistance(_Ready(generated.shape[1]), subsets=SUBSETS, subset_size=size)
+        distance.update(generated.double(), real=False)
+        distance.update(real.double(), real=True)
+        return float(distance.compute()[0])
+
+
+DISTANCES = {"fid": fid_of, "kid": kid_of}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torchmetrics warns that KID holds every feature in memory."""
+    with warnings.catch_warnings(action="ignore"):
+        yield
+
+
+def pictures_below(folder: Path) -> list[Path]:
+    """Every picture file in a folder and those below it, by name."""
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
