@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -40,6 +41,11 @@ class Grid:
         """The mask of a box: 1 inside, 0 outside, a straight line between at its edges."""
         left, top, right, bottom = box
         return _edges(self.height, top, bottom)[:, None] * _edges(self.width, left, right)[None]
+
+    def mask(self, picture: Image.Image) -> Tensor:
+        """The mask that a picture shows: white is 1, black 0; a cell is the mean of what it covers."""
+        shown = torch.from_numpy(np.asarray(picture.convert("L"), dtype=np.float32) / 255)
+        return functional.adaptive_avg_pool2d(shown[None, None], (self.height, self.width))[0, 0]
 
     def layers(self) -> dict[int, tuple[int, int]]:
         """Height and width of a layer by its number of query tokens, from the latents' own grid down to an eighth."""

@@ -311,8 +311,8 @@ class Causal:
 
     def notices(self, story: Story, settings: Settings) -> Iterator[str]:
         """That pictures of characters and their boxes are not read."""
-        if any(frame.boxes for frame in story.frames):
-            yield "`boxes` are read by iterative mode alone; causal mode goes by earlier frames"
+        if any(frame.is_laid_out for frame in story.frames):
+            yield "`boxes` and `masks` are read by iterative mode alone; causal mode goes by earlier frames"
         if any(character.references for character in story.characters):
             yield "pictures of characters are read by iterative mode alone; causal mode goes by earlier frames"
 

@@ -28,7 +28,7 @@ from fastory.modes.drawn_rounds import LOOKED_BACK, DrawnRounds
 from fastory.modes.executor import HERE, Batch, Round
 from fastory.modes.memory import until_it_fits
 from fastory.modes.mode import StoryPlan, long_captions, register
-from fastory.modes.regions import NEEDED, Regions, Seen, check_boxes, settled
+from fastory.modes.regions import NEEDED, Regions, Seen, check_layout, settled
 from fastory.pictures import open_picture
 from fastory.sampling.noise import frame_seed
 from fastory.sampling.sampler import Row, Sampler, leave_idle, sampler_for
@@ -304,7 +304,7 @@ class Iterative:
 
     def check(self, model: Model, story: Story, settings: Settings) -> None:
         """InputError where references are needed and the model has no IP-Adapter."""
-        check_boxes(story)
+        check_layout(story, (settings.width or 0, settings.height or 0))
         shown = has_pictures(story) and settings.reference_start <= settings.iterations
         if settings.iterations >= settings.first_referring or shown:
             model.require_references()
@@ -365,8 +365,8 @@ class Iterative:
                     f"the pictures of {character.name} are not used: they count from round {settings.reference_start} on "
                     f"(reference_start), and the last round is {settings.iterations}"
                 )
-        if settings.regions == "off" and any(frame.boxes for frame in story.frames):
-            yield f"`boxes` are not used: regions are off; {NEEDED}"
+        if settings.regions == "off" and any(frame.is_laid_out for frame in story.frames):
+            yield f"`boxes` and `masks` are not used: regions are off; {NEEDED}"
         if settings.iterations < settings.first_referring:
             yield "0 iterations: every frame is drawn from its caption alone"
         if story.first_frame is not None:

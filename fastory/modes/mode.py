@@ -51,8 +51,8 @@ def long_captions(model: Model, plan: StoryPlan) -> Iterator[Event]:
 
 def not_read(story: Story, mode: str, goes_by: str) -> Iterator[str]:
     """A line for all of a story that a mode without characters does not read. goes_by: what it reads."""
-    if any(frame.boxes for frame in story.frames):
-        yield f"`boxes` are read by iterative mode alone; {mode} mode goes by {goes_by}"
+    if any(frame.is_laid_out for frame in story.frames):
+        yield f"`boxes` and `masks` are read by iterative mode alone; {mode} mode goes by {goes_by}"
     if any(character.references for character in story.characters):
         yield f"pictures of characters are read by iterative mode alone; {mode} mode goes by {goes_by}"
     if story.first_frame is not None:

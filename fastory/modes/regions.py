@@ -2,7 +2,7 @@
 
 A character's references are its own appearances in the last round's pictures: the whole picture where it is alone, what its
 mask cuts out where it is not. They reach its mask in the frame; what no character has sees the story's pictures. Where a frame
-has no boxes, the masks of round k are found in its picture of round k - 1, by one UNet call on the caption.
+has no boxes or masks, the masks of round k are found in its picture of round k - 1, by one UNet call on the caption.
 """
 
 from __future__ import annotations
@@ -23,10 +23,14 @@ from fastory.conditioning.regions import Grid, Watched, apart, cut_out, from_map
 from fastory.errors import InputError
 from fastory.models.protocol import Caption, Model, UnetInputs
 from fastory.models.text import token_places
+from fastory.pictures import open_picture
 from fastory.settings import Settings
 from fastory.story import Story
 
-NEEDED = "they need rounds, a model that is no export, and two named characters (or boxes); with auto not the references `all`"
+NEEDED = (
+    "they need rounds, a model that is no export, and two named characters (or boxes or masks); "
+    "with auto not the references `all`"
+)
 NOISE = 0.5  # of the noise schedule: at half of it outlines are set and the UNet still asks the caption what is where
 Mentions = Mapping[str, Sequence[tuple[int, int]]]
 """The characters of a frame, each with where the prompt speaks of it: first letter, and one past the last."""
@@ -53,29 +57,46 @@ def _words(prompt: str, options: Sequence[str]) -> list[tuple[int, int]]:
 def settled(model: Model, story: Story, settings: Settings, prompts: Sequence[str]) -> str:
     """The setting `regions` as it decides this story: `off` where nothing would be another with it.
 
-    `auto` minds stories that name characters; boxes always count; the rule `all` without boxes is the paper's, where every
-    frame sees every picture whole.
+    `auto` minds stories that name characters; boxes and masks always count; the rule `all` without them is the paper's, where
+    every frame sees every picture whole.
     """
     plain = is_plain(model, story, settings)
-    boxes = any(frame.boxes for frame in story.frames)
-    whole = settings.references == "all" and settings.regions == "auto" and not boxes
+    laid_out = any(frame.is_laid_out for frame in story.frames)
+    whole = settings.references == "all" and settings.regions == "auto" and not laid_out
     if settings.regions == "off" or not model.takes_masks or whole or not (plain or story.characters):
         return "off"
     casts = [mentions(story, i, prompt, plain) for i, prompt in enumerate(prompts)]
     several = len({name for cast in casts for name in cast}) > 1
-    return settings.regions if boxes or (several and settings.iterations) else "off"
+    return settings.regions if laid_out or (several and settings.iterations) else "off"
 
 
-def check_boxes(story: Story) -> None:
-    """InputError for the box of a character that its frame does not have: nothing could be drawn in it."""
+def check_layout(story: Story, size: tuple[int, int]) -> None:
+    """InputError for the box or mask of a character that its frame does not have, and for a mask of another form.
+
+    size: of the pictures that are drawn, (width, height).
+    """
     for i, frame in enumerate(story.frames):
-        for name, _ in frame.boxes:
-            if name not in story.cast(i):
-                where = story.where(("frames", i, "boxes", name)) or f"frame {i}"
+        for kind, key, placed in (("box", "boxes", frame.boxes), ("mask", "masks", frame.masks)):
+            for name in dict(placed):
+                where = story.where(("frames", i, key, name)) or f"frame {i}"
+                if name not in story.cast(i):
+                    raise InputError(
+                        f"{where}: the {kind} of {name}: wanted a character of frame {i}, got one that neither its caption nor "
+                        f"its `characters:` names; name it there or remove the {kind}"
+                    )
+        for name, mask in frame.masks:
+            shown = open_picture(mask).size
+            if not _are_of_one_form(shown, size):
+                where = story.where(("frames", i, "masks", name)) or f"frame {i}"
                 raise InputError(
-                    f"{where}: the box of {name}: wanted a character of frame {i}, got one that neither its caption nor its "
-                    "`characters:` names; name it there or remove the box"
+                    f"{where}: the mask of {name}: wanted the form of the pictures, {size[0]} x {size[1]}, in any size, got "
+                    f"{shown[0]} x {shown[1]}; crop it, or give width and height"
                 )
+
+
+def _are_of_one_form(first: tuple[int, int], second: tuple[int, int]) -> bool:
+    """Whether height to width is the same within 2 %, which the rounding of a size to whole pixels may cost."""
+    return abs(first[0] * second[1] / (first[1] * second[0]) - 1) <= 0.02
 
 
 def medoids(tokens: Sequence[Tensor], count: int) -> list[int]:
@@ -141,16 +162,21 @@ class Regions:
         self.names = list(dict.fromkeys(name for cast in self.casts for name in cast))
         self.prompts = prompts
         self.grid = Grid(size[1] // model.vae_factor, size[0] // model.vae_factor)
-        boxes = [dict(frame.boxes) for frame in story.frames]
-        self.words = self.grid if any(boxes) else None
-        self.boxes = [{name: self.grid.box(box) for name, box in of_frame.items()} for of_frame in boxes]
+        self.laid_out = [
+            {
+                **{name: self.grid.box(box) for name, box in frame.boxes},
+                **{name: self.grid.mask(open_picture(mask)) for name, mask in frame.masks},
+            }
+            for frame in story.frames
+        ]
+        self.words = self.grid if any(self.laid_out) else None
 
     def see(self, i: int, image: Image.Image, whole: Tensor | None) -> Seen:
         """What the picture of frame i gives the next round. whole: its reference tokens."""
         cast = list(self.casts[i])
         if whole is None or not cast:
             return Seen(whole)
-        if len(cast) == 1 and not self.boxes[i]:
+        if len(cast) == 1 and not self.laid_out[i]:
             return Seen(whole, {cast[0]: whole})
         masks = self._located(i, image)
         own = {}
@@ -162,7 +188,7 @@ class Regions:
 
     def _located(self, i: int, image: Image.Image) -> dict[str, Tensor]:
         """Masks of the characters in the picture of frame i; none where one of several has neither box nor words."""
-        masks = dict(self.boxes[i])
+        masks = dict(self.laid_out[i])
         missing = [name for name in self.casts[i] if name not in masks]
         if missing:
             found = self._maps(i, image)
@@ -201,10 +227,10 @@ class Regions:
     def places(self, i: int, last: Mapping[int, Seen]) -> dict[str, Tensor | None]:
         """The mask of each character of frame i, None for the whole picture; nobody where they could not be told apart."""
         cast = list(self.casts[i])
-        if len(cast) == 1 and not self.boxes[i]:
+        if len(cast) == 1 and not self.laid_out[i]:
             return {cast[0]: None}
-        if set(self.boxes[i]) == set(cast) and cast:
-            return {**apart(self.boxes[i])}
+        if set(self.laid_out[i]) == set(cast) and cast:
+            return {**apart(self.laid_out[i])}
         return dict(last[i].masks) if i in last else {}
 
     def rest(self, i: int, last: Mapping[int, Seen]) -> Tensor | None:
@@ -224,7 +250,7 @@ class Regions:
         """Where the words of frame i's characters reach, with boxes; None in a story without. count: of text tokens."""
         if self.words is None:
             return None
-        masks = apart(self.boxes[i]) if self.boxes[i] else {}
+        masks = apart(self.laid_out[i]) if self.laid_out[i] else {}
         words = token_places(self.model.tokenizer, self.prompts[i], self.casts[i])
         return text_bias(masks, words, count, self.grid)
 

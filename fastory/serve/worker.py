@@ -137,7 +137,8 @@ def take_back_as_requested(shelf: Shelf, request: Mapping[str, Any]) -> None:
         said = before["frame"] if isinstance(before["frame"], dict) else {"caption": before["frame"]}
         entry = FrameEntry.model_validate(said)
         boxes = tuple((name, (box[0], box[1], box[2], box[3])) for name, box in entry.boxes.items())
-        frames[int(number)] = Frame(entry.caption, entry.seed, tuple(entry.characters), boxes)
+        masks = tuple((name, shelf.run(request["story"]) / mask) for name, mask in entry.masks.items())
+        frames[int(number)] = Frame(entry.caption, entry.seed, tuple(entry.characters), boxes, masks)
         seeds[int(number)] = before["seed"]
     take_back(shelf.run(request["story"]), request["number"], frames, seeds)
 

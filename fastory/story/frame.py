@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fastory.pictures import Picture, as_pictures
+from fastory.pictures import Picture, as_picture, as_pictures
 
 Box = tuple[float, float, float, float]
 
@@ -36,6 +36,7 @@ class Frame:
     seed: overrides the run's noise for this frame, 0..2**63-1.
     characters: names of characters that the caption does not mention.
     boxes: (name, (left, top, right, bottom)) in fractions of the picture.
+    masks: (name, a picture that is white where the character is, black where it is not, grey between).
     spoken: the caption with names in place of pronouns, where `Story.understood` found any.
     """
 
@@ -43,7 +44,17 @@ class Frame:
     seed: int | None = None
     characters: tuple[str, ...] = ()
     boxes: tuple[tuple[str, Box], ...] = ()
+    masks: tuple[tuple[str, Picture], ...] = ()
     spoken: str | None = None
+
+    def __post_init__(self) -> None:
+        """Masks in memory are kept as files would be."""
+        object.__setattr__(self, "masks", tuple((name, as_picture(mask)) for name, mask in self.masks))
+
+    @property
+    def is_laid_out(self) -> bool:
+        """Whether it says where a character is."""
+        return bool(self.boxes or self.masks)
 
     @property
     def text(self) -> str:

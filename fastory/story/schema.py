@@ -124,6 +124,7 @@ class FrameEntry(_Strict):
     boxes: dict[
         Text, Annotated[list[Fraction], Field(min_length=4, max_length=4), AfterValidator(_ordered)]
     ] = {}
+    masks: dict[Text, str] = {}
 
 
 class StoryEntry(_Strict):
@@ -178,6 +179,13 @@ _WANTED: dict[Location, str] = {
     ("frames", "*", "boxes"): "a mapping of names to boxes, such as {Ann: [0, 0.2, 0.5, 1]}",
     ("frames", "*", "boxes", "*"): "four fractions of the picture: [left, top, right, bottom]",
     ("frames", "*", "boxes", "*", "*"): "a fraction from 0 to 1",
+    ("frames", "*", "masks"): "a mapping of names to pictures, such as {Ann: ann-mask.png}",
+    (
+        "frames",
+        "*",
+        "masks",
+        "*",
+    ): "the path of a picture in the story's folder, white where the character is",
 }
 
 
@@ -217,7 +225,7 @@ def _pattern_of(location: Location) -> Location:
     before = ("", *location)
     return tuple(
         "*"
-        if isinstance(part, int) or previous == "boxes" or (i == 1 and location[0] == "characters")
+        if isinstance(part, int) or previous in ("boxes", "masks") or (i == 1 and location[0] == "characters")
         else part
         for i, (part, previous) in enumerate(zip(location, before, strict=False))
     )

@@ -18,5 +18,9 @@ def with_pictures_inside(story: Story) -> Story:
         replace(character, references=tuple(map(inside, character.references)))
         for character in story.characters
     )
+    frames = tuple(
+        replace(frame, masks=tuple((name, inside(mask)) for name, mask in frame.masks))
+        for frame in story.frames
+    )
     first = inside(story.first_frame) if story.first_frame else None
-    return replace(story, characters=cast, first_frame=first)
+    return replace(story, characters=cast, frames=frames, first_frame=first)

@@ -115,6 +115,7 @@ class Story:
         listener = Listener([Someone(character.name, character.prompt) for character in self.characters])
         frames, meant = [], list[Meant]()
         for i, frame in enumerate(self.frames):
+            frame = replace(frame, spoken=None)
             named = [self.characters[index].name for index, _ in self._names.find(frame.caption)]
             spoken = listener.hear(i, frame.caption, named, frame.characters)
             if spoken.meant:
@@ -210,9 +211,12 @@ class Story:
         )
 
     def frame_digest(self, i: int) -> str:
-        """Hex sha256 of what frame i alone says: caption, seed, cast and boxes."""
+        """Hex sha256 of what frame i alone says: caption, seed, cast, boxes and masks."""
         frame = self.frames[i]
-        return _sha256([frame.caption, frame.seed, sorted(self.cast(i)), frame.boxes])
+        masks = [[name, _picture_digest(mask)] for name, mask in frame.masks]
+        return _sha256(
+            [frame.caption, frame.seed, sorted(self.cast(i)), frame.boxes, *([masks] if masks else [])]
+        )
 
     def digest_without_frames(self) -> str:
         """Hex sha256 of everything but what single frames say; the number of frames counts."""
@@ -224,7 +228,8 @@ class Story:
     def pictures(self) -> set[Picture]:
         """Every picture that the story names, or was given."""
         first = {self.first_frame} if self.first_frame else set[Picture]()
-        return first.union(*(character.references for character in self.characters))
+        masks = (mask for frame in self.frames for _, mask in frame.masks)
+        return first.union(masks, *(character.references for character in self.characters))
 
     def inputs(self) -> list[MemoryPicture]:
         """Those of its pictures that are in memory, sorted by name."""
@@ -250,7 +255,7 @@ class Story:
             "settings": dict(self.settings),
             "first_frame": self.first_frame and _relative(self.first_frame, folder),
             "characters": {c.name: _character_data(c, folder) for c in self.characters},
-            "frames": [_frame_data(frame) for frame in self.frames],
+            "frames": [_frame_data(frame, folder) for frame in self.frames],
         }
         return yaml_text(_without_defaults(data))
 
@@ -275,7 +280,7 @@ def build_story(origin: Origin, data: Any, source: Path | None) -> Story:
     first_frame = entry.first_frame and pictures.path(("first_frame",), entry.first_frame)
     return Story(
         title=entry.title or _title_of(source),
-        frames=tuple(_frame(origin, i, frame, names) for i, frame in enumerate(entry.frames)),
+        frames=tuple(_frame(origin, i, frame, names, pictures) for i, frame in enumerate(entry.frames)),
         characters=characters,
         style=entry.style,
         negative_prompt=entry.negative_prompt,
@@ -313,7 +318,7 @@ def _characters(origin: Origin, entry: StoryEntry, pictures: _Pictures) -> tuple
     return tuple(characters.values())
 
 
-def _frame(origin: Origin, i: int, entry: FrameEntry, names: Mapping[str, str]) -> Frame:
+def _frame(origin: Origin, i: int, entry: FrameEntry, names: Mapping[str, str], pictures: _Pictures) -> Frame:
     def known(name: str, *location: str | int) -> str:
         if name.casefold() not in names:
             todo = nearest(name, names.values()) or ": add it to `characters:`"
@@ -323,7 +328,14 @@ def _frame(origin: Origin, i: int, entry: FrameEntry, names: Mapping[str, str]) 
 
     characters = dict.fromkeys(known(name, "characters", k) for k, name in enumerate(entry.characters))
     boxes = {known(name, "boxes", name): (b[0], b[1], b[2], b[3]) for name, b in entry.boxes.items()}
-    return Frame(entry.caption, entry.seed, tuple(characters), tuple(boxes.items()))
+    masks = {
+        known(name, "masks", name): pictures.path(("frames", i, "masks", name), mask)
+        for name, mask in entry.masks.items()
+    }
+    if twice := [name for name in masks if name in boxes]:
+        text = f"wanted a box or a mask of {twice[0]}, got both: remove one"
+        raise origin.error(("frames", i, "masks", twice[0]), text)
+    return Frame(entry.caption, entry.seed, tuple(characters), tuple(boxes.items()), tuple(masks.items()))
 
 
 class _Pictures:
@@ -402,13 +414,14 @@ def _character_data(character: Character, folder: Path) -> dict[str, Any]:
     return _without_defaults(data)
 
 
-def _frame_data(frame: Frame) -> str | dict[str, Any]:
+def _frame_data(frame: Frame, folder: Path) -> str | dict[str, Any]:
     boxes = {name: list(box) for name, box in frame.boxes}
     data = {
         "caption": frame.caption,
         "seed": frame.seed,
         "characters": list(frame.characters),
         "boxes": boxes,
+        "masks": {name: _relative(mask, folder) for name, mask in frame.masks},
     }
     data = _without_defaults(data)
     return frame.caption if data.keys() == {"caption"} else data
