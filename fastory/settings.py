@@ -82,6 +82,7 @@ MODES: dict[str, ModeTraits] = {
     "causal": ModeTraits(("window", "drafts"), first_frame=True),
     "plain": ModeTraits(()),
     "reference": ModeTraits(("bank", "reference_scale", "reference_fit", "reference_interval"), bank=1),
+    "consistent": ModeTraits(("bank", "sampling_rate"), bank=4),
 }
 
 
@@ -100,7 +101,8 @@ class Settings:
     story, see story/pronouns.py. window: L_M of causal mode,
     the frames before it that a frame sees, or "all" (AR-LDM). drafts: how often frame 0 of causal mode is drawn before it is
     kept, each time from the one before; see modes/causal.py. bank: how many first frames alone are
-    seen by the others, None for as many as the mode has without being told. guidance_interval, reference_interval: the
+    seen by the others, None for as many as the mode has without being told. sampling_rate: of the
+    tokens of other frames, how many consistent mode joins to a frame's own. guidance_interval, reference_interval: the
     shares of the steps, from a start to before an end, in which there is classifier-free guidance, and in which references
     are read; outside, the unconditional rows, or the references, are not computed ("Applying Guidance in a Limited Interval
     Improves Sample and Distribution Quality in Diffusion Models", arXiv 2404.07724, for guidance).
@@ -134,6 +136,7 @@ class Settings:
     drafts: int = 0
     inner_steps: int = 0
     bank: int | None = None
+    sampling_rate: float = 0.5
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     reference_interval: tuple[float, float] = (0.0, 1.0)
     until: str = "iterations"

@@ -148,7 +148,15 @@ Drafts = Annotated[
 ]
 Bank = Annotated[
     int | None,
-    option(METHOD, metavar="K", help="Reference: first frames, which alone the others see (default 1)."),
+    option(
+        METHOD,
+        metavar="K",
+        help="Reference, consistent: first frames, which alone the others see (default 1, 4).",
+    ),
+]
+SamplingRate = Annotated[
+    float | None,
+    option(METHOD, help="Consistent: share of the other frames' tokens that a frame sees (default 0.5)."),
 ]
 FirstFrame = Annotated[
     Path | None, option(METHOD, help="Causal: the picture that the story goes on from, as its frame 0.")
@@ -235,6 +243,7 @@ def generate(
     window: Window = None,
     drafts: Drafts = None,
     bank: Bank = None,
+    sampling_rate: SamplingRate = None,
     first_frame: FirstFrame = None,
     model: ModelName = "builtin",
     config: Config = None,

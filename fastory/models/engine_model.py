@@ -322,6 +322,13 @@ class EngineModel:
                 "export the model with --ip-adapter, or draw with --iterations 0"
             )
 
+    def self_attention_levels(self) -> list[int]:
+        """Raises InputError: the exported graphs hold self-attention as it is, each frame alone."""
+        raise InputError(
+            f"{self.folder.path}: frames cannot see each other in the self-attention of an export; wanted --model, the model it "
+            "was exported from"
+        )
+
     @cached_property
     def causal(self) -> EngineModel:
         """This model as causal mode draws with it: the UNet and the projections of that mode."""

@@ -163,6 +163,12 @@ class Model(Protocol):
     def require_references(self) -> None:
         """InputError where this model cannot take references."""
 
+    def self_attention_levels(self) -> list[int]:
+        """How often the latents' sides were halved where the UNet has self-attention.
+
+        InputError where frames cannot see each other in it.
+        """
+
     def require_history(self) -> WithHistory:
         """The history encoder. InputError where this model cannot draw frame after frame."""
 

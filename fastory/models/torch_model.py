@@ -31,6 +31,7 @@ from fastory.models.protocol import (
 )
 from fastory.models.row_by_row import embed_row_by_row
 from fastory.models.text import guidance_embedding, history_ids, lost_words, padding_of
+from fastory.processors.consistent import self_attention_levels
 from fastory.processors.projected import CrossAttentionLayers
 from fastory.runtime import Placement, choose_placement
 
@@ -331,6 +332,10 @@ class StoryModel:
     def require_references(self) -> None:
         """InputError where this model cannot take references."""
         self._need_adapter()
+
+    def self_attention_levels(self) -> list[int]:
+        """How often the latents' sides were halved where the UNet has self-attention, each once."""
+        return self_attention_levels(self.unet)
 
     @cached_property
     def causal(self) -> StoryModel:

@@ -191,10 +191,16 @@ def draw_batches(run: IterativeRun, round: Round, batches: Sequence[Batch]) -> I
             yield FrameDrawn(k, row.frame, decoded.image, row.seed, decoded.left_out)
 
 
-def report_steps(sampler: Sampler, rows: Sequence[Row], k: int, todo: Container[int]) -> Iterator[Event]:
-    """Denoise a micro-batch, with an event a step that names the frames it is for."""
+def report_steps(
+    sampler: Sampler,
+    rows: Sequence[Row],
+    k: int,
+    todo: Container[int],
+    prepare: Callable[[int], object] | None = None,
+) -> Iterator[StepDone]:
+    """Denoise a micro-batch, with an event a step that names the frames it is for. prepare: as of Sampler.denoise."""
     frames = tuple(row.frame for row in rows if row.frame in todo)
-    for step, seconds in sampler.denoise(rows):
+    for step, seconds in sampler.denoise(rows, prepare):
         yield StepDone(k, frames, step, sampler.steps, seconds)
 
 

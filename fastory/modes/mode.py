@@ -112,7 +112,9 @@ class Mode(Protocol):
         """The settings of this mode as a picture of `round` carries them."""
 
 
-_MODULES = {name: f"fastory.modes.{name}" for name in ("iterative", "causal", "plain", "reference")}
+_MODULES = {
+    name: f"fastory.modes.{name}" for name in ("iterative", "causal", "plain", "reference", "consistent")
+}
 _modes: dict[str, Mode] = {}
 
 

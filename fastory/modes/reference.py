@@ -22,6 +22,7 @@ from fastory.modes.iterative import IterativeRun, draw_batches
 from fastory.modes.memory import until_it_fits
 from fastory.modes.mode import StoryPlan, check_bank, long_captions, not_read, register
 from fastory.runtime import fewest_rows
+from fastory.sampling.sampler import leave_idle
 from fastory.settings import MODES, Settings
 from fastory.story import Story
 from fastory.wording import counted
@@ -38,10 +39,13 @@ def reference(
     bank = min(plan.settings.bank_size, len(plan.story.frames))
     settings = replace(plan.settings.with_own_alone(), iterations=1, regions="off", bank=bank)
     run = IterativeRun.of(model, replace(plan, settings=settings), batch_sizes, size, characters={})
-    for event in until_it_fits(run, partial(draw_once, run), 0):
-        if isinstance(event, StepDone) or isinstance(event, FrameDrawn):  # noqa: SIM101  # mypy narrows these apart
-            event = replace(event, round=0, story_index=plan.index)
-        yield event
+    try:
+        for event in until_it_fits(run, partial(draw_once, run), 0):
+            if isinstance(event, StepDone) or isinstance(event, FrameDrawn):  # noqa: SIM101  # mypy narrows these apart
+                event = replace(event, round=0, story_index=plan.index)
+            yield event
+    finally:
+        leave_idle(run.sampler)
 
 
 def draw_once(run: IterativeRun, size: int) -> Generator[Event, None, None]:
@@ -52,7 +56,7 @@ def draw_once(run: IterativeRun, size: int) -> Generator[Event, None, None]:
     if not missing:
         return
     run.drawn.begin(0)
-    yield RoundStarted(0, 0, settings.reference_scale_of(1), len(missing))
+    yield RoundStarted(0, 0, settings.reference_scale_of(1), len(missing), settings.steps)
     for k, frames in enumerate((bank, later)):
         if todo := missing.intersection(frames):
             # as many at once as leave the fewest rows empty

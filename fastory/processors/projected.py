@@ -113,7 +113,7 @@ def attend_window(
 
 
 class SelfAttention(AttnProcessor2_0):
-    """diffusers' self-attention, told to let the context pass: cross_attention_kwargs reach attn1 as well."""
+    """diffusers' self-attention, but for a context in which frames see each other: cross_attention_kwargs reach attn1, too."""
 
     def __call__(
         self,
@@ -124,6 +124,12 @@ class SelfAttention(AttnProcessor2_0):
         temb: Tensor | None = None,
         context: Context | None = None,
     ) -> Tensor:
+        # A context has it in which frames see each other: query, keys, values (B, L, H, d) -> (B, L, H, d).
+        attend_frames = getattr(context, "attend_frames", None)
+        if attend_frames is not None:
+            projected = (attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states))
+            out = attend_frames(*(tensor.unflatten(-1, (attn.heads, -1)) for tensor in projected))
+            return attn.to_out[1](attn.to_out[0](out.flatten(2)))
         return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
 
 
@@ -169,7 +175,7 @@ class CrossAttentionLayers:
                 continue
             attn = unet.get_submodule(name.removesuffix(".processor"))
             assert isinstance(attn, Attention)
-            _refuse_unknown(name, attn)
+            refuse_unknown(name, attn)
             self.layers.append(Layer(name, attn, offset, attn.inner_dim))
             offset += 2 * attn.inner_dim
         self.width = offset
@@ -199,8 +205,8 @@ class CrossAttentionLayers:
         out[..., layer.offset + layer.channels : layer.offset + 2 * layer.channels] = values
 
 
-def _refuse_unknown(name: str, attn: Attention) -> None:
-    """GRCA covers cross-attention as SD1.5 and SDXL have it. Anything else would be drawn wrongly, so it is refused."""
+def refuse_unknown(name: str, attn: Attention) -> None:
+    """InputError for attention that is not as SD1.5 and SDXL have it, which would be drawn wrongly."""
     extras = [
         what
         for what in ("spatial_norm", "group_norm", "norm_cross", "norm_q", "norm_k", "residual_connection")
@@ -210,6 +216,6 @@ def _refuse_unknown(name: str, attn: Attention) -> None:
         extras.append("rescale_output_factor")
     if extras:
         raise InputError(
-            f"the UNet's layer {name} has {', '.join(extras)}; wanted: cross-attention as in SD1.5 and SDXL. "
+            f"the UNet's layer {name} has {', '.join(extras)}; wanted: attention as in SD1.5 and SDXL. "
             "Use a checkpoint of one of these families."
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -171,9 +171,12 @@ class Sampler:
         return [generators[row.seed] for row in padded]
 
     @torch.inference_mode()
-    def denoise(self, rows: Sequence[Row]) -> Iterator[tuple[int, float]]:
+    def denoise(
+        self, rows: Sequence[Row], prepare: Callable[[int], object] | None = None
+    ) -> Iterator[tuple[int, float]]:
         """Denoise up to batch_size rows from their initial noise; yields (its number from 1, seconds) of each finished step.
 
+        prepare: called before every UNet call with its number from 0, to write into the context what that call reads.
         seconds: on the device, without what the reader does between two steps. Afterwards `latents[n : n + 1]` is row n.
         Raises what PyTorch raises when memory runs out.
         """
@@ -185,11 +188,13 @@ class Sampler:
             self.scheduler.set_begin_index(self.skipped)
         numbers = range(self.skipped, len(self.host_timesteps))
         within = SchedulerStep(self.model.placement.device, self._load(rows), len(numbers), solves)
-        steps = map(partial(self._step, within), numbers)
+        steps = map(partial(self._step, within, prepare), numbers)
         yield from enumerate(timed(self.model.placement.device, steps), 1)
 
-    def _step(self, within: SchedulerStep, number: int) -> None:
+    def _step(self, within: SchedulerStep, prepare: Callable[[int], object] | None, number: int) -> None:
         """One denoising step of all rows, from `latents` to `latents`."""
+        if prepare is not None:
+            prepare(number)
         timestep = self.host_timesteps[number]
         self.timestep.copy_(self.timesteps[number])
         scaled = self.scheduler.scale_model_input(self.latents, timestep)

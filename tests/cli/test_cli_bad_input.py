@@ -31,7 +31,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             "unknown preset 'papre'; wanted one of paper, story-iter, story-iter-fast, ar-ldm",
         ),
         (["--preset", "story-iter-fast"], "LCM"),
-        (["--mode", "loop"], "wanted one of iterative, causal, plain, reference, got 'loop'"),
+        (["--mode", "loop"], "wanted one of iterative, causal, plain, reference, consistent, got 'loop'"),
         (["--scheduler", "heun"], "wanted one of ddim"),
         (["--scheduler", "lcm"], "time_cond_proj_dim"),
         (["--references", "some"], "wanted one of all, others, cast, got 'some'"),

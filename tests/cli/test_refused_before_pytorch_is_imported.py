@@ -71,7 +71,10 @@ def server(tmp_path_factory: pytest.TempPathFactory):
 
 LONG, DEEP, NOBODY, BYTES = "x" * 300, "y/" * 3000 + "z", "~nouser/x", "caf\udce9"
 GENERATE = {
-    "mode": (["--mode", "loop"], "--mode: wanted one of iterative, causal, plain, reference, got 'loop'"),
+    "mode": (
+        ["--mode", "loop"],
+        "--mode: wanted one of iterative, causal, plain, reference, consistent, got 'loop'",
+    ),
     "scheduler": (["--scheduler", "heun"], "--scheduler: wanted one of ddim"),
     "preset": (["--preset", "papre"], "unknown preset 'papre'; wanted one of paper"),
     "dtype": (["--dtype", "int8"], "--dtype: wanted one of auto, float32, float16, bfloat16"),

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastory import Story, StoryModel, generate
+from fastory import InputError, Story, StoryModel, generate
 from fastory.events import FrameDrawn
 from fastory.models.engine_model import EngineModel
 from fastory.modes.mode import StoryPlan, mode_of
@@ -136,6 +136,11 @@ def test_a_whole_story_stays_near(mode: str, model: StoryModel, engine: EngineMo
     assert own.keys() == other.keys()
     last = max(round for round, _ in own)
     assert np.mean([psnr(own[key], other[key]) for key in own if key[0] == last]) >= WHOLE
+
+
+def test_frames_that_see_each_other_are_refused_before_anything_is_drawn(engine: EngineModel) -> None:
+    with pytest.raises(InputError, match="see each other in the self-attention of an export; wanted --model"):
+        generate(STORY, model=engine, mode="consistent")
 
 
 def test_characters_with_pictures_are_a_second_group(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ from run_folders import contents, drawn
 from fastory import InputError, Story, StoryModel, generate
 from fastory.events import FrameDrawn
 
-CAPTIONS = ["a fox in the snow", "a fox is jumping", "a fox on the beach", "a fox", "a fox in the city"]
+CAPTIONS = ["a fox in the snow", "a fox is jumping", "a fox on the beach", "a fox in the city"]
 STORY = Story.from_captions(CAPTIONS)
 MODES: dict[str, dict[str, Any]] = {
     "plain": {},
     "reference": {"bank": 2},
+    "consistent": {"bank": 2, "batch_size": 3},
 }
 SEEING = [mode for mode in MODES if "bank" in MODES[mode]]
 
@@ -55,11 +57,22 @@ def test_a_run_that_is_broken_off_goes_on_to_the_same_bytes(
     assert contents(tmp_path / "run") == contents(whole[mode])
 
 
+@pytest.mark.parametrize("mode", SEEING)
+def test_a_lost_picture_of_the_bank_is_drawn_again_as_it_was(
+    mode: str, model: StoryModel, whole: dict[str, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(whole[mode], tmp_path / "run")
+    (tmp_path / "run" / "iteration-00" / "frame-001.png").unlink()
+    again = list(generate(STORY, model=model, output=tmp_path / "run", **options(mode)))
+    assert drawn(again) == {(0, 1)}
+    assert contents(tmp_path / "run") == contents(whole[mode])
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_a_frame_is_redrawn_and_the_others_stay(
     mode: str, model: StoryModel, whole: dict[str, Path], tmp_path: Path
 ) -> None:
-    list(generate(STORY, model=model, output=tmp_path / "run", **options(mode)))
+    shutil.copytree(whole[mode], tmp_path / "run")
     seed: dict[str, Any] = {"frames": [3], "redraw_seed": 9}
     again = list(generate(STORY, model=model, output=tmp_path / "run", **options(mode), **seed))
     assert drawn(again) == {(0, 3)}
@@ -73,7 +86,7 @@ def test_the_bank_is_redrawn_with_all_that_saw_it_or_not_at_all(
     mode: str, model: StoryModel, whole: dict[str, Path], tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    list(generate(STORY, model=model, output=folder, **options(mode)))
+    shutil.copytree(whole[mode], folder)
     before = contents(folder)
     with pytest.raises(InputError, match=r"frame 1 among them; wanted frames from 2 on alone, or all"):
         generate(STORY, model=model, output=folder, **options(mode), frames=[1, 3], redraw_seed=9)
@@ -92,7 +105,7 @@ def test_the_bank_is_redrawn_with_all_that_saw_it_or_not_at_all(
 
 @pytest.mark.parametrize("mode", MODES)
 def test_pictures_and_page_say_how_they_were_drawn(mode: str, whole: dict[str, Path]) -> None:
-    with Image.open(whole[mode] / "frames" / "frame-004.png") as picture:
+    with Image.open(whole[mode] / "frames" / "frame-003.png") as picture:
         said = json.loads(picture.text["fastory"])  # type: ignore[attr-defined]
     assert (said["mode"], said["round"], said["rounds"]) == (mode, 0, 0)
     assert said.get("bank") == MODES[mode].get("bank")
