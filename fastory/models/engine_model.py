@@ -325,8 +325,8 @@ class EngineModel:
     def self_attention_levels(self) -> list[int]:
         """Raises InputError: the exported graphs hold self-attention as it is, each frame alone."""
         raise InputError(
-            f"{self.folder.path}: frames cannot see each other in the self-attention of an export; wanted --model, the model it "
-            "was exported from"
+            f"{self.folder.path}: frames cannot see each other in the self-attention of an export; wanted --model, the model "
+            "it was exported from"
         )
 
     @cached_property
