@@ -67,11 +67,23 @@ class Candidate:
         return json.dumps([dict(self.settings), self.batch_size, self.one_reference], sort_keys=True)
 
 
-def schedule(iterations: int, inner: int, seen: str, size: int = 4, scale: float = 0.5) -> Candidate:
-    """So many rounds after round 0, all but the last in `inner` steps."""
+def schedule(
+    iterations: int, inner: int, seen: str, size: int = 4, scale: float = 0.5, **more: Any
+) -> Candidate:
+    """So many rounds after round 0, all but the last in `inner` steps. more: further settings, which the name tells."""
     settings = {"iterations": iterations, "inner_steps": inner, "references_from": seen}
-    name = f"{iterations} x {inner} {seen}, {size} at once, weight {scale:g}"
-    return Candidate(name, {**settings, "reference_scale": scale}, size)
+    name = f"{iterations} x {inner} {seen}, {size} at once, weight {scale:g}{told(more)}"
+    return Candidate(name, {**settings, "reference_scale": scale, **more}, size)
+
+
+def papers(**more: Any) -> Candidate:
+    """The paper's rule, and further settings."""
+    return Candidate(f"{PAPER}{told(more)}", more)
+
+
+def told(settings: Mapping[str, Any]) -> str:
+    """Settings as the end of a name."""
+    return "".join(f", {name} {value}" for name, value in settings.items() if name != "until")
 
 
 def candidates() -> list[Candidate]:
@@ -84,7 +96,14 @@ def candidates() -> list[Candidate]:
     ]
     heavier = [schedule(2, 6, "latest", scale=0.7), schedule(3, 4, "latest", scale=0.7)]
     more = [schedule(10, 4, "last"), schedule(5, 6, "latest")]
-    return [*compared, *few, *heavier, *more]
+    converged = [papers(until="converged", tolerance=tolerance) for tolerance in (0.02, 0.01, 0.005)]
+    restarted = [papers(restart=0.6), papers(restart=0.3)]
+    restarted += [
+        schedule(iterations, inner, "latest", restart=share)
+        for iterations, inner, share in ((2, 6, 0.6), (3, 4, 0.6), (3, 4, 0.8), (4, 6, 0.4))
+    ]
+    risen = [papers(reference_rise=1), papers(reference_rise=3), papers(iterations=5, reference_rise=3)]
+    return [*compared, *few, *heavier, *more, *converged, *restarted, *risen]
 
 
 @dataclass(frozen=True)
