@@ -23,6 +23,7 @@ _STORY_ADAPTER: Mapping[str, Any] = {
     "until": "iterations",
     "restart": 1.0,
     "reference_rise": 0,
+    "reference_momentum": 0.0,
 }
 
 # A preset names every value it stands for, so that it also overrules the model folder's defaults.

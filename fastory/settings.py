@@ -76,7 +76,7 @@ MODES: dict[str, ModeTraits] = {
             *("iterations", "inner_steps", "reference_scale"),
             *("references", "references_from", "reference_fit", "reference_start"),
             *("reference_interval", "regions", "cast_limit", "until", "tolerance"),
-            *("restart", "reference_rise"),
+            *("restart", "reference_rise", "reference_momentum"),
         )
     ),
     "causal": ModeTraits(("window", "drafts"), first_frame=True),
@@ -110,7 +110,8 @@ class Settings:
     tokens lie within `tolerance`, a cosine distance, of those of both rounds before; see modes/converged.py.
     restart: the share of the steps that rounds from 2 on take, the last ones, beginning from the last round's picture with
     that much noise (SDEdit, arXiv 2108.01073); 1 begins from noise alone. reference_rise: the round in which the weight has
-    risen to l_K, 0 for the last.
+    risen to l_K, 0 for the last. reference_momentum: M of r_k = M r_(k-1) + (1 - M) e_k, what a frame is as a reference after
+    round k, where its picture has the reference tokens e_k; r_0 = e_0.
     """
 
     mode: str = "iterative"
@@ -143,6 +144,7 @@ class Settings:
     tolerance: float = 0.02
     restart: float = 1.0
     reference_rise: int = 0
+    reference_momentum: float = 0.0
 
     @property
     def rounds(self) -> int:
@@ -243,6 +245,7 @@ _LATER = {
     "pronouns": "off",
     "restart": 1.0,
     "reference_rise": 0,
+    "reference_momentum": 0.0,
 }
 # Settings that are read where another one has this value.
 _BESIDE = {"tolerance": ("until", "converged")}

@@ -38,7 +38,13 @@ MOST = {
 }
 
 # Numbers that may be fractions; NaN is within nothing.
-WITHIN = {"guidance_scale": (0, 100), "tolerance": (0, 2), "restart": (0.01, 1), "sampling_rate": (0, 1)}
+WITHIN = {
+    "guidance_scale": (0, 100),
+    "tolerance": (0, 2),
+    "restart": (0.01, 1),
+    "reference_momentum": (0, 0.99),
+    "sampling_rate": (0, 1),
+}
 
 
 def as_float(number: Any) -> float:

@@ -120,6 +120,12 @@ ReferenceRise = Annotated[
     int | None,
     option(METHOD, metavar="ROUND", help="Round that has the last weight of references (default the last)."),
 ]
+ReferenceMomentum = Annotated[
+    float | None,
+    option(
+        METHOD, metavar="M", help="Share of the rounds before in what a frame is as a reference (default 0)."
+    ),
+]
 Until = Annotated[
     str | None,
     choice(
@@ -240,6 +246,7 @@ def generate(
     tolerance: Tolerance = None,
     restart: Restart = None,
     reference_rise: ReferenceRise = None,
+    reference_momentum: ReferenceMomentum = None,
     window: Window = None,
     drafts: Drafts = None,
     bank: Bank = None,

@@ -125,7 +125,7 @@ class Follower:
         assert run is not None
         run.drawn.begin(k)
         for frame, seen in message.last.items():
-            run.drawn.put(k - 1, frame, seen.to(run.model.placement.device))
+            run.drawn.put_reference(k - 1, frame, seen.to(run.model.placement.device))
         for event in draw_batches(run, message.round, message.batches):
             if isinstance(event, FrameDrawn):
                 kept = run.drawn.seen(k, event.frame) if k < run.settings.iterations else None

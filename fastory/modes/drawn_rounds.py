@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+import torch
 from PIL import Image
+from torch import Tensor
 
 from fastory.models.protocol import Model
 from fastory.modes.finished import Finished
@@ -27,12 +29,14 @@ class DrawnRounds:
     regions: Regions | None
     converged: dict[int, int] = field(default_factory=dict)
     _seen: dict[tuple[int, int], Seen] = field(default_factory=dict)
+    _means: dict[tuple[int, int], Seen] = field(default_factory=dict)
     _pictures: dict[tuple[int, int], Image.Image] = field(default_factory=dict)
 
     def begin(self, k: int) -> None:
         """Round k begins, or begins again: pictures that it drew before do not count, nor those that no round sees any more."""
         kept = range(k - (LOOKED_BACK if self.settings.until == "converged" else 1), k)
         self._seen = {key: seen for key, seen in self._seen.items() if key[0] in kept}
+        self._means = {key: mean for key, mean in self._means.items() if k - 2 <= key[0] < k}
         self._pictures = {key: image for key, image in self._pictures.items() if key[0] == k - 1}
 
     def add(self, k: int, frame: int, image: Image.Image, left_out: str | None) -> None:
@@ -50,9 +54,35 @@ class DrawnRounds:
             self.add(k, frame, *self.finished.load(k, frame))
         return self._seen[k, frame]
 
+    def as_reference(self, k: int, frame: int) -> Seen:
+        """What `frame` is as a reference after round k: its picture's tokens, with momentum their mean over rounds."""
+        if not self.settings.reference_momentum:
+            return self.seen(k, frame)
+        known = next((j for j in range(k, 0, -1) if (j, frame) in self._means), 0)
+        for j in range(known, k + 1):
+            if (j, frame) not in self._means:
+                now = self.seen(j, frame)
+                self._means[j, frame] = self._mixed(self._means[j - 1, frame], now) if j else now
+        return self._means[k, frame]
+
+    def _mixed(self, before: Seen, now: Seen) -> Seen:
+        """`now`, its tokens mixed with those of before where both are there. Masks and latents stay its own."""
+        share = self.settings.reference_momentum
+
+        def mix(old: Tensor | None, new: Tensor) -> Tensor:
+            return new if old is None else torch.lerp(new.float(), old.float(), share).to(new.dtype)
+
+        whole = None if now.whole is None else mix(before.whole, now.whole)
+        own = {name: mix(before.own.get(name), tokens) for name, tokens in now.own.items()}
+        return replace(now, whole=whole, own=own)
+
     def put(self, k: int, frame: int, seen: Seen) -> None:
         """What a picture that another process drew gives others."""
         self._seen[k, frame] = seen
+
+    def put_reference(self, k: int, frame: int, seen: Seen) -> None:
+        """What a frame is as a reference after round k, as another process knows it."""
+        self._seen[k, frame] = self._means[k, frame] = seen
 
     def keep(self, k: int, frame: int, image: Image.Image) -> None:
         """A picture that may stand for its frame in the next round, too."""
@@ -65,5 +95,5 @@ class DrawnRounds:
         return self.finished.load(k, frame)[0] if there is None else there
 
     def of_round(self, k: int, frames: int) -> dict[int, Seen]:
-        """What every picture of a finished round gives; of round -1, before the first, there are none."""
-        return {j: self.seen(k, j) for j in range(frames if k >= 0 else 0)}
+        """What every frame is as a reference after a finished round; after round -1, before the first, none is."""
+        return {j: self.as_reference(k, j) for j in range(frames if k >= 0 else 0)}

@@ -177,7 +177,7 @@ def draw_batches(run: IterativeRun, round: Round, batches: Sequence[Batch]) -> I
     references: References | None = None
     for members in batches:
         if references is None or latest:
-            fresh = {j: run.drawn.seen(k, j) for j in range(members[0] if latest else 0)}
+            fresh = {j: run.drawn.as_reference(k, j) for j in range(members[0] if latest else 0)}
             references = references_of(run, k, fresh)
             sampler.set_round(references)
         rows = [row_of(run, references, k, i) for i in members]
@@ -213,7 +213,8 @@ def groups_of(run: IterativeRun, k: int, fresh: Mapping[int, Seen]) -> list[Grou
     settings, story, regions = run.settings, run.story, run.regions
     groups: list[Group] = []
     count = settings.bank_size or len(story.frames)
-    seen = {j: fresh[j] if j in fresh else run.drawn.seen(k - 1, j) for j in range(count) if k or j in fresh}
+    frames = range(count) if k else fresh.keys()
+    seen = {j: fresh[j] if j in fresh else run.drawn.as_reference(k - 1, j) for j in frames}
     if seen:
         tokens = [seen[j].whole if j in seen else None for j in range(count)]
         rest = everywhere if regions is None else partial(regions.rest, last=seen)
@@ -346,6 +347,8 @@ class Iterative:
             reasons["restart"] = (
                 "rounds begin from the last one's pictures from round 2 on, and there is none"
             )
+        if settings.iterations <= settings.first_referring:
+            reasons["reference_momentum"] = "no round sees a frame that was drawn more than once"
         if not settings.iterations:
             reasons["inner_steps"] = "without iterations there is one round, the last"
         if settings.iterations < settings.first_referring:
@@ -394,6 +397,7 @@ class Iterative:
     def method(self, settings: Settings) -> dict[str, str]:
         """Rounds and references."""
         first, last = settings.reference_scale
+        momentum = f", momentum {settings.reference_momentum:g}" if settings.reference_momentum else ""
         risen = f" in round {settings.reference_rise}" if settings.reference_rise else ""
         scale = f"reference scale {first:g} to {last:g}{risen}"
         steps = settings.inner_steps
@@ -401,9 +405,7 @@ class Iterative:
         latest = " as drawn" if settings.references_from == "latest" else ""
         most = "at most " if settings.until == "converged" else ""
         until = f", until it moves by {settings.tolerance:g}" if most else ""
-        rounds = (
-            f"{most}{settings.iterations}{until}, {scale}, references {settings.references}{latest}{inner}"
-        )
+        rounds = f"{most}{settings.iterations}{until}, {scale}, references {settings.references}{latest}{momentum}{inner}"
         if settings.restarts(settings.iterations):
             rounds += f", from 2 on the last {settings.restart:g} of the steps"
         return {"Rounds": rounds}
@@ -415,6 +417,8 @@ class Iterative:
             values["references_from"] = settings.references_from
         if settings.restarts(round):
             values["restart"] = settings.restart
+        if settings.reference_momentum:
+            values["reference_momentum"] = settings.reference_momentum
         return values
 
 

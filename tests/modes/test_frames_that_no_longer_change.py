@@ -94,7 +94,7 @@ def test_a_story_ends_when_all_frames_have(model: StoryModel) -> None:
     assert [e.converged for e in events if isinstance(e, FrameDrawn)] == [None] * 12 + [2] * 8
 
 
-@pytest.mark.parametrize(("latest", "end"), [(False, 13), (True, 15)])
+@pytest.mark.parametrize(("latest", "end"), [(False, 13), pytest.param(True, 15, marks=pytest.mark.slow)])
 def test_a_run_that_ends_anywhere_is_resumed_to_the_same_bytes(
     model: StoryModel, tmp_path: Path, tolerance: float, latest: bool, end: int
 ) -> None:

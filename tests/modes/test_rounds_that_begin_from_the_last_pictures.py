@@ -109,7 +109,7 @@ def test_a_picture_that_is_left_out_gives_nothing_to_begin_from(
     assert torch.isfinite(sampler.latents).all()
 
 
-@pytest.mark.parametrize("latest", [False, True])
+@pytest.mark.parametrize("latest", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_run_resumes_to_the_same_bytes_and_its_steps_are_told(
     model: StoryModel, tmp_path: Path, latest: bool
 ) -> None:
@@ -142,6 +142,7 @@ def test_a_redrawn_frame_begins_from_its_new_picture_and_the_others_stay(
     assert {i for (k, i), name in names.items() if name.read_bytes() != before[k, i]} == {1}
 
 
+@pytest.mark.slow
 def test_several_processes_begin_from_the_same_pictures(tmp_path: Path) -> None:
     (tmp_path / "story.txt").write_text("\n".join(SHORT) + "\n", encoding="utf-8")
     options = ["--iterations=2", "--steps=2", "--restart=0.5", "--batch-size=1", "--quiet"]
