@@ -60,6 +60,8 @@ extras_require = {
     "eval": ["torchmetrics>=1.5", "scipy>=1.13"],
     # the papers' features of FID, KID and aFID; it brings torchvision, which has to be of this torch
     "inception": ["torchmetrics>=1.5", "scipy>=1.13", "torch-fidelity>=0.3"],
+    # fastory batch --ray: stories over the machines of a cluster; 240 MB, and so no part of what tests install
+    "ray": ["ray>=2.60"],
     "test": [
         "pytest>=8",
         "pytest-xdist>=3.6",  # the suite in two processes

@@ -33,7 +33,7 @@ from fastory.batch.record import BatchFolder
 from fastory.batch.stories import BatchStory, refused
 from fastory.errors import FastoryError, InputError
 
-ATTEMPTS = 3  # that a story has: one whose worker dies this often is what kills it
+ATTEMPTS = 3  # that a story has without a new picture: one whose worker dies this often is what kills it
 CHECKED_AT_ONCE = 32  # stories
 LOOK = 0.5  # seconds between two looks at workers of which none says anything
 
@@ -101,6 +101,7 @@ class Queue:
         self._devices: dict[str, str] = {}
         self._refused: dict[str, str] = {}
         self._attempts: Counter[str] = Counter()
+        self._reached: dict[str, int] = {}  # finished pictures
         self._unopened = 0  # workers that were lost, one after the other, before any model was open
         self._failed = 0
         self._estimate = Estimate({name: len(self._stories[name].story.frames) for name in self._waiting})
@@ -181,6 +182,9 @@ class Queue:
     def _of_story(self, worker: Worker, story: str, message: Message) -> Iterator[Event]:
         match message:
             case Finished():
+                if message.finished > self._reached.get(story, 0):
+                    self._attempts[story] = 0  # whoever ends workers, it is not this story
+                self._reached[story] = message.finished
                 self._estimate.note(story, message.finished, message.total)
                 left = self._estimate.seconds_left()
                 yield BatchProgress(story, worker.name, message.finished, message.total, left)

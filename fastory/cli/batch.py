@@ -29,7 +29,7 @@ from fastory.cli.options import (
     option,
 )
 from fastory.cli.progress import show_batch, show_json
-from fastory.cli.reporting import reported
+from fastory.cli.reporting import reported, stdout_for_results
 from fastory.errors import FastoryError, InputError
 from fastory.wording import counted
 
@@ -57,12 +57,26 @@ WorkerCount = Annotated[
         help="Processes that draw (default: one for each CUDA device, on the CPU one in all).",
     ),
 ]
+Ray = Annotated[
+    str | None,
+    option(
+        RUN,
+        "--ray",
+        metavar="[HOST:PORT]",
+        help="Draw on a Ray cluster that runs: this one, RAY_ADDRESS, or this machine's.",
+    ),
+]
+GpusPerWorker = Annotated[
+    float, option(RUN, help="--ray: GPUs of a worker, or the share of one (default 1).")
+]
 
 
 def batch(
     stories: Stories,
     output: Output,
     workers: WorkerCount = None,
+    ray: Ray = None,
+    gpus_per_worker: GpusPerWorker = 1.0,
     mode: single.Mode = None,
     preset: single.Preset = None,
     iterations: single.Iterations = None,
@@ -107,7 +121,7 @@ def batch(
     quiet: Quiet = False,
     json_lines: JsonLines = False,
 ) -> None:
-    """Draw many stories, each into a run folder of its own, with every device of this machine.
+    """Draw many stories, each into a run folder of its own, with every device of this machine or of a Ray cluster.
 
     A story that fails does not stop the others. The same command goes on where a batch was interrupted.
     """
@@ -117,7 +131,7 @@ def batch(
 def show(requested: Mapping[str, Any]) -> None:
     """Draw, and print what happens. Exit code 1 where stories failed."""
     output = requested["output"]
-    with reported(resumable=True):
+    with reported(resumable=True), stdout_for_results():  # Ray prints what it notices
         failures: list[StoryFailed] = []
         events = noting_failures(drawn(requested), failures)
         if requested["json_lines"]:
@@ -174,10 +188,26 @@ def drawn(requested: Mapping[str, Any]) -> Iterator[Event]:
 
 
 def check_workers(requested: Mapping[str, Any]) -> None:
-    """InputError for a number of processes that cannot be."""
+    """InputError for processes that cannot be."""
+    from fastory import packages
+
     workers = requested["workers"]
     if workers is not None and not 1 <= workers <= MOST_WORKERS:
         raise InputError(f"--workers: wanted 1 to {MOST_WORKERS}, got {workers}")
+    gpus = requested["gpus_per_worker"]
+    if not (0 < gpus < 1 or gpus in range(1, 65)):
+        raise InputError(f"--gpus-per-worker: wanted a share of one, or 1 to 64, got {gpus:g}")
+    if requested["ray"] is None:
+        if gpus != 1:
+            raise InputError(
+                "--gpus-per-worker is for --ray; on this machine every worker has a device, see --workers"
+            )
+        return
+    packages.require("--ray", "ray", "ray")
+    if requested["device"].startswith("cuda:"):
+        raise InputError(
+            f"--device {requested['device']}: Ray chooses each worker's GPU; wanted auto, cpu or cuda"
+        )
 
 
 def options_of(requested: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -189,6 +219,11 @@ def options_of(requested: Mapping[str, Any], settings: Mapping[str, Any]) -> dic
 
 def workers_of(requested: Mapping[str, Any], drawing: Drawing, stories: int) -> Workers:
     """The processes that draw, no more than there are stories left; they open their models at once."""
+    if requested["ray"] is not None:
+        from fastory.batch.ray_workers import RayWorkers
+
+        most = min(requested["workers"] or stories, stories)
+        return RayWorkers(drawing, requested["ray"], requested["device"], requested["gpus_per_worker"], most)
     from fastory.batch.local import LocalWorkers, devices_here, threads_each
 
     devices = devices_here(requested["device"], requested["workers"])[:stories]

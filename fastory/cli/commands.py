@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import sys
 from typing import Annotated, Any
 
@@ -32,13 +33,24 @@ class Command(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """click finds --pdf near --drafts: the dashes count there."""
         try:
-            return super().parse_args(ctx, args)
+            return super().parse_args(ctx, with_ray_address(args))
         except Exception as error:
             if isinstance(near := getattr(error, "possibilities", None), list):
                 name = getattr(error, "option_name", "").lstrip("-")
                 words = {option.lstrip("-"): option for option in near}
                 error.possibilities = [words[word] for word in difflib.get_close_matches(name, words)]  # type: ignore[attr-defined]
             raise
+
+
+def with_ray_address(args: list[str]) -> list[str]:
+    """--ray alone is the nearest cluster: what follows is its address only where it looks like HOST:PORT."""
+    end = args.index("--") if "--" in args else len(args)
+    said = []
+    for i, arg in enumerate(args):
+        following = args[i + 1] if i + 1 < end else ""
+        bare = i < end and arg == "--ray" and not re.fullmatch(r"(ray://)?[^/\s]+:\d+|auto", following)
+        said.append("--ray=auto" if bare else arg)
+    return said
 
 
 class Commands(TyperGroup):

@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TextIO
 
 import typer
 from rich.console import Console
@@ -17,6 +18,7 @@ from fastory.wording import last_words
 
 stderr = Console(stderr=True, highlight=False)
 debugging = False  # --debug: errors with their traceback
+results: TextIO | None = None  # where they go while sys.stdout is another's
 
 
 @contextmanager
@@ -61,7 +63,7 @@ def was_interrupted(error: BaseException | None) -> bool:
 def say(text: str) -> None:
     """A line of results on stdout. Raises FastoryError where it cannot be written, as on a full disk."""
     try:
-        typer.echo(text)
+        typer.echo(text, file=results)
     except BrokenPipeError:
         raise
     except OSError as error:
@@ -71,7 +73,18 @@ def say(text: str) -> None:
 
 def drop_stdout() -> None:
     """Keep Python from failing once more while it closes stdout."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    os.dup2(os.open(os.devnull, os.O_WRONLY), (results or sys.stdout).fileno())
+
+
+@contextmanager
+def stdout_for_results() -> Iterator[None]:
+    """What a library prints meanwhile, from whatever thread, goes to stderr; `say` goes to stdout as ever."""
+    global results
+    results, sys.stdout = sys.stdout, sys.stderr
+    try:
+        yield
+    finally:
+        sys.stdout, results = results, None
 
 
 def plain(value: object) -> str:

@@ -64,9 +64,21 @@ def run_one(folder: Path, *stories: Path) -> Ended:
         (["-o", "out", "--steps", "0"], "--steps"),
         (["-o", "out", "--model", "nowhere"], "nowhere"),
         (["-o", "out", "story-0.txt"], "give it once"),
+        (["-o", "out", "--gpus-per-worker", "0.5"], "--gpus-per-worker is for --ray"),
+        (["-o", "out", "--ray", "--gpus-per-worker", "1.5"], "--gpus-per-worker: wanted"),
         (["-o", "out", "empty"], "wanted a folder with story files"),
     ],
-    ids=["read-only", "a user's folder", "workers", "setting", "model", "twice", "empty folder"],
+    ids=[
+        "read-only",
+        "a user's folder",
+        "workers",
+        "setting",
+        "model",
+        "twice",
+        "no ray",
+        "gpus",
+        "empty folder",
+    ],
 )
 def test_what_cannot_be_is_one_line_and_nothing_is_written(
     arguments: list[str], wanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -80,6 +92,41 @@ def test_what_cannot_be_is_one_line_and_nothing_is_written(
     said = refused("story-0.txt", *arguments)
     assert wanted in said
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("address", "wanted"),
+    [
+        (["--ray", "127.0.0.1:9"], "--ray 127.0.0.1:9: no cluster answers there"),
+        (["--ray", "ray://127.0.0.1:9"], "run this on a machine of the cluster"),
+        (["--ray"], "no cluster can be joined here"),
+    ],
+    ids=["closed port", "client", "none"],
+)
+def test_a_cluster_that_is_not_there_is_one_line(
+    address: list[str], wanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ray", reason="the cluster is Ray's: pip install 'fastory[ray]'")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))  # where Ray looks for the cluster of this machine
+    said = refused(*write_batch(tmp_path / "stories", 1), "-o", tmp_path / "out", *address)
+    assert wanted in said and len(said.splitlines()) == 1
+
+
+def test_ray_takes_an_address_and_no_story() -> None:
+    from fastory.cli.commands import with_ray_address
+
+    cases = {
+        "--ray a.yaml": "--ray=auto a.yaml",
+        "a.yaml --ray": "a.yaml --ray=auto",
+        "--ray 10.0.0.1:6379 a.yaml": "--ray 10.0.0.1:6379 a.yaml",
+        "--ray head:6379": "--ray head:6379",
+        "--ray ray://head:1": "--ray ray://head:1",
+        "--ray=head:6379": "--ray=head:6379",
+        "--ray --steps 2": "--ray=auto --steps 2",
+        "-- --ray": "-- --ray",
+    }
+    assert {said: " ".join(with_ray_address(said.split())) for said in cases} == cases
 
 
 def test_another_batch_is_not_mixed_in(tmp_path: Path) -> None:

@@ -91,6 +91,15 @@ def test_distances_of_pictures_without_torchmetrics(environment: Made, folder: P
     refuse(bare, folder, *compare, wanted=wanted)
 
 
+def test_batch_on_a_cluster_without_ray(environment: Made, folder: Path) -> None:
+    refuse(
+        environment("ray"),
+        folder,
+        *("batch", "good.txt", "-o", "out", "--ray"),
+        wanted="pip install 'fastory[ray]'",
+    )
+
+
 def test_kernels_of_xformers_without_xformers(environment: Made, folder: Path) -> None:
     variables = environment("xformers").but(FASTORY_KERNELS="xformers")
     refuse(

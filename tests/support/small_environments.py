@@ -13,6 +13,7 @@ from pathlib import Path
 # What an extra of setup.py brings, by extra: modules, and packages whose names differ from their modules'.
 MODULES = {
     "xformers": ("xformers",),
+    "ray": ("ray",),
     "serve": ("fastapi", "starlette", "uvicorn"),
     "tune": ("tensorboard",),
     "eval": ("torchmetrics", "scipy"),
