@@ -103,7 +103,18 @@ def candidates() -> list[Candidate]:
         for iterations, inner, share in ((2, 6, 0.6), (3, 4, 0.6), (3, 4, 0.8), (4, 6, 0.4))
     ]
     risen = [papers(reference_rise=1), papers(reference_rise=3), papers(iterations=5, reference_rise=3)]
-    return [*compared, *few, *heavier, *more, *converged, *restarted, *risen]
+    weighted = [
+        schedule(3, 4, "latest", **chosen)
+        for chosen in (
+            {"reference_momentum": 0.3},
+            {"reference_momentum": 0.6},
+            {"reference_weighting": "majority"},
+            {"reference_ramp": "0.5:1.5"},
+            {"reference_ramp": "1.5:0.5"},
+        )
+    ]
+    weighted += [papers(reference_weighting="majority"), papers(reference_momentum=0.5)]
+    return [*compared, *few, *heavier, *more, *converged, *restarted, *risen, *weighted]
 
 
 @dataclass(frozen=True)

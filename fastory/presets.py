@@ -24,6 +24,8 @@ _STORY_ADAPTER: Mapping[str, Any] = {
     "restart": 1.0,
     "reference_rise": 0,
     "reference_momentum": 0.0,
+    "reference_weighting": "equal",
+    "reference_ramp": (1.0, 1.0),
 }
 
 # A preset names every value it stands for, so that it also overrules the model folder's defaults.

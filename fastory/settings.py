@@ -50,6 +50,7 @@ REFERENCES_FROM = ("last", "latest")
 REFERENCE_FITS = ("pad", "squash", "crop")
 REGIONS = ("auto", "on", "off")
 UNTIL = ("iterations", "converged")
+WEIGHTINGS = ("equal", "majority")
 PRONOUNS = ("on", "off")
 NOISES = ("shared", "per-frame")
 DTYPES = ("float32", "float16", "bfloat16")
@@ -77,6 +78,7 @@ MODES: dict[str, ModeTraits] = {
             *("references", "references_from", "reference_fit", "reference_start"),
             *("reference_interval", "regions", "cast_limit", "until", "tolerance"),
             *("restart", "reference_rise", "reference_momentum"),
+            *("reference_weighting", "reference_ramp"),
         )
     ),
     "causal": ModeTraits(("window", "drafts"), first_frame=True),
@@ -112,6 +114,8 @@ class Settings:
     that much noise (SDEdit, arXiv 2108.01073); 1 begins from noise alone. reference_rise: the round in which the weight has
     risen to l_K, 0 for the last. reference_momentum: M of r_k = M r_(k-1) + (1 - M) e_k, what a frame is as a reference after
     round k, where its picture has the reference tokens e_k; r_0 = e_0.
+    reference_weighting: whether a frame that differs from the story's `majority` counts less as a reference, see
+    modes/weighting.py. reference_ramp: factors of the weight at the first and the last step of a round, linear in between.
     """
 
     mode: str = "iterative"
@@ -145,6 +149,8 @@ class Settings:
     restart: float = 1.0
     reference_rise: int = 0
     reference_momentum: float = 0.0
+    reference_weighting: str = "equal"
+    reference_ramp: tuple[float, float] = (1.0, 1.0)
 
     @property
     def rounds(self) -> int:
@@ -226,6 +232,7 @@ _CHOICES: Mapping[str, Collection[str]] = {
     "reference_fit": REFERENCE_FITS,
     "regions": REGIONS,
     "until": UNTIL,
+    "reference_weighting": WEIGHTINGS,
     "pronouns": PRONOUNS,
     "scheduler": SCHEDULERS,
     "noise": NOISES,
@@ -246,6 +253,8 @@ _LATER = {
     "restart": 1.0,
     "reference_rise": 0,
     "reference_momentum": 0.0,
+    "reference_weighting": "equal",
+    "reference_ramp": (1.0, 1.0),
 }
 # Settings that are read where another one has this value.
 _BESIDE = {"tolerance": ("until", "converged")}
@@ -359,7 +368,7 @@ def check(name: str, value: Any, origin: str) -> Any:
         hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(hints)}"
         raise InputError(f"unknown setting {shown(name)} ({origin}){hint}")
     what = origin if origin.startswith("--") else f"{name} ({origin})"
-    if name == "reference_scale":
+    if name in ("reference_scale", "reference_ramp"):
         return scale(value, what)
     if name in ("guidance_interval", "reference_interval"):
         return interval(value, what)

@@ -126,6 +126,22 @@ ReferenceMomentum = Annotated[
         METHOD, metavar="M", help="Share of the rounds before in what a frame is as a reference (default 0)."
     ),
 ]
+ReferenceWeighting = Annotated[
+    str | None,
+    choice(
+        METHOD,
+        choices("reference_weighting"),
+        help="All references count alike (default), or those that differ from most others less.",
+    ),
+]
+ReferenceRamp = Annotated[
+    str | None,
+    option(
+        METHOD,
+        metavar="FIRST:LAST",
+        help="Factors of the references' weight, first to last step of a round (default 1:1).",
+    ),
+]
 Until = Annotated[
     str | None,
     choice(
@@ -247,6 +263,8 @@ def generate(
     restart: Restart = None,
     reference_rise: ReferenceRise = None,
     reference_momentum: ReferenceMomentum = None,
+    reference_weighting: ReferenceWeighting = None,
+    reference_ramp: ReferenceRamp = None,
     window: Window = None,
     drafts: Drafts = None,
     bank: Bank = None,

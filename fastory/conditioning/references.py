@@ -32,13 +32,19 @@ class Group:
     """Reference pictures with one weight l_g. tokens[n] is (1, T, C_x), or None for a picture that was left out.
 
     sees(frame, n): whether `frame` has picture n among its references. mask(frame): (h, w), where in `frame` the group
-    reaches, or None for everywhere.
+    reaches, or None for everywhere. weights: a factor of each picture's values; its keys, and with them the share of attention
+    that it draws, stay.
     """
 
     tokens: Sequence[Tensor | None]
     scale: float
     sees: Callable[[int, int], bool]
     mask: Callable[[int], Tensor | None] = everywhere
+    weights: Sequence[float] | None = None
+
+    def factors(self) -> list[float]:
+        """Of the values of every block; the null block is what it is."""
+        return [*(self.weights or [1.0] * len(self.tokens)), 1.0]
 
     def blocks(self, null: Tensor) -> list[Tensor]:
         """The tokens of every block. null: those of the unconditional reference."""
@@ -188,13 +194,14 @@ class References:
         like: Tensor,
         grid: Grid | None = None,
         words: Grid | None = None,
+        value_columns: Tensor | None = None,
     ) -> References:
         """The only constructor: K and V of all blocks, each group ending with its null block.
 
         null: gives the tokens (1, T, C_x) of the unconditional reference; asked where there are groups. project: reference
         tokens (1, Lr, C_x) -> (1, Lr, W). like: text K/V (1, Lt, W), which gives text_tokens, W, device and type.
         grid: of the latents; without it the groups' masks are not read. words: of the latents; without it no row has a
-        text_bias.
+        text_bias. value_columns: (W,) bool, which of `project`'s are values; read where groups have weights.
         """
         bounds = [0]
         for group in groups:
@@ -202,6 +209,11 @@ class References:
         if groups:
             tokens = null()
             ref_kv = project(torch.cat([block for group in groups for block in group.blocks(tokens)], dim=1))
+            if any(group.weights for group in groups):
+                assert value_columns is not None
+                factors = ref_kv.new_tensor([factor for group in groups for factor in group.factors()])
+                each = factors.repeat_interleave(tokens_per_ref)[None, :, None]
+                ref_kv = torch.where(value_columns.to(ref_kv.device), ref_kv * each, ref_kv)
         else:
             ref_kv = like.new_zeros(1, 0, like.shape[2])
         scale = [group.scale for group in groups] or [0.0]
@@ -242,7 +254,7 @@ class References:
         return ReferenceContext(
             text_kv=self.ref_kv.new_zeros(text) if there is None or there.shape != text else there,
             ref_kv=self.ref_kv,
-            scale=self.scale,
+            scale=self.scale.clone(),  # it may be written at every step
             ref_visible=torch.zeros(rows, blocks, dtype=torch.bool, device=self.ref_kv.device),
             ref_offsets=self.offsets,
             tokens_per_ref=self.tokens_per_ref,

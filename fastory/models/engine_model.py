@@ -402,6 +402,7 @@ class EngineLayers:
     def __init__(self, model: EngineModel, text_projector: str) -> None:
         self.model, self.text_projector = model, text_projector
         self.width = int(model.manifest["width"])
+        self.value_columns: Tensor | None = None  # an export does not say
 
     def project_text(self, tokens: Tensor) -> Tensor:
         """tokens (B, Lt, C_x) -> (B, Lt, W)."""

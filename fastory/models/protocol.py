@@ -74,6 +74,10 @@ class UnetInputs:
 class Projections(Protocol):
     """A UNet's cross-attention projections, all layers side by side: W = 2 * sum of their channels."""
 
+    @property
+    def value_columns(self) -> Tensor | None:
+        """(W,) bool: True where the wide tensor holds values; None where that is not known."""
+
     def project_text(self, tokens: Tensor) -> Tensor:
         """tokens (B, Lt, C_x) -> (B, Lt, W)."""
 

@@ -29,12 +29,13 @@ from fastory.modes.executor import HERE, Batch, Round
 from fastory.modes.memory import until_it_fits
 from fastory.modes.mode import StoryPlan, long_captions, register
 from fastory.modes.regions import NEEDED, Regions, Seen, check_layout, settled
+from fastory.modes.rounds_told import rounds_told, values_told
+from fastory.modes.weighting import ramped, weights_of
 from fastory.pictures import open_picture
 from fastory.sampling.noise import frame_seed
 from fastory.sampling.sampler import Row, Sampler, leave_idle, sampler_for
 from fastory.settings import MODES, SCHEDULERS, Settings
 from fastory.story import Story
-from fastory.wording import counted
 
 
 @dataclass
@@ -181,7 +182,7 @@ def draw_batches(run: IterativeRun, round: Round, batches: Sequence[Batch]) -> I
             references = references_of(run, k, fresh)
             sampler.set_round(references)
         rows = [row_of(run, references, k, i) for i in members]
-        yield from report_steps(sampler, rows, k, round.missing)
+        yield from report_steps(sampler, rows, k, round.missing, ramped(sampler, references, settings))
         for n, row in enumerate(rows):
             if row.frame not in round.missing:
                 continue
@@ -219,7 +220,8 @@ def groups_of(run: IterativeRun, k: int, fresh: Mapping[int, Seen]) -> list[Grou
         tokens = [seen[j].whole if j in seen else None for j in range(count)]
         rest = everywhere if regions is None else partial(regions.rest, last=seen)
         sees = frames_seen(story, settings.references)
-        groups.append(Group(tokens, settings.reference_scale_of(k), sees, rest))
+        weights = weights_of(tokens, settings)
+        groups.append(Group(tokens, settings.reference_scale_of(k), sees, rest, weights))
         groups += [] if regions is None else regions.groups(k, seen)
     for character in story.characters:
         if run.characters[character.name] and k >= settings.reference_start:
@@ -258,6 +260,7 @@ def references_of(run: IterativeRun, k: int, fresh: Mapping[int, Seen]) -> Refer
         like=run.negative_kv,
         grid=None if run.regions is None else run.regions.grid,
         words=None if run.regions is None else run.regions.words,
+        value_columns=run.model.layers.value_columns,
     )
 
 
@@ -317,6 +320,11 @@ class Iterative:
             model.require_references()
         if settings.restarts(settings.iterations):
             check_restart(model, settings)
+        if settings.reference_weighting == "majority" and model.layers.value_columns is None:
+            raise InputError(
+                f"reference_weighting: wanted equal for {model.name}: an export does not say which columns are values; draw "
+                "with the model it was exported from"
+            )
 
     def check_redraw(self, frames: Sequence[int], story: Story, settings: Settings) -> None:
         """Any frames can be redrawn: the last round alone is, from the same references."""
@@ -356,7 +364,11 @@ class Iterative:
             if not pictures or settings.reference_start > 0:
                 why = "without iterations nothing is a reference"
                 reasons |= dict.fromkeys(
-                    ("reference_scale", "reference_fit", "reference_interval", "reference_rise"), why
+                    (
+                        *("reference_scale", "reference_fit", "reference_interval", "reference_rise"),
+                        *("reference_weighting", "reference_ramp"),
+                    ),
+                    why,
                 )
         if settings.regions == "off":
             reasons["cast_limit"] = "without regions no character has references of its own"
@@ -396,30 +408,11 @@ class Iterative:
 
     def method(self, settings: Settings) -> dict[str, str]:
         """Rounds and references."""
-        first, last = settings.reference_scale
-        momentum = f", momentum {settings.reference_momentum:g}" if settings.reference_momentum else ""
-        risen = f" in round {settings.reference_rise}" if settings.reference_rise else ""
-        scale = f"reference scale {first:g} to {last:g}{risen}"
-        steps = settings.inner_steps
-        inner = f", {counted(steps, 'step')} before the last" if steps else ""
-        latest = " as drawn" if settings.references_from == "latest" else ""
-        most = "at most " if settings.until == "converged" else ""
-        until = f", until it moves by {settings.tolerance:g}" if most else ""
-        rounds = f"{most}{settings.iterations}{until}, {scale}, references {settings.references}{latest}{momentum}{inner}"
-        if settings.restarts(settings.iterations):
-            rounds += f", from 2 on the last {settings.restart:g} of the steps"
-        return {"Rounds": rounds}
+        return {"Rounds": rounds_told(settings)}
 
     def picture_values(self, settings: Settings, round: int) -> dict[str, Any]:
         """The weight of the references in this round, and which frames they were."""
-        values = {"reference_scale": settings.reference_scale_of(round), "references": settings.references}
-        if settings.references_from != "last":
-            values["references_from"] = settings.references_from
-        if settings.restarts(round):
-            values["restart"] = settings.restart
-        if settings.reference_momentum:
-            values["reference_momentum"] = settings.reference_momentum
-        return values
+        return values_told(settings, round)
 
 
 def check_restart(model: Model, settings: Settings) -> None:

@@ -23,6 +23,7 @@ from fastory.conditioning.regions import Grid, Watched, apart, cut_out, from_map
 from fastory.errors import InputError
 from fastory.models.protocol import Caption, Model, UnetInputs
 from fastory.models.text import token_places
+from fastory.modes.weighting import weights_of
 from fastory.pictures import open_picture
 from fastory.settings import Settings
 from fastory.story import Story
@@ -269,4 +270,5 @@ class Regions:
                 return name in self.places(i, last) and (rule == "all" or frames[n] != i)
 
             tokens = [last[j].own[name] for j in frames]
-            yield Group(tokens, self.settings.reference_scale_of(k), sees, self.mask_of(name, last))
+            weights = weights_of(tokens, self.settings)
+            yield Group(tokens, self.settings.reference_scale_of(k), sees, self.mask_of(name, last), weights)

@@ -184,6 +184,14 @@ class CrossAttentionLayers:
         processors |= {layer.name: CrossAttention(layer) for layer in self.layers}
         unet.set_attn_processor(processors)
 
+    @property
+    def value_columns(self) -> Tensor:
+        """(W,) bool: True where the wide tensor holds values."""
+        columns = torch.zeros(self.width, dtype=torch.bool)
+        for layer in self.layers:
+            columns[layer.offset + layer.channels : layer.offset + 2 * layer.channels] = True
+        return columns
+
     def project_text(self, tokens: Tensor) -> Tensor:
         """tokens (B, Lt, C_x) -> (B, Lt, W) through to_k and to_v, each layer's own module, so a LoRA on them counts.
 
