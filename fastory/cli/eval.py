@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
 from fastory.cli.options import METHOD, MODEL, OUTPUT, Device, Offline, option
 from fastory.cli.progress import show_json
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from fastory.evaluation.rows import Measured
     from fastory.evaluation.stories import DrawnStory
 
+MOST_INTERVALS = 6  # columns of a table on the screen, with intervals
 Metrics = Annotated[
     str | None,
     option(METHOD, metavar="NAME,..", help=f"What is measured: {', '.join(MEASURES)}, or all that can be."),
@@ -225,9 +226,12 @@ def show_means(rows: Sequence[Measured]) -> None:
     from fastory.evaluation import tables
 
     found = tables.Table.of(rows)
-    shown = Table("", *(tables.METRICS[name].title for name in found.metrics))
+    shown = Table(Column(no_wrap=True), *(tables.METRICS[name].title for name in found.metrics))
+    narrow = (
+        len(found.metrics) <= MOST_INTERVALS
+    )  # more of them would not stand side by side; tables have them
     for line in found.lines:
-        cells = [tables.shown_value(found.cells.get((line, name)), interval=True) for name in found.metrics]
+        cells = [tables.shown_value(found.cells.get((line, name)), interval=narrow) for name in found.metrics]
         shown.add_row(plain(tables.line_title(line)), *(plain(cell) for cell in cells))
     say_table(shown)
     for note in found.notes():

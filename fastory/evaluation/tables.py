@@ -92,8 +92,11 @@ def _notes(row: Measured) -> Iterator[str]:
     """What must be read beside one figure."""
     if row.value is None:
         yield str(row.missing)
-    for key, value in row.notes.items():
-        yield f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
+    if row.notes:
+        yield ", ".join(
+            f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
+            for key, value in row.notes.items()
+        )
     if row.value is not None and row.count < row.of:
         yield f"of {row.count} of {counted(row.of, 'picture' if row.metric in OF_PICTURES else 'story')}"
 
