@@ -11,19 +11,23 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastory.checkpoints.hashes import tensors_hash
 from fastory.checkpoints.loading import loading
+from fastory.checkpoints.pickles import read_pickle
 from fastory.errors import InputError
 from fastory.evaluation.choices import ENCODER, INCEPTION
 from fastory.evaluation.clip import Encoder, parts
 from fastory.evaluation.rows import Measured, Source
+from fastory.files import folder_for
 from fastory.pictures import open_picture
 
 SIDE = 299  # px, Inception's
@@ -63,16 +67,15 @@ class Inception(Features):
     num_features = 2048
 
     def __init__(self, weights: Path | None, device: str) -> None:
-        """weights: pt_inception-2015-12-05-6726825d.pth; None downloads it. Raises InputError for another file."""
-        super().__init__()
-        from torchmetrics.image.fid import NoTrainInceptionV3
+        """weights: pt_inception-2015-12-05-6726825d.pth, whose code is not run, or a .safetensors of it; None fetches it.
 
+        Raises InputError for another file.
+        """
+        super().__init__()
         with loading(
-            f"{weights or 'the published Inception weights'} are not to be had, or not Inception-v3's of FID"
+            f"{weights or 'the published Inception weights'}: not to be had, or not those of FID's Inception-v3"
         ):
-            network: Any = NoTrainInceptionV3(
-                "inception-v3-compat", ["2048"], None if weights is None else str(weights)
-            )
+            network: Any = _inception(_published() if weights is None else weights)
         self.network, self.device = network.to(device), device
         self.name, self.sha256 = "Inception-v3, pool of 2048", tensors_hash(network.state_dict())
 
@@ -80,6 +83,30 @@ class Inception(Features):
     def forward(self, pictures: Tensor) -> Tensor:
         """(n, 2048) features."""
         return self.network(pictures.to(self.device)).reshape(len(pictures), -1).float().cpu()
+
+
+def _inception(weights: Path) -> nn.Module:
+    """torch-fidelity would run what a pickle says, so it is given a file of our own with the tensors alone."""
+    from torchmetrics.image.fid import NoTrainInceptionV3
+
+    tensors = load_file(weights) if weights.suffix == ".safetensors" else read_pickle(weights)
+    with TemporaryDirectory() as folder:
+        own = Path(folder) / "inception.pth"
+        torch.save(dict(tensors), own)
+        return NoTrainInceptionV3("inception-v3-compat", ["2048"], str(own))
+
+
+def _published() -> Path:
+    """Where torch keeps what it downloads; fetched once, and checked by the hash in its name."""
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+
+    file = Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rsplit("/", 1)[1]
+    if not file.is_file():
+        folder_for(file.parent, "give the file with --features")
+        torch.hub.download_url_to_file(
+            URL_INCEPTION_V3, str(file), file.stem.rsplit("-", 1)[1], progress=False
+        )
+    return file
 
 
 def open_features(name: str, encoder: Encoder, device: str = "cpu") -> Features:

@@ -93,10 +93,8 @@ def _notes(row: Measured) -> Iterator[str]:
     if row.value is None:
         yield str(row.missing)
     if row.notes:
-        yield ", ".join(
-            f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
-            for key, value in row.notes.items()
-        )
+        shown = (f"{value:g}" if isinstance(value, float) else str(value) for value in row.notes.values())
+        yield ", ".join(f"{key} {text}" for key, text in zip(row.notes, shown, strict=True))
     if row.value is not None and row.count < row.of:
         yield f"of {row.count} of {counted(row.of, 'picture' if row.metric in OF_PICTURES else 'story')}"
 
