@@ -19,6 +19,7 @@ from PIL import Image, UnidentifiedImageError
 from fastory.errors import InputError
 
 PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # Pillow's EPS reader would start Ghostscript
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 WANTED = f"wanted a picture ({', '.join(PICTURE_FORMATS)})"
 
 
@@ -70,6 +71,18 @@ def as_pictures(pictures: object) -> tuple[Picture, ...]:
     if not isinstance(pictures, Iterable):
         raise InputError(f"pictures: wanted paths or PIL pictures, got a {type(pictures).__name__}")
     return tuple(as_picture(picture) for picture in pictures)
+
+
+def pictures_at(path: Path) -> list[Path]:
+    """A picture, or those of a folder in the order of their names. Raises InputError, naming what is none of them."""
+    listed = [path]
+    if path.is_dir():
+        listed = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+        if not listed:
+            raise InputError(f"{path}: {WANTED} or a folder of some, got a folder without any")
+    for file in listed:
+        check_picture(file)
+    return listed
 
 
 def open_picture(picture: str | Picture) -> Image.Image:

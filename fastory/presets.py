@@ -54,4 +54,17 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "window": "all",
         "drafts": 0,
     },
+    # With one picture as --initial-pictures every frame is drawn from it; without, from frame 0.
+    "ip-adapter": {
+        "mode": "reference",
+        "bank": 1,
+        "reference_scale": (0.6, 0.6),
+        "reference_fit": "crop",
+        "scheduler": "ddim",
+        "steps": 50,
+        "guidance_scale": 7.5,
+        "guidance_interval": (0.0, 1.0),
+        "reference_interval": (0.0, 1.0),
+        "noise": "shared",
+    },
 }

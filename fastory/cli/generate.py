@@ -183,6 +183,13 @@ SamplingRate = Annotated[
 FirstFrame = Annotated[
     Path | None, option(METHOD, help="Causal: the picture that the story goes on from, as its frame 0.")
 ]
+InitialPictures = Annotated[
+    Path | None,
+    option(
+        METHOD,
+        help="Iterative: what stands in place of round 0, a picture, or a folder with one for each frame. Reference: the bank.",
+    ),
+]
 Engine = Annotated[Path | None, option(MODEL, help="What `fastory export` wrote, in place of a model.")]
 TrustCache = Annotated[
     bool,
@@ -270,6 +277,7 @@ def generate(
     bank: Bank = None,
     sampling_rate: SamplingRate = None,
     first_frame: FirstFrame = None,
+    initial_pictures: InitialPictures = None,
     model: ModelName = "builtin",
     config: Config = None,
     ip_adapter: IpAdapter = None,
@@ -366,12 +374,14 @@ def drawn(requested: Mapping[str, Any], executor_of: ExecutorOf) -> Iterator[Eve
     door.check_stories(stories, requested["style"])
     if requested["first_frame"] is not None:
         door.check_first_frame(requested["first_frame"])
+    initial = requested["initial_pictures"]
+    initial = () if initial is None else door.initial_pictures(initial)
     door.check_output(requested["output"], stories)
     model = opened(requested)
     from fastory.runs.generate import generate as draw
 
     unchanged = ("preset", "output", "overwrite", "redraw_seed", "batch_size", "first_frame")
-    chosen = {name: requested[name] for name in unchanged}
+    chosen = {name: requested[name] for name in unchanged} | {"initial_pictures": initial}
     where: dict[str, Any] = {"under": Path("stories"), "executor": executor_of(model)}
     return draw(stories, model=model, frames=frames, **where, **chosen, **settings)
 

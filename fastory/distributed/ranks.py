@@ -184,8 +184,10 @@ def computing_of(model: Model) -> Computing:
 
 
 def _without_pictures(story: Story) -> Story:
-    """The story without pictures of its characters: they are sent encoded, and other hosts may lack the files."""
-    return replace(story, characters=tuple(replace(c, references=()) for c in story.characters))
+    """The story without pictures that are references: they are sent encoded, and other hosts may lack the files."""
+    return replace(
+        story, characters=tuple(replace(c, references=()) for c in story.characters), initial_pictures=()
+    )
 
 
 def _as_sent(plan: StoryPlan) -> StoryPlan:

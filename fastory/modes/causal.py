@@ -313,6 +313,8 @@ class Causal:
         """That pictures of characters and their boxes are not read."""
         if any(frame.is_laid_out for frame in story.frames):
             yield "`boxes` and `masks` are read by iterative mode alone; causal mode goes by earlier frames"
+        if story.initial_pictures:
+            yield "`initial_pictures` are read by iterative and reference mode alone; causal mode goes by earlier frames"
         if any(character.references for character in story.characters):
             yield "pictures of characters are read by iterative mode alone; causal mode goes by earlier frames"
 

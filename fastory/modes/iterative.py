@@ -26,6 +26,7 @@ from fastory.models.protocol import Caption, Model
 from fastory.modes.converged import staying
 from fastory.modes.drawn_rounds import LOOKED_BACK, DrawnRounds
 from fastory.modes.executor import HERE, Batch, Round
+from fastory.modes.initial import check_initial, initial_round
 from fastory.modes.memory import until_it_fits
 from fastory.modes.mode import StoryPlan, long_captions, register
 from fastory.modes.regions import NEEDED, Regions, Seen, check_layout, settled
@@ -154,6 +155,9 @@ def draw_round(run: IterativeRun, k: int, size: int) -> Generator[Event, None, N
             image, seed = run.drawn.picture(k - 1, i), seed_of(run, i)
             run.drawn.keep(k, i, image)
             yield FrameDrawn(k, i, image, seed, None, converged=stays[i])
+    if k == 0 and run.story.initial_pictures:
+        yield from initial_round(run, todo)
+        todo = frozenset()
     round = Round(k, size, count, todo - stays.keys(), staying=frozenset(stays))
     # With references from the latest round a micro-batch waits for the one before it, wherever that is drawn.
     executor = HERE if settings.references_from == "latest" else run.plan.executor
@@ -314,6 +318,7 @@ class Iterative:
 
     def check(self, model: Model, story: Story, settings: Settings) -> None:
         """InputError where references are needed and the model has no IP-Adapter."""
+        check_initial(story, settings)
         check_layout(story, (settings.width or 0, settings.height or 0))
         shown = has_pictures(story) and settings.reference_start <= settings.iterations
         if settings.iterations >= settings.first_referring or shown:

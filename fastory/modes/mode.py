@@ -55,6 +55,8 @@ def not_read(story: Story, mode: str, goes_by: str) -> Iterator[str]:
         yield f"`boxes` and `masks` are read by iterative mode alone; {mode} mode goes by {goes_by}"
     if any(character.references for character in story.characters):
         yield f"pictures of characters are read by iterative mode alone; {mode} mode goes by {goes_by}"
+    if story.initial_pictures and mode != "reference":
+        yield f"`initial_pictures` are read by iterative and reference mode alone; {mode} mode goes by {goes_by}"
     if story.first_frame is not None:
         yield "`first_frame` is read by causal mode alone; this story is drawn without it"
 

@@ -17,7 +17,7 @@ from fastory.models.protocol import Model
 from fastory.models.torch_model import StoryModel
 from fastory.modes.executor import HERE, Executor
 from fastory.modes.mode import mode_of
-from fastory.pictures import as_picture, open_picture
+from fastory.pictures import as_picture, as_pictures, open_picture
 from fastory.runs.drawing import draw_groups
 from fastory.runs.folder import RunFolder, run_paths
 from fastory.runs.progress import StepBar
@@ -37,6 +37,7 @@ def generate(
     preset: str | None = None,
     characters: Sequence[Character] = (),
     first_frame: str | Path | Image.Image | None = None,
+    initial_pictures: str | Path | Image.Image | Sequence[str | Path | Image.Image] = (),
     output: str | Path | None = None,
     under: str | Path | None = None,
     overwrite: bool = False,
@@ -55,7 +56,7 @@ def generate(
     settings: all that decides the pictures, in place of what the story file and the model's folder say; `values` are single
     fields of Settings and come before it. Without it they come before the story file, the preset and the model's folder.
     characters: with pictures, as paths or PIL's, for every story. first_frame: causal, a path or a PIL picture: the frame 0 of
-    all stories; those with the same settings are drawn side by side.
+    all stories; those with the same settings are drawn side by side. initial_pictures: as of Story, for every story.
     output: the run folder (with several stories, the folder of their run folders); under: a folder in which run folders are
     named by story and settings. Without both, nothing is written. frames: only redraw these, in a finished run folder; in
     causal mode all from one on, as a slice(k, None).
@@ -65,7 +66,7 @@ def generate(
     Everything is checked before the first event: raises InputError for what cannot be used. While drawing, raises
     FastoryError for a full disk or for memory that does not suffice for one frame.
     """
-    read = _read_stories(stories, characters, first_frame)
+    read = _read_stories(stories, characters, first_frame, initial_pictures)
     opened_model: Model = StoryModel.open(model) if isinstance(model, (str, Path)) else model
     somewhere = output is not None or under is not None
     _check_request(frames, redraw_seed, batch_size, overwrite=overwrite, somewhere=somewhere)
@@ -90,6 +91,7 @@ def _read_stories(
     stories: Story | str | Path | Sequence[Story | str | Path],
     characters: Sequence[Character],
     first_frame: str | Path | Image.Image | None,
+    initial_pictures: object,
 ) -> list[Story]:
     """The stories, files read and captions taken as one story; with these characters and this frame 0, if they are given."""
     listed = [stories] if isinstance(stories, (Story, str, Path)) else list(stories)
@@ -99,6 +101,10 @@ def _read_stories(
         listed = [Story.from_captions([str(text) for text in listed])]
     read = [story if isinstance(story, Story) else Story.read(story) for story in listed]
     read = [story.with_characters(characters) for story in read] if characters else read
+    if given := as_pictures(initial_pictures):
+        for picture in given:
+            open_picture(picture)
+        read = [replace(story, initial_pictures=given) for story in read]
     if first_frame is None:
         return read
     try:

@@ -104,11 +104,13 @@ def _parts(story: Story) -> dict[str, str]:
     pictures = story.picture_digests()
     cast = [[c.name, c.prompt, c.scale, [pictures[path] for path in c.references]] for c in story.characters]
     first = pictures[story.first_frame] if story.first_frame else None
+    initial = [pictures[picture] for picture in story.initial_pictures]
     parts = {
         "style": story.style,
         "negative prompt": story.negative_prompt,
         "characters": cast,
         "first frame": first,
+        **({"initial pictures": initial} if initial else {}),
     }
     return {name: hashlib.sha256(json.dumps(value).encode()).hexdigest() for name, value in parts.items()}
 

@@ -44,6 +44,7 @@ def _checked(file: Path) -> Story:
 def _without_pictures(said: dict[str, Any]) -> dict[str, Any]:
     """The same without the names of pictures, which are checked where the draft is drawn."""
     said.pop("first_frame", None)
+    said.pop("initial_pictures", None)
     characters = said.get("characters")
     if isinstance(characters, dict):
         said["characters"] = {

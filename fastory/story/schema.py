@@ -136,6 +136,7 @@ class StoryEntry(_Strict):
     negative_prompt: Annotated[str, AfterValidator(_clean)] | None = None
     settings: Annotated[dict[str, Any], AfterValidator(_encodable)] = {}
     first_frame: str | None = None
+    initial_pictures: list[str] = []
     characters: dict[Text, Annotated[CharacterEntry, BeforeValidator(lambda value: value or {})]] = {}
     frames: Annotated[
         list[
@@ -161,6 +162,8 @@ _WANTED: dict[Location, str] = {
     ("negative_prompt",): "a text",
     ("settings",): "a mapping of settings, such as {steps: 50}",
     ("first_frame",): "the path of a picture in the story's folder",
+    ("initial_pictures",): "a list of pictures, such as [start.png]",
+    ("initial_pictures", "*"): "the path of a picture in the story's folder",
     ("characters",): "a mapping of names, such as {Ann: {prompt: a girl in a red coat}}",
     ("characters", "*"): "a mapping such as {prompt: a girl in a red coat, references: [ann.png]}",
     ("characters", "*", "prompt"): "a text",

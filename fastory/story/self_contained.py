@@ -23,4 +23,5 @@ def with_pictures_inside(story: Story) -> Story:
         for frame in story.frames
     )
     first = inside(story.first_frame) if story.first_frame else None
-    return replace(story, characters=cast, frames=frames, first_frame=first)
+    initial = tuple(map(inside, story.initial_pictures))
+    return replace(story, characters=cast, frames=frames, first_frame=first, initial_pictures=initial)

@@ -16,7 +16,7 @@ from typing import Any
 
 from fastory import files
 from fastory.errors import InputError
-from fastory.pictures import MemoryPicture, Picture, as_picture, check_picture
+from fastory.pictures import MemoryPicture, Picture, as_picture, as_pictures, check_picture
 from fastory.story.files import READERS, read_document, yaml_text
 from fastory.story.frame import Character, Frame
 from fastory.story.names import Names
@@ -47,6 +47,8 @@ class Story:
     style: a name in STYLES, a text with {prompt}, or None for captions as they are.
     settings: the file's `settings:` as given; whoever uses them checks them and can say `where` they stand.
     first_frame: the picture that causal mode takes as frame 0, as a path or PIL's; iterative mode says that it does not.
+    initial_pictures: the first references in place of drawn ones, as paths or PIL's: of iterative mode those of round 0, one
+    for each frame or one for all; of reference mode the bank.
     source, lines: the file, and the line (from 1) of every key and list item in it.
     """
 
@@ -57,11 +59,13 @@ class Story:
     negative_prompt: str | None = None
     settings: Mapping[str, object] = field(default_factory=dict, hash=False)
     first_frame: Picture | None = None
+    initial_pictures: tuple[Picture, ...] = ()
     source: Path | None = field(default=None, compare=False)
     lines: Mapping[Location, int] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        """A first frame in memory is kept as a file would be."""
+        """Pictures in memory are kept as files would be."""
+        object.__setattr__(self, "initial_pictures", as_pictures(self.initial_pictures))
         if self.first_frame is not None:
             object.__setattr__(self, "first_frame", as_picture(self.first_frame))
 
@@ -223,13 +227,17 @@ class Story:
         pictures = self.picture_digests()
         cast = [[c.name, c.prompt, [pictures[p] for p in c.references], c.scale] for c in self.characters]
         first_frame = pictures[self.first_frame] if self.first_frame else None
-        return _sha256([self.title, self.style, self.negative_prompt, cast, first_frame, len(self.frames)])
+        initial = [pictures[picture] for picture in self.initial_pictures]
+        said = [self.title, self.style, self.negative_prompt, cast, first_frame, len(self.frames)]
+        return _sha256([*said, *([initial] if initial else [])])
 
     def pictures(self) -> set[Picture]:
         """Every picture that the story names, or was given."""
         first = {self.first_frame} if self.first_frame else set[Picture]()
         masks = (mask for frame in self.frames for _, mask in frame.masks)
-        return first.union(masks, *(character.references for character in self.characters))
+        return first.union(
+            masks, self.initial_pictures, *(character.references for character in self.characters)
+        )
 
     def inputs(self) -> list[MemoryPicture]:
         """Those of its pictures that are in memory, sorted by name."""
@@ -254,6 +262,7 @@ class Story:
             "negative_prompt": self.negative_prompt,
             "settings": dict(self.settings),
             "first_frame": self.first_frame and _relative(self.first_frame, folder),
+            "initial_pictures": [_relative(picture, folder) for picture in self.initial_pictures],
             "characters": {c.name: _character_data(c, folder) for c in self.characters},
             "frames": [_frame_data(frame, folder) for frame in self.frames],
         }
@@ -286,6 +295,9 @@ def build_story(origin: Origin, data: Any, source: Path | None) -> Story:
         negative_prompt=entry.negative_prompt,
         settings=entry.settings,
         first_frame=first_frame or None,
+        initial_pictures=tuple(
+            pictures.path(("initial_pictures", i), name) for i, name in enumerate(entry.initial_pictures)
+        ),
         source=source,
         lines=origin.lines,
     )
