@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from functools import partial
+from inspect import Signature, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,18 +15,7 @@ from fastory.cli import generate as single
 from fastory.cli.options import (
     OUTPUT,
     RUN,
-    Adapter,
-    Config,
-    Device,
-    Dtype,
-    ImageEncoder,
-    IpAdapter,
-    JsonLines,
-    Loras,
-    ModelName,
     ModelOptions,
-    Offline,
-    Quiet,
     option,
 )
 from fastory.cli.progress import show_batch, show_json
@@ -71,61 +61,36 @@ GpusPerWorker = Annotated[
 ]
 
 
-def batch(
+def queued(
     stories: Stories,
     output: Output,
     workers: WorkerCount = None,
     ray: Ray = None,
     gpus_per_worker: GpusPerWorker = 1.0,
-    mode: single.Mode = None,
-    preset: single.Preset = None,
-    iterations: single.Iterations = None,
-    reference_scale: single.ReferenceScale = None,
-    reference_interval: single.ReferenceInterval = None,
-    references: single.References = None,
-    references_from: single.ReferencesFrom = None,
-    reference_fit: single.ReferenceFit = None,
-    reference_start: single.ReferenceStart = None,
-    regions: single.Regions = None,
-    cast_limit: single.CastLimit = None,
-    until: single.Until = None,
-    tolerance: single.Tolerance = None,
-    window: single.Window = None,
-    drafts: single.Drafts = None,
-    bank: single.Bank = None,
-    model: ModelName = "builtin",
-    config: Config = None,
-    ip_adapter: IpAdapter = None,
-    image_encoder: ImageEncoder = None,
-    adapter: Adapter = None,
-    lora: Loras = None,
-    engine: single.Engine = None,
-    trust_cache: single.TrustCache = False,
-    offline: Offline = False,
-    steps: single.Steps = None,
-    inner_steps: single.InnerSteps = None,
-    guidance_scale: single.GuidanceScale = None,
-    guidance_interval: single.GuidanceInterval = None,
-    scheduler: single.Scheduler = None,
-    seed: single.Seed = None,
-    noise: single.Noise = None,
-    style: single.Style = None,
-    pronouns: single.Pronouns = None,
-    negative_prompt: single.NegativePrompt = None,
-    width: single.Width = None,
-    height: single.Height = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    graphs: single.Graphs = "auto",
-    batch_size: single.BatchSize = None,
-    quiet: Quiet = False,
-    json_lines: JsonLines = False,
 ) -> None:
+    """The options that `batch` has beside those of `generate`."""
+
+
+def batch(**requested: Any) -> None:
     """Draw many stories, each into a run folder of its own, with every device of this machine or of a Ray cluster.
 
     A story that fails does not stop the others. The same command goes on where a batch was interrupted.
     """
-    show(locals())
+    show(requested)
+
+
+# Whatever setting `generate` gets, a batch has it too: Typer reads both of these.
+OF_A_RUN = ("stories", "output", "first_frame", "overwrite", "frames", "redraw_seed")
+PARAMETERS = {
+    **signature(queued, eval_str=True).parameters,
+    **{
+        name: parameter
+        for name, parameter in signature(single.generate, eval_str=True).parameters.items()
+        if name not in OF_A_RUN
+    },
+}
+batch.__signature__ = Signature(list(PARAMETERS.values()))  # type: ignore[attr-defined]
+batch.__annotations__ = {name: parameter.annotation for name, parameter in PARAMETERS.items()}
 
 
 def show(requested: Mapping[str, Any]) -> None:
