@@ -5,17 +5,14 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import replace
 
 from fastory.errors import FastoryError
 from fastory.events import (
     BatchChosen,
-    BatchHalved,
     Event,
     FrameDrawn,
     Notice,
     RoundFinished,
-    RoundStarted,
     StoryFinished,
     StoryStarted,
 )
@@ -24,7 +21,8 @@ from fastory.modes.executor import Executor, Worker
 from fastory.modes.finished import Nothing
 from fastory.modes.mode import StoryPlan
 from fastory.runs.notices import story_notices
-from fastory.runs.provenance import footer, png_chunks
+from fastory.runs.provenance import footer
+from fastory.runs.recording import Recorder
 from fastory.runs.redraw import end_redraw
 from fastory.runs.story_run import StoryRun
 from fastory.runtime import under_threads
@@ -90,7 +88,7 @@ def draw_group(
             if run.folder is not None:
                 run.folder.record_processes(executor.processes)
         yield BatchChosen(group[0].sizes[-1], group[0].reason)
-        yield from lost.watch(_record(group, _mode_events(group, executor, worker)))
+        yield from lost.watch(Recorder(group).watch(_mode_events(group, executor, worker)))
     black = [run for run in group if lost.is_lost(run, run.settings.rounds - 1)]
     for run in group:
         if run not in black:
@@ -164,33 +162,6 @@ def _plan(run: StoryRun, executor: Executor) -> StoryPlan:
     folder = run.folder
     finished, seeds = (Nothing(), {}) if folder is None else (folder, folder.seeds())
     return StoryPlan(run.story, run.settings, run.index, finished, seeds, run.prompts, executor)
-
-
-def _record(group: Sequence[StoryRun], events: Iterator[Event | None]) -> Iterator[Event | None]:
-    """Pass events on; pictures and halvings go into the run folders first."""
-    runs = {run.index: run for run in group}
-    before = time.monotonic()
-    for event in events:
-        match event:
-            case FrameDrawn() if (folder := runs[event.story_index].folder) is not None:
-                now, run = time.monotonic(), runs[event.story_index]
-                chunks = png_chunks(run.story.title, run.prompts[event.frame], run.settings, run.model, event)
-                before, event = now, replace(event, path=folder.save(event, chunks, now - before))
-            case BatchHalved():
-                for run in group:
-                    _record_halving(run, event)
-            case RoundStarted() | RoundFinished():
-                before = time.monotonic()
-        yield event
-
-
-def _record_halving(run: StoryRun, event: BatchHalved) -> None:
-    if run.folder is None:
-        return
-    if event.frame is None:
-        run.folder.halve(event.round, event.size)
-    else:
-        run.folder.halve_from(event.frame, event.size)
 
 
 def _finish(run: StoryRun, started: float) -> StoryFinished:

@@ -17,14 +17,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import stat
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from fastory import files
 from fastory.errors import FastoryError, InputError
@@ -294,25 +292,18 @@ class RunFolder:
             )
         return open_picture(self._file(round, frame)), record["left_out"]
 
-    def save(self, drawn: FrameDrawn, chunks: Mapping[str, str], seconds: float) -> Path:
-        """Write a picture, then its record: a kill in between costs this picture alone."""
-        info = PngInfo()
-        for name, text in chunks.items():
-            info.add_itxt(name, text)
-        buffer = io.BytesIO()
-        drawn.image.save(buffer, "PNG", pnginfo=info)
-        relative = self._relative(drawn.round, drawn.frame)
-        record = {
-            "sha256": self.write(relative, buffer.getvalue()),
-            "seed": drawn.seed,
-            "left_out": drawn.left_out,
-            "seconds": round(seconds, 3),
-            **({} if drawn.converged is None else {"converged": drawn.converged}),
-        }
-        self._pictures().setdefault(str(drawn.round), {})[str(drawn.frame)] = record
-        self._trusted[drawn.round, drawn.frame] = True
+    def record(self, pictures: Iterable[tuple[FrameDrawn, str, float]]) -> None:
+        """Record pictures whose files are written, each with its sha256 and seconds: until then they are not drawn."""
+        for drawn, sha256, seconds in pictures:
+            self._pictures().setdefault(str(drawn.round), {})[str(drawn.frame)] = {
+                "sha256": sha256,
+                "seed": drawn.seed,
+                "left_out": drawn.left_out,
+                "seconds": round(seconds, 3),
+                **({} if drawn.converged is None else {"converged": drawn.converged}),
+            }
+            self._trusted[drawn.round, drawn.frame] = True
         self.save_manifest()
-        return self.path / relative
 
     def halve(self, round: int, size: int) -> None:
         """Record the smaller micro-batch from `round` on, and forget that round's pictures drawn with the larger one.
@@ -378,12 +369,13 @@ class RunFolder:
         pictures = self._pictures() if self._redrawn(frame) else self.manifest["pictures"]
         return pictures.get(str(round), {}).get(str(frame))
 
-    def _relative(self, round: int, frame: int) -> str:
+    def place_of(self, round: int, frame: int) -> str:
+        """Where a picture stands, relative to the folder: one that is redrawn stands in redraw/ first."""
         name = picture_name(round, frame)
         return f"redraw/{name}" if self._redrawn(frame) else name
 
     def _file(self, round: int, frame: int) -> Path:
-        return self.path / self._relative(round, frame)
+        return self.path / self.place_of(round, frame)
 
     # -- finishing -----------------------------------------------------------------------------------------------
 

@@ -1,0 +1,137 @@
+"""What is drawn goes into the run folders beside the drawing: files on threads of their own, one manifest a micro-batch."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from fastory import files
+from fastory.events import BatchHalved, Event, FrameDrawn, RoundFinished, RoundStarted, StepDone
+from fastory.runs.folder import RunFolder
+from fastory.runs.provenance import png_chunks
+from fastory.runs.story_run import StoryRun
+
+# Threads that compress and write. A CPU that draws has one to spare; a GPU's host has little else to do.
+THREADS = {"cpu": 1, "cuda": 4}
+
+
+@dataclass(frozen=True)
+class Writing:
+    """A picture on its way to the disk. sha256: of the file, when it is written. seconds: that drawing it took."""
+
+    drawn: FrameDrawn
+    folder: RunFolder
+    sha256: Future[str]
+    seconds: float
+
+
+class Recorder:
+    """Writes the pictures of stories that are drawn together.
+
+    An event of a picture is passed on when its file and its record are written: a kill costs the micro-batch whose pictures
+    are being written, and the steps of the next one. On the CPU they are waited for before the next micro-batch's first step
+    is passed on, on a GPU they are looked at after every step, which is on its way by then.
+    """
+
+    def __init__(self, group: Sequence[StoryRun]) -> None:
+        """group: the runs that are drawn together."""
+        self._runs: Mapping[int, StoryRun] = {run.index: run for run in group}
+        device = group[0].model.placement.device.type
+        self._waits = device == "cpu"
+        self._threads = ThreadPoolExecutor(THREADS.get(device, 1), "fastory-pictures")
+        self._writing: list[Writing] = []
+        self._between = False  # whether another event came since the last picture
+        self._any = False
+        self._before = time.monotonic()
+
+    def watch(self, events: Iterator[Event | None]) -> Iterator[Event | None]:
+        """Pass events on; pictures and halvings are in the run folders by then."""
+        try:
+            for event in events:
+                if isinstance(event, FrameDrawn):
+                    yield from self._picture(event)
+                    continue
+                self._between = True
+                if isinstance(event, StepDone | None) and not self._waits and not self._written():
+                    yield event
+                    continue
+                yield from self._record()
+                if isinstance(event, BatchHalved):
+                    self._halve(event)
+                if isinstance(event, BatchHalved | RoundStarted | RoundFinished):
+                    self._before = time.monotonic()
+                yield event
+            yield from self._record()
+        finally:
+            try:
+                self._record()  # what is drawn is kept, whatever ended the drawing
+            finally:
+                self._threads.shutdown()
+
+    def _picture(self, drawn: FrameDrawn) -> Iterator[FrameDrawn]:
+        """Begin to write a picture, after those of the micro-batch before it are recorded."""
+        run = self._runs[drawn.story_index]
+        if run.folder is None:
+            yield drawn
+            return
+        now = time.monotonic()
+        seconds, self._before = now - self._before, now
+        if self._between:
+            yield from self._record()
+        self._between = False
+        chunks = png_chunks(run.story.title, run.prompts[drawn.frame], run.settings, run.model, drawn)
+        place = run.folder.place_of(drawn.round, drawn.frame)
+        files.make_folder((run.folder.path / place).parent)
+        sha256 = self._threads.submit(write_png, run.folder, place, drawn.image, chunks)
+        self._writing.append(Writing(drawn, run.folder, sha256, seconds))
+        if not self._any:  # the first picture is shown as soon as it is there
+            self._any = True
+            yield from self._record()
+
+    def _written(self) -> bool:
+        return bool(self._writing) and all(writing.sha256.done() for writing in self._writing)
+
+    def _record(self) -> Sequence[FrameDrawn]:
+        """Wait for what is being written and record it, a manifest a folder; returns the pictures in their order.
+
+        Raises FastoryError for the first that could not be written, when the others are recorded.
+        """
+        writing = self._writing
+        failed = [error for one in writing if (error := one.sha256.exception()) is not None]
+        written = [one for one in writing if one.sha256.exception() is None]
+        self._writing = []
+        for folder in {id(one.folder): one.folder for one in written}.values():
+            folder.record(
+                (one.drawn, one.sha256.result(), one.seconds) for one in written if one.folder is folder
+            )
+        if failed:
+            raise failed[0]
+        return [
+            replace(one.drawn, path=one.folder.path / one.folder.place_of(one.drawn.round, one.drawn.frame))
+            for one in written
+        ]
+
+    def _halve(self, event: BatchHalved) -> None:
+        for run in self._runs.values():
+            if run.folder is None:
+                continue
+            if event.frame is None:
+                run.folder.halve(event.round, event.size)
+            else:
+                run.folder.halve_from(event.frame, event.size)
+
+
+def write_png(folder: RunFolder, place: str, image: Image.Image, chunks: Mapping[str, str]) -> str:
+    """Write a picture with its text chunks at `place` of a run folder; returns the file's sha256."""
+    info = PngInfo()
+    for name, text in chunks.items():
+        info.add_itxt(name, text)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", pnginfo=info)
+    return folder.write(place, buffer.getvalue())
