@@ -15,6 +15,7 @@ from fastory import Settings, Story
 from fastory.events import FrameDrawn
 from fastory.runs.folder import RunFolder
 from fastory.runs.identity import Identity
+from fastory.runs.recording import write_png
 
 # Pictures so large that a few frames at once need far more than one; the limit is set after the model is open.
 SCRIPT = """
@@ -79,7 +80,8 @@ def test_smaller_micro_batch_counts_from_its_round_on(tmp_path: Path) -> None:
     story = Story.from_captions(["a fox", "a cat"])
     folder.begin(Identity.of(story, Settings(), {}, None), story, {}, {}, 8)
     for k in (0, 1):
-        folder.save(FrameDrawn(k, 0, Image.new("RGB", (8, 8)), 0, None), {}, 0.0)
+        drawn = FrameDrawn(k, 0, Image.new("RGB", (8, 8)), 0, None)
+        folder.record([(drawn, write_png(folder, folder.place_of(k, 0), drawn.image, {}), 0.0)])
     folder.halve(1, 4)
     folder.halve(3, 2)
     assert folder.batch_sizes() == [8, 4, 4, 2]
