@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from fastory.events import FrameDrawn
 from fastory.models.protocol import Model
 from fastory.modes.finished import Finished
 from fastory.modes.regions import Regions, Seen
 from fastory.settings import Settings
 
 LOOKED_BACK = 3  # rounds that say whether a frame has converged
+
+
+@dataclass(frozen=True)
+class DrawnFrame:
+    """A picture, and what it gives others: None where no round will ask."""
+
+    event: FrameDrawn
+    seen: Seen | None
 
 
 @dataclass
@@ -39,19 +49,34 @@ class DrawnRounds:
         self._means = {key: mean for key, mean in self._means.items() if k - 2 <= key[0] < k}
         self._pictures = {key: image for key, image in self._pictures.items() if key[0] == k - 1}
 
-    def add(self, k: int, frame: int, image: Image.Image, left_out: str | None) -> None:
-        """A picture was drawn. left_out: why it must not become a reference, None for one that may."""
+    def encoded(self, k: int, frame: int, image: Image.Image, left_out: str | None) -> Seen:
+        """What a picture of round k gives others. left_out: why it must not become a reference, None for one that may."""
         whole = None if left_out else self.model.encode_reference(image, self.settings.reference_fit)
         seen = Seen(whole) if self.regions is None else self.regions.see(frame, image, whole)
         if whole is not None and self.settings.restarts(k + 1):
             # From the picture as it is saved: a resumed run has no other.
             seen = replace(seen, latents=self.model.encode_picture(image))
-        self._seen[k, frame] = seen
+        return seen
+
+    def finish(self, k: int, frame: int, seed: int, latents: Tensor) -> DrawnFrame:
+        """Latents (1, c, h, w) decoded, and encoded as a reference. Nothing of this object changes: it may run beside others."""
+        decoded = self.model.decode(latents)
+        drawn = FrameDrawn(k, frame, decoded.image, seed, decoded.left_out)
+        if k >= self.settings.iterations and self.settings.references_from != "latest":
+            return DrawnFrame(drawn, None)
+        return DrawnFrame(drawn, self.encoded(k, frame, decoded.image, decoded.left_out))
+
+    def take(self, k: int, drawn: Iterable[DrawnFrame]) -> Iterator[FrameDrawn]:
+        """Pictures of round k are passed on, and are references from now on."""
+        for frame in drawn:
+            if frame.seen is not None:
+                self.put(k, frame.event.frame, frame.seen)
+            yield frame.event
 
     def seen(self, k: int, frame: int) -> Seen:
         """What the picture of `frame` in round k gives others; nothing if it must not become a reference."""
         if (k, frame) not in self._seen:
-            self.add(k, frame, *self.finished.load(k, frame))
+            self.put(k, frame, self.encoded(k, frame, *self.finished.load(k, frame)))
         return self._seen[k, frame]
 
     def as_reference(self, k: int, frame: int) -> Seen:
@@ -77,7 +102,7 @@ class DrawnRounds:
         return replace(now, whole=whole, own=own)
 
     def put(self, k: int, frame: int, seen: Seen) -> None:
-        """What a picture that another process drew gives others."""
+        """What a picture that was drawn just now, here or in another process, gives others."""
         self._seen[k, frame] = seen
 
     def put_reference(self, k: int, frame: int, seen: Seen) -> None:

@@ -24,7 +24,7 @@ from fastory.errors import InputError
 from fastory.events import Event, FrameDrawn, RoundFinished, RoundStarted, StepDone
 from fastory.models.protocol import Caption, Model
 from fastory.modes.converged import staying
-from fastory.modes.drawn_rounds import LOOKED_BACK, DrawnRounds
+from fastory.modes.drawn_rounds import LOOKED_BACK, DrawnFrame, DrawnRounds
 from fastory.modes.executor import HERE, Batch, Round
 from fastory.modes.initial import check_initial, initial_round
 from fastory.modes.memory import until_it_fits
@@ -35,6 +35,7 @@ from fastory.modes.weighting import ramped, weights_of
 from fastory.pictures import open_picture
 from fastory.sampling.noise import frame_seed
 from fastory.sampling.sampler import Row, Sampler, leave_idle, sampler_for
+from fastory.sampling.tail import Tail
 from fastory.settings import MODES, SCHEDULERS, Settings
 from fastory.story import Story
 
@@ -180,20 +181,24 @@ def draw_batches(run: IterativeRun, round: Round, batches: Sequence[Batch]) -> I
     sampler.set_steps(settings.scheduled_steps(k), settings.steps_of(k))
     latest = settings.references_from == "latest"
     references: References | None = None
-    for members in batches:
-        if references is None or latest:
-            fresh = {j: run.drawn.as_reference(k, j) for j in range(members[0] if latest else 0)}
-            references = references_of(run, k, fresh)
-            sampler.set_round(references)
-        rows = [row_of(run, references, k, i) for i in members]
-        yield from report_steps(sampler, rows, k, round.missing, ramped(sampler, references, settings))
-        for n, row in enumerate(rows):
-            if row.frame not in round.missing:
-                continue
-            decoded = run.model.decode(sampler.latents[n : n + 1])
-            if k < settings.iterations or latest:
-                run.drawn.add(k, row.frame, decoded.image, decoded.left_out)
-            yield FrameDrawn(k, row.frame, decoded.image, row.seed, decoded.left_out)
+    with Tail[DrawnFrame](run.model.placement.device) as tail:
+        for members in batches:
+            if references is None or latest:
+                yield from run.drawn.take(k, tail.rest())
+                fresh = {j: run.drawn.as_reference(k, j) for j in range(members[0] if latest else 0)}
+                references = references_of(run, k, fresh)
+                sampler.set_round(references)
+            rows = [row_of(run, references, k, i) for i in members]
+            prepare = ramped(sampler, references, settings)
+            for event in report_steps(sampler, rows, k, round.missing, prepare):
+                yield event
+                yield from run.drawn.take(k, tail.ready())
+            yield from run.drawn.take(k, tail.rest())  # the micro-batch before this one
+            for n, row in enumerate(rows):
+                if row.frame in round.missing:
+                    tail.submit(partial(run.drawn.finish, k, row.frame, row.seed), sampler.latents[n : n + 1])
+                    yield from run.drawn.take(k, tail.ready())
+        yield from run.drawn.take(k, tail.rest())
 
 
 def report_steps(

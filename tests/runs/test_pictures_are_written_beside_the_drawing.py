@@ -1,4 +1,4 @@
-"""Risk: a picture is announced before it is kept, pictures change their order, or one that cannot be written costs the others."""
+"""Risk: a picture is announced before it is kept, pictures change their order, or one that is not written costs others."""
 
 from __future__ import annotations
 

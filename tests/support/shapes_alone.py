@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import Executor, Future
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -22,6 +23,8 @@ from torch.nn import Module, Parameter
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from fastory.sampling import tail
 
 DEVICE = torch.device("cuda:0")
 MEMORY = 80 * 2**30  # bytes, as an H100's
@@ -216,6 +219,15 @@ def _move(module: Module, convert: Any, recurse: bool = True) -> Module:
     return module
 
 
+class _AtOnce(Executor):
+    """Another thread would not see the device of shapes, which is a mode of this one."""
+
+    def submit(self, work: Any, *arguments: Any, **values: Any) -> Future[Any]:  # type: ignore[override]
+        made = Future[Any]()
+        made.set_result(work(*arguments, **values))
+        return made
+
+
 class _Event:
     def __init__(self, enable_timing: bool = False) -> None:
         pass
@@ -240,6 +252,12 @@ class _Stream:
     def wait_stream(self, other: _Stream) -> None:
         """Order on the device alone."""
 
+    def wait_event(self, event: _Event) -> None:
+        """Order on the device alone."""
+
+    def synchronize(self) -> None:
+        """The thread beside the steps waits for its own stream."""
+
 
 @contextmanager
 def fake_cuda() -> Iterator[ShapesAlone]:
@@ -258,6 +276,7 @@ def fake_cuda() -> Iterator[ShapesAlone]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Module, "_apply", _move)
+        patch.setattr(tail, "beside", lambda device: _AtOnce())
         patch.setattr(fake_tensor, "init_gpu_context", lambda device=None: None)
         stand_ins = {
             "_lazy_init": lambda: None,
