@@ -59,7 +59,7 @@ class DrawnRounds:
         return seen
 
     def finish(self, k: int, frame: int, seed: int, latents: Tensor) -> DrawnFrame:
-        """Latents (1, c, h, w) decoded, and encoded as a reference. Nothing of this object changes: it may run beside others."""
+        """Latents (1, c, h, w) decoded, and encoded as a reference. It changes nothing here: another thread may do it."""
         decoded = self.model.decode(latents)
         drawn = FrameDrawn(k, frame, decoded.image, seed, decoded.left_out)
         if k >= self.settings.iterations and self.settings.references_from != "latest":

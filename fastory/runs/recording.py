@@ -86,9 +86,9 @@ class Recorder:
             yield from self._record()
         self._between = False
         chunks = png_chunks(run.story.title, run.prompts[drawn.frame], run.settings, run.model, drawn)
-        place = run.folder.place_of(drawn.round, drawn.frame)
-        files.make_folder((run.folder.path / place).parent)
-        sha256 = self._threads.submit(write_png, run.folder, place, drawn.image, chunks)
+        name = run.folder.place_of(drawn.round, drawn.frame)
+        files.make_folder((run.folder.path / name).parent)
+        sha256 = self._threads.submit(write_png, run.folder, name, drawn.image, chunks)
         self._writing.append(Writing(drawn, run.folder, sha256, seconds))
         if not self._any:  # the first picture is shown as soon as it is there
             self._any = True
@@ -103,18 +103,23 @@ class Recorder:
         Raises FastoryError for the first that could not be written, when the others are recorded.
         """
         writing = self._writing
-        failed = [error for one in writing if (error := one.sha256.exception()) is not None]
-        written = [one for one in writing if one.sha256.exception() is None]
+        failed = [error for picture in writing if (error := picture.sha256.exception()) is not None]
+        written = [picture for picture in writing if picture.sha256.exception() is None]
         self._writing = []
-        for folder in {id(one.folder): one.folder for one in written}.values():
+        for folder in {id(picture.folder): picture.folder for picture in written}.values():
             folder.record(
-                (one.drawn, one.sha256.result(), one.seconds) for one in written if one.folder is folder
+                (picture.drawn, picture.sha256.result(), picture.seconds)
+                for picture in written
+                if picture.folder is folder
             )
         if failed:
             raise failed[0]
         return [
-            replace(one.drawn, path=one.folder.path / one.folder.place_of(one.drawn.round, one.drawn.frame))
-            for one in written
+            replace(
+                picture.drawn,
+                path=picture.folder.path / picture.folder.place_of(picture.drawn.round, picture.drawn.frame),
+            )
+            for picture in written
         ]
 
     def _halve(self, event: BatchHalved) -> None:
@@ -127,11 +132,11 @@ class Recorder:
                 run.folder.halve_from(event.frame, event.size)
 
 
-def write_png(folder: RunFolder, place: str, image: Image.Image, chunks: Mapping[str, str]) -> str:
-    """Write a picture with its text chunks at `place` of a run folder; returns the file's sha256."""
+def write_png(folder: RunFolder, name: str, image: Image.Image, chunks: Mapping[str, str]) -> str:
+    """Write a picture with its text chunks at `name` of a run folder; returns the file's sha256."""
     info = PngInfo()
-    for name, text in chunks.items():
-        info.add_itxt(name, text)
+    for key, text in chunks.items():
+        info.add_itxt(key, text)
     buffer = io.BytesIO()
     image.save(buffer, "PNG", pnginfo=info)
-    return folder.write(place, buffer.getvalue())
+    return folder.write(name, buffer.getvalue())

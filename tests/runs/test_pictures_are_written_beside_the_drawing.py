@@ -68,10 +68,10 @@ def test_a_picture_that_cannot_be_written_costs_no_other(
 ) -> None:
     folder, write = tmp_path / "run", recording.write_png
 
-    def full(folder: RunFolder, place: str, *rest: Any) -> str:
-        if place == "iteration-00/frame-002.png":
+    def full(folder: RunFolder, name: str, *rest: Any) -> str:
+        if name == "iteration-00/frame-002.png":
             raise FastoryError("the disk is full")
-        return write(folder, place, *rest)
+        return write(folder, name, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(recording, "write_png", full)
