@@ -58,6 +58,10 @@ class DrawnRounds:
             seen = replace(seen, latents=self.model.encode_picture(image))
         return seen
 
+    def add(self, k: int, frame: int, image: Image.Image, left_out: str | None) -> None:
+        """A picture is a reference from now on. left_out: why it must not become one."""
+        self.put(k, frame, self.encoded(k, frame, image, left_out))
+
     def finish(self, k: int, frame: int, seed: int, latents: Tensor) -> DrawnFrame:
         """Latents (1, c, h, w) decoded, and encoded as a reference. It changes nothing here: another thread may do it."""
         decoded = self.model.decode(latents)
@@ -76,7 +80,7 @@ class DrawnRounds:
     def seen(self, k: int, frame: int) -> Seen:
         """What the picture of `frame` in round k gives others; nothing if it must not become a reference."""
         if (k, frame) not in self._seen:
-            self.put(k, frame, self.encoded(k, frame, *self.finished.load(k, frame)))
+            self.add(k, frame, *self.finished.load(k, frame))
         return self._seen[k, frame]
 
     def as_reference(self, k: int, frame: int) -> Seen:
