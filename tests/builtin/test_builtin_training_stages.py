@@ -172,15 +172,24 @@ def test_minutes_for_all_stages_are_shared_out() -> None:
 
 
 def older_model(folder: Path, forgotten: set[str]) -> Path:
-    """The shipped encoders and a tokenizer as if some words of the grammar had never been: their tokens are cut off."""
+    """The shipped encoders as they were before captions told of looks, and some words never learned: their tokens are gone.
+
+    What was learned later stands behind the end of text, in the vocabulary as in the encoder's table.
+    """
     folder.mkdir()
     for name in ("tokenizer", "text_encoder", "image_encoder"):
         shutil.copytree(WEIGHTS / name, folder / name)
     file = folder / "tokenizer" / "tokenizer.json"
     content = json.loads(file.read_text(encoding="utf-8"))
-    words = {f"{word}</w>" for word in forgotten}
+    vocabulary = content["model"]["vocab"]
+    size = content["added_tokens"][-1]["id"] + 1
+    words = {f"{word}</w>" for word in forgotten} | {token for token, i in vocabulary.items() if i >= size}
     content["model"]["merges"] = [pair for pair in content["model"]["merges"] if "".join(pair) not in words]
+    content["model"]["vocab"] = {token: i for token, i in vocabulary.items() if i < size}
     file.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    encoder = CLIPTextModel.from_pretrained(folder / "text_encoder")
+    encoder.resize_token_embeddings(size)
+    encoder.save_pretrained(folder / "text_encoder")
     return folder
 
 
