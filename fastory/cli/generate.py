@@ -99,7 +99,7 @@ Regions = Annotated[
     choice(
         METHOD,
         choices("regions"),
-        help="Own references for characters, where they stand: named ones (auto), the built-in model's animals too (on).",
+        help="Own references for characters, where they stand; under the references `all` with `on` alone.",
     ),
 ]
 CastLimit = Annotated[

@@ -58,8 +58,8 @@ def _words(prompt: str, options: Sequence[str]) -> list[tuple[int, int]]:
 def settled(model: Model, story: Story, settings: Settings, prompts: Sequence[str]) -> str:
     """The setting `regions` as it decides this story: `off` where nothing would be another with it.
 
-    `auto` minds stories that name characters; boxes and masks always count; the rule `all` without them is the paper's, where
-    every frame sees every picture whole.
+    Boxes and masks always count; with `auto` the rule `all` without them is the paper's, where every frame sees every picture
+    whole.
     """
     plain = is_plain(model, story, settings)
     laid_out = any(frame.is_laid_out for frame in story.frames)
@@ -118,8 +118,8 @@ def medoids(tokens: Sequence[Tensor], count: int) -> list[int]:
 
 
 def is_plain(model: Model, story: Story, settings: Settings) -> bool:
-    """Whether the animals of the captions are the characters: `regions` on, a plain story, a model of the drawn world."""
-    return settings.regions == "on" and not story.characters and model.world is not None
+    """Whether the animals of the captions are the characters: a story that names none, and a model of the drawn world."""
+    return settings.regions != "off" and not story.characters and model.world is not None
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ def resolve_story(
     if "regions" in MODES[settings.mode].own:
         requested = settings.regions
         settings = replace(settings, regions=settled(model, story, settings, prompts))
-        in_vain = requested == "on" and settings.regions == "off" and sources["regions"] != "model"
+        in_vain = requested == "on" and settings.regions == "off"
     _check_drawable(model, story, settings, batch_size)
     check_steps(model, settings.scheduler, [n for n in (settings.steps, settings.inner_steps) if n])
     mode_of(settings.mode).check(model, story, settings)

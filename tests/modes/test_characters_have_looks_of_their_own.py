@@ -72,11 +72,15 @@ def same(one: Image.Image, other: Image.Image) -> bool:
     return one.tobytes() == other.tobytes()
 
 
-def test_a_story_that_names_nobody_is_drawn_as_without_regions(model: StoryModel) -> None:
+def test_the_animals_of_a_plain_story_are_its_characters_in_a_world_whose_words_are_known(
+    model: StoryModel,
+) -> None:
     plain = Story.from_captions(["a fox is jumping", "a bear and a fox are standing"])
     auto, off, on = (draw(model, plain, regions=value) for value in ("auto", "off", "on"))
-    assert all(same(auto[key], off[key]) for key in off)
-    assert not same(on[1, 1], off[1, 1])  # its animals are its characters where that is asked for
+    assert all(same(auto[key], on[key]) for key in on)
+    assert not same(on[1, 1], off[1, 1])
+    other = replace(model.checkpoint, defaults={**model.checkpoint.defaults, "world": None})
+    assert settled(StoryModel(other), plain, chosen(model), [f.caption for f in plain.frames]) == "off"
 
 
 def test_each_frame_sees_the_pictures_of_its_own_characters_alone(model: StoryModel, tmp_path: Path) -> None:
@@ -172,7 +176,8 @@ def test_where_regions_decide_nothing_they_are_off(model: StoryModel, tmp_path: 
     assert of(given, chosen(model, iterations=0)) == "off"
     assert of(given, chosen(model, regions="off")) == of(boxes, chosen(model, regions="off")) == "off"
     assert of(alone, chosen(model)) == "off"
-    assert of(plain, chosen(model)) == "off" and of(plain, chosen(model, regions="on")) == "on"
+    assert of(plain, chosen(model)) == "auto" and of(plain, chosen(model, regions="on")) == "on"
+    assert of(plain, chosen(model, references="all")) == "off"
     assert "regions" not in chosen(model, regions="off").identity()  # a run folder of before goes on
     assert chosen(model).identity()["regions"] == "auto"
 

@@ -45,7 +45,6 @@ DEFAULTS = {
     "guidance_scale": 3.0,
     "noise": "per-frame",
     "references": "others",
-    "regions": "on",
     "reference_scale": [0.3, 0.5],
     "ip_adapter": "ip_adapter/ip_adapter.safetensors",
     "adapter": CAUSAL,
