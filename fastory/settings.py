@@ -98,7 +98,8 @@ class Settings:
     as soon as they are drawn, micro-batch after micro-batch in the order of the frames, so that round 0 sees its first ones.
     reference_start: the first round in which pictures given for a character are references. regions: whether characters
     have references of their own, each where it stands: those that a story names, or the animals of the built-in model's plain
-    stories; `on` under the references `all` too, see modes/regions.py. cast_limit: the appearances of a character that are its references then, those that
+    stories; `on` under the references `all` too, see modes/regions.py.
+    cast_limit: the appearances of a character that are its references then, those that
     stand for all best; 0 for all. pronouns: whether `he` or `they` in a caption without a name mean named characters of the
     story, see story/pronouns.py. window: L_M of causal mode,
     the frames before it that a frame sees, or "all" (AR-LDM). drafts: how often frame 0 of causal mode is drawn before it is

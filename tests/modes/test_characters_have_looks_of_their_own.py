@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -73,14 +74,19 @@ def same(one: Image.Image, other: Image.Image) -> bool:
 
 
 def test_the_animals_of_a_plain_story_are_its_characters_in_a_world_whose_words_are_known(
-    model: StoryModel,
+    model: StoryModel, tmp_path: Path
 ) -> None:
     plain = Story.from_captions(["a fox is jumping", "a bear and a fox are standing"])
     auto, off, on = (draw(model, plain, regions=value) for value in ("auto", "off", "on"))
     assert all(same(auto[key], on[key]) for key in on)
     assert not same(on[1, 1], off[1, 1])
-    other = replace(model.checkpoint, defaults={**model.checkpoint.defaults, "world": None})
-    assert settled(StoryModel(other), plain, chosen(model), [f.caption for f in plain.frames]) == "off"
+    folder = tmp_path / "weights"
+    shutil.copytree(WEIGHTS, folder)
+    defaults = json.loads((folder / "fastory_defaults.json").read_text())
+    del defaults["world"]
+    (folder / "fastory_defaults.json").write_text(json.dumps(defaults))
+    unknown = StoryModel.open(str(folder))
+    assert settled(unknown, plain, chosen(model), [frame.caption for frame in plain.frames]) == "off"
 
 
 def test_each_frame_sees_the_pictures_of_its_own_characters_alone(model: StoryModel, tmp_path: Path) -> None:

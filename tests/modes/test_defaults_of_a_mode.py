@@ -50,5 +50,5 @@ def test_what_cannot_be_settings_is_refused(own: Any, wanted: str) -> None:
 
 
 def test_a_mode_that_does_not_exist_is_refused_as_ever() -> None:
-    with pytest.raises(InputError, match="wanted one of iterative, causal, .*got 'causl'"):
+    with pytest.raises(InputError, match=r"wanted one of iterative, causal, .*got 'causl'"):
         resolve({"mode": "causl"}, {}, None, FOLDER)
