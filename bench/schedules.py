@@ -108,7 +108,9 @@ def candidates() -> list[Candidate]:
         for chosen in (
             {"reference_momentum": 0.3},
             {"reference_momentum": 0.6},
+            {"reference_momentum": 0.8},
             {"reference_weighting": "majority"},
+            {"reference_momentum": 0.6, "reference_weighting": "majority"},
             {"reference_ramp": "0.5:1.5"},
             {"reference_ramp": "1.5:0.5"},
         )

@@ -146,7 +146,7 @@ class Settings:
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     reference_interval: tuple[float, float] = (0.0, 1.0)
     until: str = "iterations"
-    tolerance: float = 0.02
+    tolerance: float = 0.005
     restart: float = 1.0
     reference_rise: int = 0
     reference_momentum: float = 0.0

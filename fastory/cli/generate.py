@@ -153,7 +153,7 @@ Until = Annotated[
 Tolerance = Annotated[
     float | None,
     option(
-        METHOD, metavar="EPS", help="With --until converged: how far two rounds may move it (default 0.02)."
+        METHOD, metavar="EPS", help="With --until converged: how far two rounds may move it (default 0.005)."
     ),
 ]
 Window = Annotated[
