@@ -119,8 +119,7 @@ class RayWorkers:
         Raises InputError where there is no cluster.
         """
         self._ray = connected(address)
-        on_gpus = device != "cpu" and any(node.get("GPU") for node in nodes_of(self._ray))
-        self._needed = {"GPU": gpus} if on_gpus else {"CPU": 1.0}
+        self._needed = needed_of(nodes_of(self._ray), device, gpus)
         self._most, self._looked = most, time.monotonic()
         # A retry of Ray's own would draw from the files of the first attempt: `draw` is called again by the queue, which
         # bounds how often, with all that has arrived since. What has no state is retried for ever.
@@ -202,6 +201,12 @@ def connected(address: str) -> Any:
 def nodes_of(ray: Any) -> list[dict[str, float]]:
     """What each machine of the cluster has, by Ray's names: CPU, GPU, memory, .."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def needed_of(nodes: Sequence[dict[str, float]], device: str, gpus: float) -> dict[str, float]:
+    """What a worker takes of a machine: GPUs where there are any, else a core. device: as --device has it."""
+    on_gpus = device == "cuda" or (device != "cpu" and any(node.get("GPU") for node in nodes))
+    return {"GPU": gpus, "CPU": 1.0} if on_gpus else {"CPU": 1.0}
 
 
 def how_many(nodes: Sequence[dict[str, float]], needed: dict[str, float]) -> int:

@@ -41,6 +41,8 @@ def kill_an_actor(node: Node) -> None:
 @pytest.mark.parametrize("count", [5, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_worker_and_a_node_are_killed(count: int, cluster: Cluster, tmp_path: Path) -> None:
     address, first, second = cluster
+    out, err = start("doctor", "--json", RAY_ADDRESS=address).communicate(timeout=120)
+    assert [event["actors"] for event in events_of(out, "RayNode")] == [1, 1], err
     stories = write_batch(tmp_path / "stories", count, frames=3)
     command = ["batch", tmp_path / "stories", "-o", tmp_path / "out", "--ray", address, *FEW, "--json"]
     process = start(*command)

@@ -92,6 +92,21 @@ def test_doctor() -> None:
     assert kernels["cpu"]["implementation"] not in kernels["cpu"]["others"]
     cuda = [event["event"] for event in told if event["event"] in ("Cuda", "NoCuda")]
     assert cuda == ["Cuda"] * torch.cuda.device_count() or cuda == ["NoCuda"]
+    workers = [event["device"] for event in told if event["event"] == "BatchWorker"]
+    assert workers == [f"cuda:{i}" for i in range(torch.cuda.device_count())] or workers == ["cpu"]
+
+
+def test_doctor_says_what_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of torchrun's processes, and of a cluster that is not there, without ending for it."""
+    launched = {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, str(value))
+    pytest.importorskip("ray", reason="the cluster is Ray's: pip install 'fastory[ray]'")
+    told = events("doctor", "--ray", "127.0.0.1:9")
+    ranks = [event for event in told if event["event"] == "Rank"]
+    assert [(event["rank"], event["processes"]) for event in ranks] == [(1, 2)]
+    (none,) = (event for event in told if event["event"] == "NoRay")
+    assert "no cluster answers there" in none["reason"]
 
 
 @pytest.mark.parametrize("command", ["generate", "tune", "export", "convert", "doctor"])
