@@ -230,7 +230,7 @@ def nodes(address: str) -> Iterator[RayNode | NoRay]:
         ray.shutdown()
     needed = needed_of(found, "auto", 1.0)
     for number, node in enumerate(found, start=1):
-        known = {name: node[name] for name in ("CPU", "GPU", "memory") if name in node}
+        known: dict[str, float] = {name: node[name] for name in ("CPU", "GPU", "memory") if name in node}
         yield RayNode(number, known, how_many([node], needed))
 
 
