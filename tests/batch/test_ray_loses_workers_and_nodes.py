@@ -52,7 +52,7 @@ def test_a_worker_and_a_node_are_killed(count: int, cluster: Cluster, tmp_path: 
     seen.append(wait_for(process, "StoryDone"))
     second.kill()
     out, err = process.communicate(timeout=240)
-    assert process.returncode == 0, err
+    assert process.returncode == 0, (events_of(out, "StoryFailed", "WorkerLost"), err)
     lost = [*(event for event in seen if event["event"] == "WorkerLost"), *events_of(out, "WorkerLost")]
     assert len({event["worker"] for event in lost}) == 2
     assert runs_of(tmp_path / "out") == drawn_alone(tmp_path, stories)
