@@ -150,7 +150,7 @@ class Comparison:
             "of": frames,
         }
         uncounted = "some of its pictures were not drawn by fastory compare"
-        calls = cost.calls_a_frame(frames, round)
+        calls = cost.calls_a_frame(cell.folder, frames, round)
         yield Measured("unet_calls", calls, by, missing=None if calls is not None else uncounted, **common)
         yield Measured("seconds", seconds_of(cell.folder, round) / frames, by, **common)
         if round == max(cell.rounds):

@@ -1,7 +1,7 @@
 """What drawing costs: UNet calls, seconds, and the most memory, of one story by one method.
 
-Calls are counted picture by picture and stand on the disk as soon as the picture does, so an interrupted run has lost none;
-the seconds are those that the run folder's manifest has. A call with two rows, conditional and unconditional, counts one.
+Calls are counted picture by picture and stand on the disk before the picture does, so an interrupted run has lost none; the
+seconds are those that the run folder's manifest has. A call with two rows, conditional and unconditional, counts one.
 """
 
 from __future__ import annotations
@@ -67,41 +67,58 @@ class Cost:
         return cls(path, calls, data["peak"], data["memory"])
 
     def counted(self, events: Iterable[Event], device: torch.device) -> Iterator[Event]:
-        """Passes the events of one story on, and records after each picture."""
+        """Passes the events of one story on, and records the calls of each micro-batch after its last step."""
         memory, pending = Memory(device), Counter[int]()
         for event in events:
             match event:
                 case StepDone():
                     pending.update(event.frames)
+                    if event.step == event.steps:  # of a draft, too: the frame itself goes on counting
+                        calls = self.calls.setdefault(event.round, {})
+                        calls.update({frame: pending[frame] for frame in event.frames})
+                        self._look(memory)
+                        self.save()
+                case FrameDrawn():
+                    del pending[event.frame]
                 case BatchHalved():
                     pending.clear()
                     if event.frame is None:  # the whole round is drawn again
                         self.calls.pop(event.round, None)
-                case FrameDrawn():
-                    self.calls.setdefault(event.round, {})[event.frame] = pending.pop(event.frame, 0)
-                    self.peak, self.memory = (
-                        max(filter(None, (self.peak, memory.peak())), default=None),
-                        memory.of,
-                    )
-                    self.save()
             yield event
+
+    def _look(self, memory: Memory) -> None:
+        self.peak = max(filter(None, (self.peak, memory.peak())), default=None)
+        self.memory = memory.of
 
     def save(self) -> None:
         """Write the file."""
         data: dict[str, Any] = {"schema": 1, "calls": self.calls, "peak": self.peak, "memory": self.memory}
         files.atomic_write(self.path, json.dumps(data).encode())
 
-    def calls_a_frame(self, frames: int, last: int) -> float | None:
-        """Up to and with round `last`, mean over frames; None where not every picture's calls were counted."""
-        rounds = [self.calls.get(k, {}) for k in range(last + 1)]
-        if any(len(calls) < frames for calls in rounds):
-            return None
-        return sum(sum(calls.values()) for calls in rounds) / frames
+    def calls_a_frame(self, folder: Path, frames: int, last: int) -> float | None:
+        """Up to and with round `last`, mean over frames; None where not every picture's calls were counted.
+
+        folder: the run folder, which says of pictures that they are of an earlier round and took none.
+        """
+        total = 0
+        for k in range(last + 1):
+            stayed = {
+                i
+                for i, record in _pictures(folder).get(str(k), {}).items()
+                if record.get("converged") is not None
+            }
+            calls = {**dict.fromkeys(map(int, stayed), 0), **self.calls.get(k, {})}
+            if len(calls) < frames:
+                return None
+            total += sum(calls.values())
+        return total / frames
 
 
 def seconds_of(folder: Path, last: int) -> float:
     """What the pictures of a run folder took up to and with round `last`, in seconds."""
-    pictures = read_manifest(folder / NAME)["pictures"]
-    return float(
-        sum(record["seconds"] for k, found in pictures.items() if int(k) <= last for record in found.values())
-    )
+    rounds = [found for k, found in _pictures(folder).items() if int(k) <= last]
+    return float(sum(record["seconds"] for found in rounds for record in found.values()))
+
+
+def _pictures(folder: Path) -> dict[str, dict[str, Any]]:
+    return read_manifest(folder / NAME)["pictures"]

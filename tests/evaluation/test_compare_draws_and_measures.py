@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections import Counter
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from killed import check_every_operation
 from typer.testing import CliRunner
 
 from fastory import Story, StoryModel
@@ -22,7 +24,7 @@ from fastory.evaluation.clip import BuiltinEncoder
 from fastory.evaluation.compare import Comparison
 from fastory.evaluation.costs import Cost
 from fastory.evaluation.curves import charts
-from fastory.evaluation.journal import Journal
+from fastory.evaluation.journal import Journal, key_of
 from fastory.evaluation.judged import JudgeMeasure
 from fastory.evaluation.measures import ClipMeasure, Opened, measure
 from fastory.evaluation.methods import Method, parse_rounds, read_methods
@@ -88,8 +90,8 @@ def test_each_round_is_measured_by_its_own_pictures(compared: tuple[Comparison, 
     comparison, rows = compared
     encoder = BuiltinEncoder()
     for k in (0, 2):
-        drawn = comparison.cells[0].drawn(k)
-        features = encoder.pictures([open_picture(path) for path in drawn.pictures])
+        folder = comparison.cells[0].folder / f"iteration-{k:02d}"
+        features = encoder.pictures([open_picture(folder / f"frame-00{i}.png") for i in range(2)])
         found = mean_of(rows, "clip_i_self", "iterative", k)
         assert found.value == pytest.approx(float(features[0] @ features[1]), abs=1e-6)
         assert found.by.sha256 == encoder.sha256 and found.by.versions["fastory"]
@@ -155,7 +157,7 @@ def test_an_interrupted_measurement_goes_on(
     for cut in range(len(text.split("\n")[0]) + 1, len(text), 97):
         (tmp_path / "j").write_text(text[:cut])
         assert list(measure([story], [by], Journal(tmp_path / "j"))) == whole
-        assert list(measure([story], [by], Journal(tmp_path / "j"))) == whole
+        assert Journal(tmp_path / "j").get(key_of(story, "ClipMeasure", by.sources)) is not None
     (tmp_path / "j").write_text("a user's notes\n")
     with pytest.raises(InputError, match="in the way"):
         Journal(tmp_path / "j")
@@ -311,3 +313,46 @@ def test_events_pass_unchanged(
 ) -> None:
     events: list[Event] = [StepDone(0, (0, 1), 1, 1, 0.1)]
     assert list(Cost(tmp_path / "c").counted(iter(events), model.placement.device)) == events
+
+
+def finished_but_for_time(folder: Path) -> dict[str, str]:
+    """What a comparison wrote, without seconds and memory: pictures, calls, figures, and the page's pictures."""
+    found = {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("frame-*.png")
+    }
+    timed = ("seconds", "peak_memory")
+    rows = json.loads((folder / "table.json").read_text())["rows"]
+    found["rows"] = json.dumps([row for row in rows if row["metric"] not in timed]).replace(str(folder), "")
+    for path in (folder / "costs").rglob("*.json"):
+        found[path.name] = json.dumps(json.loads(path.read_text())["calls"])
+    found["names"] = str(sorted(path.name for path in folder.iterdir()))
+    return found
+
+
+@pytest.mark.slow
+def test_a_comparison_that_is_killed_anywhere_goes_on(
+    model: StoryModel, story: Story, tmp_path: Path
+) -> None:
+    method = Method("iterative", "iterative", None, {"iterations": 1}, (0, 1))
+
+    def command(folder: Path) -> None:
+        with Comparison(model, [story], [method], FEW, folder / "dir") as comparison:
+            list(comparison.draw(batch_size=1))
+            write(comparison, list(comparison.measure([ClipMeasure(BuiltinEncoder()), JudgeMeasure()])))
+
+    def look(folder: Path) -> dict[str, str]:
+        return finished_but_for_time(folder / "dir")
+
+    operations = check_every_operation(tmp_path, lambda folder: None, command, most=20, look=look)
+    assert {"append to", "replace"} <= {what for what, _ in operations}
+
+
+def test_a_frame_that_stays_as_it_is_costs_no_call(model: StoryModel, story: Story, tmp_path: Path) -> None:
+    """With --until converged and any tolerance the last round draws nothing."""
+    method = read_methods("iterative+until=converged+tolerance=2.0", (0, 3))
+    with Comparison(model, [story], method, FEW, tmp_path / "dir") as comparison:
+        list(comparison.draw())
+        rows = list(comparison.measure([]))
+    calls = [mean_of(rows, "unet_calls", method[0].name, k).value for k in (0, 3)]
+    assert calls[0] == 2.0 and calls[1] is not None and calls[1] < 8.0
