@@ -11,7 +11,7 @@ from typing import Any, get_args, get_type_hints
 
 from fastory import plugins
 from fastory.errors import InputError
-from fastory.presets import PRESETS
+from fastory.presets import FAST, PRESETS
 from fastory.values import LEAST, MOST, WITHIN, as_float, interval, scale, window
 from fastory.wording import shown
 
@@ -272,18 +272,19 @@ def resolve(
     preset: str | None,
     folder_defaults: Mapping[str, Any],
     whole: Mapping[str, Any] | None = None,
+    distilled: str | None = None,
 ) -> tuple[Settings, dict[str, str]]:
     """The settings and where each came from: flag > story file > preset > the model folder's defaults > paper.
 
-    whole: the values of a Settings object, which come before the story file's. A value of None in `flags` or `story` means
-    "not given". The folder's defaults may hold others under the name of a mode, which count in that mode alone. Raises
-    InputError for an unknown preset, name or value.
+    whole: the values of a Settings object, which come before the story file's. distilled: as of Model. A value of None in
+    `flags` or `story` means "not given". The folder's defaults may hold others under the name of a mode, which count in that
+    mode alone. Raises InputError for an unknown preset, name or value.
     """
     check_preset(preset)
     general = {name: value for name, value in folder_defaults.items() if name not in MODES}
     origins: list[tuple[str, Mapping[str, Any]]] = [
         ("model", general),
-        (f"preset {preset}", PRESETS[preset] if preset else {}),
+        (f"preset {preset}", preset_values(preset, distilled) if preset else {}),
         ("story", story),
         ("settings", whole or {}),
         ("flag", flags),
@@ -350,6 +351,22 @@ def check_choice(name: str, value: str, what: str) -> None:
         plugins.load()
     if value not in _CHOICES[name]:
         raise InputError(f"{what}: wanted one of {', '.join(_CHOICES[name])}, got {shown(value)}")
+
+
+def preset_values(preset: str, distilled: str | None) -> Mapping[str, Any]:
+    """What a preset stands for; InputError for `fast` where the checkpoint was not distilled for few steps.
+
+    distilled: as of Model.
+    """
+    if preset != "fast":
+        return PRESETS[preset]
+    if distilled is None or distilled not in FAST:
+        raise InputError(
+            "preset fast wants a checkpoint that was distilled for few steps: an LCM UNet (time_cond_proj_dim), a turbo model "
+            "(its own scheduler is Euler's with trailing timesteps), or an LCM-LoRA by --lora (its file, folder or hub name "
+            "says lcm). This one is none of them, and 4 steps would give noise: give one, or another preset"
+        )
+    return {**PRESETS[preset], **FAST[distilled]}
 
 
 def check_preset(preset: str | None) -> None:

@@ -43,7 +43,15 @@ from fastory.models.engine_sessions import (
 from fastory.models.export_folder import MANIFEST, DrawableManifest, ExportFolder
 from fastory.models.images import decoded, fit_square
 from fastory.models.onnx_session import Session
-from fastory.models.protocol import Caption, Decoded, UnetInputs, UnetSizes, check_machine, check_size
+from fastory.models.protocol import (
+    Caption,
+    Decoded,
+    UnetInputs,
+    UnetSizes,
+    check_machine,
+    check_size,
+    distilled_as,
+)
 from fastory.models.text import filled, guidance_embedding, history_ids, lost_words, padding_of
 from fastory.runtime import Placement, choose_placement
 from fastory.wording import counted
@@ -79,6 +87,7 @@ class EngineModel:
         )
         scheduler = open_scheduler(folder.path / "scheduler", manifest["scheduler"])
         self.scheduler_config: Mapping[str, Any] = scheduler.config
+        self.distilled = distilled_as(self.sizes, scheduler, ())
         self.vae_image_processor = VaeImageProcessor(vae_scale_factor=self.vae_factor)
         self.history = None if manifest["history"] is None else self._history()
         self.image_processor = self._feature_extractor()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -137,6 +137,10 @@ class Model(Protocol):
         """`builtin` for a model that knows the words of the drawn world alone; None for one of any words."""
 
     @property
+    def distilled(self) -> str | None:
+        """What the checkpoint was distilled for few steps as, a name of presets.FAST; None where nothing says that it was."""
+
+    @property
     def hashes(self) -> dict[str, str]: ...
 
     @property
@@ -226,6 +230,22 @@ class Model(Protocol):
 
     def added_conditions(self, pooled: Tensor, width: int, height: int) -> dict[str, Tensor]:
         """SDXL's text_embeds and time_ids of one row. width, height: in pixels."""
+
+
+def distilled_as(sizes: UnetSizes, scheduler: Any, loras: Iterable[object]) -> str | None:
+    """A name of presets.FAST, or None. scheduler: the checkpoint's own, with which it was distilled; loras: as asked for.
+
+    LCM UNets take the guidance scale as an input. SD-Turbo and SDXL-Turbo come with Euler schedulers of trailing timesteps. A
+    LoRA's file says nothing of what it was trained for: its name, its folder's or its place on the hub has to.
+    """
+    if sizes.guidance_embedding is not None:
+        return "lcm"
+    if any("lcm" in str(name).lower() for name in loras):
+        return "lcm-lora"
+    turbo = {"EulerDiscreteScheduler": "euler", "EulerAncestralDiscreteScheduler": "euler-ancestral"}
+    name, config = turbo.get(type(scheduler).__name__), scheduler.config
+    trailing = config.get("timestep_spacing") == "trailing" and config.get("prediction_type") == "epsilon"
+    return f"turbo, {name}" if name and trailing else None
 
 
 def check_size(width: int, height: int, factor: int) -> None:

@@ -27,6 +27,7 @@ from fastory.models.protocol import (
     UnetSizes,
     check_machine,
     check_size,
+    distilled_as,
     runs_as,
 )
 from fastory.models.row_by_row import embed_row_by_row
@@ -171,6 +172,13 @@ class StoryModel:
             for k, v in self.checkpoint.defaults.items()
             if k not in ("schema", "ip_adapter", "image_encoder", "adapter", "world")
         }
+
+    @property
+    def distilled(self) -> str | None:
+        """What the checkpoint was distilled for few steps as."""
+        loras = (self.options or {}).get("loras", ())
+        named = [Path(*Path(path).parts[-3:]) for path, _ in loras]
+        return distilled_as(self.sizes, self.pipeline.scheduler, named)
 
     @property
     def hashes(self) -> dict[str, str]:

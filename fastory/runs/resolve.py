@@ -63,7 +63,9 @@ def resolve_story(
         check(name, value, story.where(f"settings.{name}") or "story")
     named = {"style": story.style, "negative_prompt": story.negative_prompt}
     own = {**story.settings, **{name: value for name, value in named.items() if value is not None}}
-    settings, sources = resolve(flags, own, preset, model.defaults, whole.said() if whole else None)
+    settings, sources = resolve(
+        flags, own, preset, model.defaults, whole.said() if whole else None, model.distilled
+    )
     width, height = model.native_size
     settings = replace(settings, width=settings.width or width, height=settings.height or height)
     in_vain = False

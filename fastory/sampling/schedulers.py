@@ -23,13 +23,14 @@ if TYPE_CHECKING:
 def make_scheduler(model: Model, name: str) -> Any:
     """The named scheduler with the checkpoint's own noise schedule.
 
-    Raises InputError for LCM on a UNet that was not distilled for it (no time_cond_proj_dim).
+    Raises InputError for LCM on a UNet that was not distilled for it, itself or by a LoRA.
     """
     row = SCHEDULERS[name]
-    if row.distilled and model.sizes.guidance_embedding is None:
+    if row.distilled and model.distilled not in ("lcm", "lcm-lora"):
         raise InputError(
-            f"scheduler {name} wants a UNet distilled for it (time_cond_proj_dim); {model.name} has none. "
-            "Give an LCM UNet with --model, or another --scheduler."
+            f"scheduler {name} wants a UNet distilled for it (time_cond_proj_dim), or an LCM-LoRA; {model.name} has none. "
+            "Give an LCM UNet with --model, an LCM-LoRA (its file, folder or hub name says lcm) with --lora, or another "
+            "--scheduler."
         )
     kind, config = getattr(diffusers, row.kind), {**model.scheduler_config, **row.config}
     if "clip_sample" in inspect.signature(kind).parameters:
