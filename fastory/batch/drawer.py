@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+from fastory import __version__
 from fastory.batch.messages import (
     Checked,
     CheckStories,
@@ -95,7 +96,7 @@ def opened(model: Any) -> Opened:
 
     hello = hello_of(model)
     device = f"{model.placement.device.type} {hello.device}"
-    return Opened(hello.host, device, dict(hello.models), hello.versions)
+    return Opened(hello.host, device, dict(hello.models), {"fastory": __version__, **hello.versions})
 
 
 def set_threads(count: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 from fastory.batch.messages import (
@@ -99,6 +99,7 @@ class Queue:
         self._since: dict[str, float] = {}
         self._idle: dict[str, Worker] = {}
         self._devices: dict[str, str] = {}
+        self._versions: Mapping[str, str] = {}
         self._refused: dict[str, str] = {}
         self._attempts: Counter[str] = Counter()
         self._reached: dict[str, int] = {}  # finished pictures
@@ -166,6 +167,12 @@ class Queue:
 
     def _opened(self, worker: Worker, message: Opened) -> Iterator[Event]:
         self._folder.begin_with(message.models)
+        self._versions = self._versions or message.versions
+        if message.versions != self._versions:
+            raise InputError(
+                f"{worker.name} on {message.host} has {_listed(message.versions)}, another {_listed(self._versions)}; wanted the "
+                "same on all hosts, as a picture's bytes depend on them"
+            )
         self._unopened = 0
         others = set(self._devices.values()) - {message.device}
         known = message.device in self._devices.values()
@@ -236,6 +243,10 @@ class Queue:
     def _counts(self) -> tuple[int, int, int]:
         """Stories that are done, failed and left."""
         return self._done(), self._failed, len(self._waiting) + len(self._drawing)
+
+
+def _listed(versions: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
 class Estimate:

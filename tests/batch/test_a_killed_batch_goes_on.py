@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,26 @@ def test_a_full_disk_ends_the_batch_in_one_line(alone: Any, tmp_path: Path) -> N
     assert states(tmp_path / "out").count("failed") == 0
     assert run_batch(tmp_path, *command).status == 0
     assert runs_of(tmp_path / "out") == {name: alone[name] for name in ("story-0", "story-1", "story-2")}
+
+
+def test_a_worker_of_another_version_is_refused(tmp_path: Path) -> None:
+    """As where a machine of a cluster has an older fastory: its pictures would have other bytes."""
+    from fastory.batch import drawer
+
+    opened = drawer.opened
+
+    def prepare() -> None:
+        def older(model: Any) -> Any:
+            versions = {"fastory": str(os.getpid())}
+            return replace(opened(model), versions=versions)
+
+        drawer.opened = older
+
+    write_batch(tmp_path / "stories", 2)
+    ended = run_batch(tmp_path, tmp_path / "stories", "-o", tmp_path / "out", "--workers", 2, prepare=prepare)
+    assert (
+        ended.status == 2 and "wanted the same on all hosts" in ended.err and len(ended.err.splitlines()) == 1
+    )
 
 
 def test_stories_that_are_added_are_drawn_alone(tmp_path: Path) -> None:
