@@ -170,8 +170,8 @@ class Queue:
         self._versions = self._versions or message.versions
         if message.versions != self._versions:
             raise InputError(
-                f"{worker.name} on {message.host} has {_listed(message.versions)}, another {_listed(self._versions)}; wanted the "
-                "same on all hosts, as a picture's bytes depend on them"
+                f"{worker.name} on {message.host} has {_listed(message.versions)}, another {_listed(self._versions)}; wanted "
+                "the same on all hosts, as a picture's bytes depend on them"
             )
         self._unopened = 0
         others = set(self._devices.values()) - {message.device}
