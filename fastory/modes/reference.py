@@ -42,10 +42,10 @@ def reference(
     batch_sizes, size: as for iterative().
     """
     yield from long_captions(model, plan)
-    given, finished = plan.story.initial_pictures, plan.finished
-    bank = len(given) or min(plan.settings.bank_size, len(plan.story.frames))
+    pictures, finished = plan.story.initial_pictures, plan.finished
+    bank = len(pictures) or min(plan.settings.bank_size, len(plan.story.frames))
     settings = replace(plan.settings.with_own_alone(), iterations=1, regions="off", bank=bank)
-    plan = replace(plan, settings=settings, finished=Given(given) if given else finished)
+    plan = replace(plan, settings=settings, finished=Given(pictures) if pictures else finished)
     run = IterativeRun.of(model, plan, batch_sizes, size, characters={})
     try:
         for event in until_it_fits(run, partial(draw_once, run, finished), 0):

@@ -101,10 +101,10 @@ def _read_stories(
         listed = [Story.from_captions([str(text) for text in listed])]
     read = [story if isinstance(story, Story) else Story.read(story) for story in listed]
     read = [story.with_characters(characters) for story in read] if characters else read
-    if given := as_pictures(initial_pictures):
-        for picture in given:
+    if pictures := as_pictures(initial_pictures):
+        for picture in pictures:
             open_picture(picture)
-        read = [replace(story, initial_pictures=given) for story in read]
+        read = [replace(story, initial_pictures=pictures) for story in read]
     if first_frame is None:
         return read
     try:

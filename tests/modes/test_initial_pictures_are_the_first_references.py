@@ -17,7 +17,7 @@ from fastory import InputError, Story, StoryModel, draw, generate
 from fastory.cli import app
 from fastory.events import FrameDrawn, RoundStarted
 
-FEW: dict[str, Any] = {"steps": 2, "noise": "per-frame", "batch_size": 2}
+FEW: dict[str, Any] = {"steps": 2, "noise": "per-frame", "batch_size": 2, "regions": "off"}
 STORY = CAPTIONS[:3]
 
 
@@ -119,7 +119,20 @@ def test_a_folder_of_pictures_is_read_in_the_order_of_names(
     for i, image in reversed(list(enumerate(first[::-1]))):
         image.save(f"start/frame-{i:03d}.png")
     Path("start/notes.txt").write_text("not a picture")
-    few = ["--iterations", "1", "--steps", "2", "--noise", "per-frame", "--batch-size", "2", "-o", "run"]
+    few = [
+        "--regions",
+        "off",
+        "--iterations",
+        "1",
+        "--steps",
+        "2",
+        "--noise",
+        "per-frame",
+        "--batch-size",
+        "2",
+        "-o",
+        "run",
+    ]
     ended = CliRunner().invoke(app, ["generate", "story.txt", "--initial-pictures", "start", *few])
     assert ended.exit_code == 0, ended.stderr
     drawn = draw(STORY, model=model, iterations=1, initial_pictures=first[::-1], **FEW)
