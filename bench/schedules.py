@@ -72,16 +72,16 @@ def schedule(
 ) -> Candidate:
     """So many rounds after round 0, all but the last in `inner` steps. more: further settings, which the name tells."""
     settings = {"iterations": iterations, "inner_steps": inner, "references_from": seen}
-    name = f"{iterations} x {inner} {seen}, {size} at once, weight {scale:g}{told(more)}"
+    name = f"{iterations} x {inner} {seen}, {size} at once, weight {scale:g}{named(more)}"
     return Candidate(name, {**settings, "reference_scale": scale, **more}, size)
 
 
 def papers(**more: Any) -> Candidate:
     """The paper's rule, and further settings."""
-    return Candidate(f"{PAPER}{told(more)}", more)
+    return Candidate(f"{PAPER}{named(more)}", more)
 
 
-def told(settings: Mapping[str, Any]) -> str:
+def named(settings: Mapping[str, Any]) -> str:
     """Settings as the end of a name."""
     return "".join(f", {name} {value}" for name, value in settings.items() if name != "until")
 

@@ -24,13 +24,13 @@ from fastory.errors import InputError
 from fastory.events import Event, FrameDrawn, RoundFinished, RoundStarted, StepDone
 from fastory.models.protocol import Caption, Model
 from fastory.modes.converged import staying
+from fastory.modes.described import rounds_described, values_described
 from fastory.modes.drawn_rounds import LOOKED_BACK, DrawnFrame, DrawnRounds
 from fastory.modes.executor import HERE, Batch, Round
 from fastory.modes.initial import check_initial, initial_round
 from fastory.modes.memory import until_it_fits
 from fastory.modes.mode import StoryPlan, long_captions, register
 from fastory.modes.regions import NEEDED, Regions, Seen, check_layout, settled
-from fastory.modes.rounds_told import rounds_told, values_told
 from fastory.modes.weighting import ramped, weights_of
 from fastory.pictures import open_picture
 from fastory.sampling.noise import frame_seed
@@ -418,11 +418,11 @@ class Iterative:
 
     def method(self, settings: Settings) -> dict[str, str]:
         """Rounds and references."""
-        return {"Rounds": rounds_told(settings)}
+        return {"Rounds": rounds_described(settings)}
 
     def picture_values(self, settings: Settings, round: int) -> dict[str, Any]:
         """The weight of the references in this round, and which frames they were."""
-        return values_told(settings, round)
+        return values_described(settings, round)
 
 
 def check_restart(model: Model, settings: Settings) -> None:

@@ -158,7 +158,7 @@ class Sampler:
         generators = {row.seed: torch.Generator().manual_seed(row.seed) for row in padded}
         noise = {seed: self.noise_of(generator) for seed, generator in generators.items()}
         for index, row in enumerate(padded):
-            self.latents[index : index + 1] = self.begun(noise[row.seed], row.start)
+            self.latents[index : index + 1] = self.first_latents(noise[row.seed], row.start)
         filled = [(row.conditional, row.caption) for row in padded]
         if self.guided:
             filled = [(row.unconditional, row.negative) for row in padded] + filled
@@ -223,7 +223,7 @@ class Sampler:
             shape, generator=generator, device=self.model.placement.device, dtype=self.model.placement.dtype
         )
 
-    def begun(self, noise: Tensor, start: Tensor | None) -> Tensor:
+    def first_latents(self, noise: Tensor, start: Tensor | None) -> Tensor:
         """What the first step takes (1, c, h, w): noise as the scheduler scales it, or `start` with its share of it."""
         if not self.skipped:
             return noise * self.scheduler.init_noise_sigma

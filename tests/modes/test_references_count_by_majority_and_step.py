@@ -15,10 +15,11 @@ from run_folders import contents, drawn
 
 from fastory import InputError, Story, StoryModel, generate
 from fastory.events import FrameDrawn, StepDone
-from fastory.modes.iterative import IterativeRun, iterative, prepare_round
+from fastory.modes.iterative import iterative, prepare_round
 from fastory.modes.mode import StoryPlan
 from fastory.modes.weighting import majority_weights, ramp
 from fastory.runs.manifest import picture_name
+from fastory.sampling.sampler import Sampler
 
 SHORT = CAPTIONS[:4]
 STORY = Story.from_captions(SHORT, title="weights")
@@ -107,18 +108,17 @@ def test_every_step_reads_its_own_weight(model: StoryModel, monkeypatch: pytest.
         def has(self, round: int, frame: int) -> bool:
             return round < 2
 
-    made: list[IterativeRun] = []
-    of = IterativeRun.of
+    samplers: list[Sampler] = []
+    set_round = Sampler.set_round
 
-    def kept(*given: Any, **named: Any) -> IterativeRun:
-        made.append(of(*given, **named))
-        return made[0]
+    def kept(sampler: Sampler, *references: Any) -> None:
+        samplers.append(sampler)
+        set_round(sampler, *references)
 
-    monkeypatch.setattr(IterativeRun, "of", kept)
-    model.idle_samplers.clear()  # a context that is made is written otherwise than one that is filled anew
+    monkeypatch.setattr(Sampler, "set_round", kept)
     plan = StoryPlan(STORY, chosen, finished=Watched(pictures))
     steps = (event for event in iterative(model, plan, batch_sizes=[2]) if isinstance(event, StepDone))
-    seen = [float(made[0].sampler.context.scale[0]) for _ in steps]  # type: ignore[union-attr]
+    seen = [float(samplers[0].context.scale[0]) for _ in steps]  # type: ignore[union-attr]
     assert seen == pytest.approx([0.4 * factor for factor in (1.0, 1.25, 1.5)] * 2)
     assert ramp(settings(reference_ramp=(0.5, 1.5)), 0, 1) == 1.5
 

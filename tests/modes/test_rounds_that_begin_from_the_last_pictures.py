@@ -42,7 +42,7 @@ def steps_within(model: StoryModel, chosen: Settings, pictures: Pictures, start:
     plan = StoryPlan(STORY, chosen, finished=Kept(pictures))
     sampler, (row, *_) = prepare_round(model, plan, 2, 1)
     row = row if start is None else replace(row, start=start)
-    begun = sampler.begun(sampler.noise_of(torch.Generator().manual_seed(row.seed)), row.start)
+    begun = sampler.first_latents(sampler.noise_of(torch.Generator().manual_seed(row.seed)), row.start)
     return [begun, *(sampler.latents.clone() for _ in sampler.denoise([row]))]
 
 
@@ -74,7 +74,10 @@ def test_picture_and_noise_have_the_weights_of_their_step(
     sampler, _ = prepare_round(model, StoryPlan(STORY, chosen, finished=Kept(first_rounds)), 2, 1)
     assert (sampler.skipped, sampler.steps) == (4, 6)
     one, none = torch.ones(1, *sampler.latent_shape), torch.zeros(1, *sampler.latent_shape)
-    signal, noise = float(sampler.begun(none, one).mean()), float(sampler.begun(one, none).mean())
+    signal, noise = (
+        float(sampler.first_latents(none, one).mean()),
+        float(sampler.first_latents(one, none).mean()),
+    )
     a = float(sampler.scheduler.alphas_cumprod[int(sampler.timesteps[4])])
     wanted = (1.0, ((1 - a) / a) ** 0.5) if scheduler == "euler-ancestral" else (a**0.5, (1 - a) ** 0.5)
     # Timesteps are rounded, and the schedulers' tables are not: half a step of 1000 is below 0.5 %.

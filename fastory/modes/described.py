@@ -8,7 +8,7 @@ from fastory.settings import Settings
 from fastory.wording import counted
 
 
-def rounds_told(settings: Settings) -> str:
+def rounds_described(settings: Settings) -> str:
     """How many rounds, what they see and what they take. What is as in the paper is not said."""
     first, last = settings.reference_scale
     risen = f" in round {settings.reference_rise}" if settings.reference_rise else ""
@@ -30,7 +30,7 @@ def rounds_told(settings: Settings) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def values_told(settings: Settings, round: int) -> dict[str, Any]:
+def values_described(settings: Settings, round: int) -> dict[str, Any]:
     """The weight of the references in this round, which frames they were, and what is not as in the paper."""
     said: dict[str, Any] = {
         "reference_scale": settings.reference_scale_of(round),
