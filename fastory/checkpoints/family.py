@@ -47,9 +47,14 @@ class Family:
         """The pipeline's tokenizers, by the names of its parts."""
         return tuple(name for name in self.others if name.startswith("tokenizer"))
 
-    def vae_dtype(self, dtype: torch.dtype, own: torch.dtype) -> torch.dtype:
-        """The type that a VAE of type `own` decodes in where the UNet draws in `dtype`."""
-        return own if self.vae_in_half or dtype != torch.float16 else torch.float32
+    def vae_dtype(self, dtype: torch.dtype, vae: AutoencoderKL) -> torch.dtype:
+        """The type that `vae` decodes in where the UNet draws in `dtype`.
+
+        float16 where it is wide enough, as SDXL's is whose config says `force_upcast: false`. bfloat16 would be, but changes
+        every fifth 8-bit value (the built-in model's, 2026-11), so it is float32.
+        """
+        safe = self.vae_in_half or not vae.config.get("force_upcast", True)
+        return vae.dtype if safe or dtype != torch.float16 else torch.float32
 
     def pooled_width(self, pipeline: Any) -> int | None:
         """The width of the pooled text; None where a UNet call takes none."""

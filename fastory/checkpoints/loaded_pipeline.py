@@ -174,7 +174,7 @@ def _shared_pipeline(pipe: Any, family: Family, device: torch.device, dtype: tor
         if name == "image_encoder":
             part = None
         elif name == "vae":
-            part = shared_weights_copy(part, device, family.vae_dtype(dtype, part.dtype))
+            part = shared_weights_copy(part, device, family.vae_dtype(dtype, part))
         elif isinstance(part, nn.Module):
             part = _without_lora(part, device, dtype)
         else:

@@ -72,7 +72,7 @@ class StoryModel:
         self.pipeline.to(self.device)  # open_checkpoint has loaded it in its type
         self.pipeline.set_progress_bar_config(disable=True)
         self.unet, self.vae = self.pipeline.unet, self.pipeline.vae
-        vae_dtype = self.family.vae_dtype(self.dtype, self.vae.dtype)
+        vae_dtype = self.family.vae_dtype(self.dtype, self.vae)
         if self.vae.dtype != vae_dtype:
             self.vae.to(vae_dtype)
         if self.device.type == "cpu":
