@@ -68,9 +68,11 @@ def test_a_run_is_resumed_to_the_same_bytes_and_its_steps_are_told(model: StoryM
     for event in generate(story, output=tmp_path / "cut", **given):
         if isinstance(event, FrameDrawn) and event.round == 1:
             break
+    drawn = json.loads((tmp_path / "cut" / "manifest.json").read_text())["pictures"]
+    assert len(drawn["0"]) == 3 and 0 < len(drawn["1"]) < 3  # a micro-batch is recorded as one
     again = list(generate(story, output=tmp_path / "cut", **given))
     (started,) = (event for event in again if isinstance(event, StoryStarted))
-    assert started.steps_left == 2 * 2 + 3 * 4
+    assert started.steps_left == (3 - len(drawn["1"])) * 2 + 3 * 4
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
     for round, name in ((2, "iteration-00"), (4, "iteration-02")):
         with Image.open(tmp_path / "whole" / name / "frame-000.png") as picture:
