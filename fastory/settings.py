@@ -250,7 +250,7 @@ _LATER = {
     "regions": "off",
     "cast_limit": 0,
     "until": "iterations",
-    "pronouns": "off",
+    "pronouns": "on",  # who is meant counts in the frames
     "restart": 1.0,
     "reference_rise": 0,
     "reference_momentum": 0.0,

@@ -28,7 +28,8 @@ class ResolvedStory:
     """A story with all that decides its pictures.
 
     settings: with the size in pixels that is drawn; sources: where each of them came from. prompts: one a frame, as the
-    text encoder gets them. redrawn: the frames that alone are drawn anew, or None for a whole run. notices: for the user.
+    text encoder gets them. regions: as asked for, before this story decided them. redrawn: the frames that alone are drawn
+    anew, or None for a whole run. notices: for the user.
     """
 
     model: Model
@@ -36,8 +37,19 @@ class ResolvedStory:
     settings: Settings
     sources: Mapping[str, str]
     prompts: tuple[str, ...]
+    regions: str
     redrawn: tuple[int, ...] | None
     notices: tuple[str, ...]
+
+    def as_begun(self, settings: Mapping[str, Any]) -> ResolvedStory:
+        """The story in a run that has begun with these settings: what its captions decided of regions then holds.
+
+        A redrawn caption may name a second character, or the last one no more; the run's other frames are as they are.
+        """
+        regions = settings.get("regions", "off")
+        if self.regions == "off" or "off" not in (regions, self.settings.regions):
+            return self
+        return replace(self, settings=replace(self.settings, regions=regions))
 
     @cached_property
     def identity(self) -> Identity:
@@ -68,23 +80,19 @@ def resolve_story(
     )
     width, height = model.native_size
     settings = replace(settings, width=settings.width or width, height=settings.height or height)
-    in_vain = False
     story, understood_notices = _understood(story, settings)
-    if not understood_notices:
-        settings = replace(settings, pronouns="off")
     prompts = tuple(story.prompt(i, settings.style) for i in range(len(story.frames)))
+    regions = settings.regions
     if "regions" in MODES[settings.mode].own:
-        requested = settings.regions
         settings = replace(settings, regions=settled(model, story, settings, prompts))
-        in_vain = requested == "on" and settings.regions == "off"
     _check_drawable(model, story, settings, batch_size)
     check_steps(model, settings.scheduler, [n for n in (settings.steps, settings.inner_steps) if n])
     mode_of(settings.mode).check(model, story, settings)
     notices = (*understood_notices, *unused_notices(model, story, settings, sources))
-    if in_vain:
+    if (regions, settings.regions) == ("on", "off"):
         notices += (f"`regions` are off in this story: {NEEDED}",)
     frames = frames_to_redraw(redrawn, story, settings)
-    return ResolvedStory(model, story, settings, sources, prompts, frames, notices)
+    return ResolvedStory(model, story, settings, sources, prompts, regions, frames, notices)
 
 
 def _understood(story: Story, settings: Settings) -> tuple[Story, tuple[str, ...]]:

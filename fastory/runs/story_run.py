@@ -70,9 +70,12 @@ def open_folder(
             f"there is no run to redraw in {path}; draw the story first, or name its folder with --output "
             "(an edited story has another default folder)"
         )
-    folder, identity = RunFolder(path), resolved.identity
+    folder = RunFolder(path)
     stack.callback(folder.close)
     exists = folder.read()
+    if exists and not overwrite:
+        resolved = resolved.as_begun(folder.manifest["settings"])
+    identity = resolved.identity
     finish_move(folder)
     if exists and overwrite:
         exists = not folder.draw_anew(identity)

@@ -59,6 +59,24 @@ def test_edited_frame_is_redrawn_in_every_round(run: Path, model: StoryModel) ->
     assert not drawn(draw(Story.from_captions(EDITED, title="Fox"), model, run))
 
 
+@pytest.mark.parametrize("second", [True, False])
+def test_a_caption_may_bring_the_second_character_or_take_it_away(
+    model: StoryModel, tmp_path: Path, second: bool
+) -> None:
+    """Whether characters have references of their own was decided when the run began."""
+    one, two = CAPTIONS, [CAPTIONS[0], "a fox and a cat are standing in the house", CAPTIONS[2]]
+    before, after = (one, two) if second else (two, one)
+    draw(Story.from_captions(before, title="Fox"), model, tmp_path / "run", references="others")
+    old = pictures(tmp_path / "run")
+    edited = Story.from_captions(after, title="Fox")
+    assert drawn(draw(edited, model, tmp_path / "run", references="others", frames=[1])) == {
+        (k, 1) for k in range(3)
+    }
+    new = pictures(tmp_path / "run")
+    assert {name[-7:-4] for name in old if old[name] != new[name]} == {"001"}
+    assert not drawn(draw(edited, model, tmp_path / "run", references="others"))
+
+
 def test_another_seed_for_single_frames(run: Path, model: StoryModel) -> None:
     before, story = pictures(run), Story.from_captions(CAPTIONS, title="Fox")
     draw(story, model, run, frames=[0, 2], redraw_seed=8)

@@ -267,7 +267,7 @@ class TestOnGpu:
             sampler = Sampler(model, settings(scheduler=scheduler), 2, width, height)
             no_references = References(
                 (),
-                torch.zeros(1, 0, model.layers.width, device="cuda", dtype=model.dtype),
+                torch.zeros(1, 0, model.layers.width, device="cuda", dtype=model.placement.dtype),
                 torch.zeros(1, device="cuda"),
                 torch.zeros(2, dtype=torch.int32, device="cuda"),
                 4,
@@ -275,12 +275,15 @@ class TestOnGpu:
             )
             sampler.set_round(no_references)
             within = SchedulerStep(
-                model.device, sampler._load([row(model, sampler, seed) for seed in (1, 2)])
+                model.placement.device,
+                sampler._load([row(model, sampler, seed) for seed in (1, 2)]),
+                len(sampler.host_timesteps),
+                SCHEDULERS[scheduler].solves,
             )
-            sampler._step(within, 0)
+            sampler._step(within, None, 0)
             torch.cuda.set_sync_debug_mode("error")
             try:
                 for number in range(1, len(sampler.host_timesteps)):
-                    sampler._step(within, number)
+                    sampler._step(within, None, number)
             finally:
                 torch.cuda.set_sync_debug_mode("default")

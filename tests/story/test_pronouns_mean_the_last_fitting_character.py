@@ -109,17 +109,21 @@ def test_what_was_understood_stands_in_the_file_and_is_understood_again(tmp_path
     assert [again.prompt(i) for i in range(6)] == [first.prompt(i) for i in range(6)]
 
 
-def test_a_run_says_what_it_understood_and_only_then_keeps_the_setting() -> None:
+def test_a_run_says_what_it_understood() -> None:
     model = StoryModel.open("builtin")
     told = resolve_story(model, story("Ann meets Tom.", "He smiles."), {"iterations": 1, "steps": 1})
     assert told.notices[0].startswith("understood frame 1: `He` is Tom (--pronouns off")
-    assert told.settings.pronouns == "on" and told.settings.identity()["pronouns"] == "on"
     assert told.story.cast(1) == {"Tom"}
 
     silent = resolve_story(model, story("Ann meets Tom.", "Tom smiles."), {"iterations": 1, "steps": 1})
     assert silent.notices == () or not silent.notices[0].startswith("understood")
-    assert "pronouns" not in silent.settings.identity()  # the manifest is what it was before there were any
+    assert (
+        told.settings.identity() == silent.settings.identity()
+    )  # a redrawn caption may bring the first pronoun
 
-    off = resolve_story(model, story("Ann meets Tom.", "He smiles."), {"iterations": 1, "pronouns": "off"})
+    off = resolve_story(
+        model, story("Ann meets Tom.", "He smiles."), {"iterations": 1, "steps": 1, "pronouns": "off"}
+    )
     assert off.prompts[1] == "He smiles." and not off.story.cast(1)
+    assert off.settings.identity() == {**told.settings.identity(), "pronouns": "off"}
     assert Settings().pronouns == "on"
