@@ -41,7 +41,7 @@ class ResolvedStory:
     redrawn: tuple[int, ...] | None
     notices: tuple[str, ...]
 
-    def as_begun(self, settings: Mapping[str, Any]) -> ResolvedStory:
+    def as_in_run(self, settings: Mapping[str, Any]) -> ResolvedStory:
         """The story in a run that has begun with these settings: what its captions decided of regions then holds.
 
         A redrawn caption may name a second character, or the last one no more; the run's other frames are as they are.

@@ -74,7 +74,7 @@ def open_folder(
     stack.callback(folder.close)
     exists = folder.read()
     if exists and not overwrite:
-        resolved = resolved.as_begun(folder.manifest["settings"])
+        resolved = resolved.as_in_run(folder.manifest["settings"])
     identity = resolved.identity
     finish_move(folder)
     if exists and overwrite:

@@ -91,6 +91,7 @@ class Listener:
         self._order = list(self._characters)
         self._recent: list[str] = []  # the last one at the end
         self._together: tuple[str, ...] = ()  # the last ones that one caption had
+        self._kinds: dict[str, str] = {}  # who was `he` once is not `she` later
         nouns = {re.escape(c.noun) for c in characters if c.noun}
         words = "|".join([*_WORDS, *(rf"the\s+{noun}" for noun in sorted(nouns))])
         self._pattern = re.compile(rf"(?<!\w)(?:{words})(?!\w)", re.IGNORECASE)
@@ -117,6 +118,8 @@ class Listener:
                 continue
             if kind:
                 taken[kind] = names
+                if kind in (MAN, WOMAN):
+                    self._kinds.setdefault(names[0], kind)
             else:
                 self._remember(names)  # `the dog` is whom `his` means behind it
             yield match, names
@@ -129,10 +132,15 @@ class Listener:
         unheard = [name for name in listed if name not in self._recent]
         for name in reversed([*unheard, *self._recent]):
             character = self._characters[name]
-            fits = character.fits(_WORDS[word]) if word in _WORDS else character.noun == word.split()[-1]
+            fits = (
+                self._fits(character, _WORDS[word]) if word in _WORDS else character.noun == word.split()[-1]
+            )
             if fits and name not in others and (not listed or name in listed):
                 return (name,)
         return ()
+
+    def _fits(self, character: Someone, kind: str) -> bool:
+        return character.fits(kind) and (kind == THING or self._kinds.get(character.name, kind) == kind)
 
     def _remember(self, names: Sequence[str]) -> None:
         present = list(dict.fromkeys(names))

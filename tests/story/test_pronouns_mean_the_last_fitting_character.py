@@ -50,6 +50,7 @@ def meant(
         (("Ann finds Rex.", "He barks at her."), [(1, "He", ("Rex",)), (1, "her", ("Ann",))]),
         (("Ann meets Kim.", "She waves."), [(1, "She", ("Kim",))]),  # of whom nothing is said
         (("Kim has a boat.", "It sinks."), []),
+        (("Kim meets Rex.", "He barks.", "She laughs."), [(1, "He", ("Rex",)), (2, "She", ("Kim",))]),
         (("Ann finds Rex.", "It rains.", "It is late.", "It was a cold, dark night."), []),
         (("Rex runs.", "It barks, for it is late."), [(1, "It", ("Rex",))]),
         (("Ann meets Tom.", "They walk."), [(1, "They", ("Ann", "Tom"))]),
