@@ -118,7 +118,8 @@ class TestOnShapesAlone:
             model = random_model("small-sdxl", Placement(DEVICE, torch.float16, 1, graphs=True))
             captions = Story.from_captions(["a fox", "a rabbit"])
             found = story.tell(model, captions, steps=2, iterations=1, batch_size=2)
-        assert found["pictures"] == 4 and {"steps", "decode", "png", "files"} <= set(found["parts_s"])
+        assert found["pictures"] == 4 and {"steps", "decode", "files"} <= set(found["parts_s"])
+        assert found["png_beside_s"] > 0
 
     def test_ceilings(self) -> None:
         with fake_cuda():
