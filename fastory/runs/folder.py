@@ -425,10 +425,18 @@ class RunFolder:
 
     def write(self, name: str, data: bytes | files.Write) -> str:
         """Write beside its place, sync, rename. Returns the sha256."""
+        return files.atomic_write(self._target(name), data)
+
+    def make_folder_of(self, name: str) -> None:
+        """Make the folder that a file of this name lies in."""
+        files.make_folder(self._target(name).parent)
+
+    def _target(self, name: str) -> Path:
+        """Where a file of this name is written. InputError where a link leads there."""
         target = self.path / name
         if files.is_link_below(self.path, target):
             raise InputError(f"{target} is reached through a symbolic link; move the link away")
-        return files.atomic_write(target, data)
+        return target
 
     def _sha256(self, file: Path) -> str | None:
         """The file's hash, None where there is none. InputError for one that cannot be read."""

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from fastory import files
 from fastory.events import BatchHalved, Event, FrameDrawn, RoundFinished, RoundStarted, StepDone
 from fastory.runs.folder import RunFolder
 from fastory.runs.provenance import png_chunks
@@ -87,7 +86,7 @@ class Recorder:
         self._between = False
         chunks = png_chunks(run.story.title, run.prompts[drawn.frame], run.settings, run.model, drawn)
         name = run.folder.place_of(drawn.round, drawn.frame)
-        files.make_folder((run.folder.path / name).parent)
+        run.folder.make_folder_of(name)
         sha256 = self._threads.submit(write_png, run.folder, name, drawn.image, chunks)
         self._writing.append(Writing(drawn, run.folder, sha256, seconds))
         if not self._any:  # the first picture is shown as soon as it is there

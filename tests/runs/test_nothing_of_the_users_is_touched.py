@@ -240,7 +240,8 @@ def test_an_interrupted_overwriting_goes_on_with_the_same_command(
         if isinstance(event, FrameDrawn) and event.round == 1:
             break
     events.close()  # type: ignore[attr-defined]
-    assert drawn(draw(story, model, tmp_path / "run", overwrite=True, **ONE)) == {(1, 1)}
+    # A micro-batch is written as a whole, whether its pictures were announced or not.
+    assert drawn(draw(story, model, tmp_path / "run", overwrite=True, **ONE)) <= {(1, 1)}
     assert contents(tmp_path / "run") == contents(tmp_path / "whole")
     assert len(drawn(draw(story, model, tmp_path / "run", overwrite=True, **ONE))) == 4
 
