@@ -53,8 +53,12 @@ def test_a_run_that_is_broken_off_goes_on_to_the_same_bytes(
             pass
     events.close()  # type: ignore[attr-defined]
     rest = list(generate(STORY, model=model, output=tmp_path / "run", **options(mode)))
-    # A micro-batch is written as a whole: what is written is not drawn again, whether it was announced or not.
-    assert drawn(rest) <= {(0, i) for i in range(finished - finished % 2, len(CAPTIONS))}
+    # A micro-batch of two is written as a whole: the second may be there before it is announced, and no further one.
+    assert (
+        {(0, i) for i in range(finished + 1, len(CAPTIONS))}
+        <= drawn(rest)
+        <= {(0, i) for i in range(finished - finished % 2, len(CAPTIONS))}
+    )
     assert contents(tmp_path / "run") == contents(whole[mode])
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from drawn_rounds import CAPTIONS, Pictures, draw
 from PIL import Image
-from ranks import run_ranks
-from run_folders import contents, drawn
+from ranks import run_alone_and_in_two
+from run_folders import contents, redraw_one
 
 from fastory import InputError, Story, StoryModel, generate
 from fastory.events import FrameDrawn, RoundStarted, StepDone, StoryStarted
@@ -132,13 +132,10 @@ def test_manifest_picture_and_page_say_when(model: StoryModel, tmp_path: Path, t
 def test_a_redrawn_frame_is_finished_by_its_own_pictures_and_the_others_stay(
     model: StoryModel, tmp_path: Path, tolerance: float
 ) -> None:
-    given = {"model": model, "output": tmp_path / "run", "batch_size": 2, "tolerance": tolerance, **FEWER}
-    list(generate(STORY, **given))
-    names = {(k, i): tmp_path / "run" / picture_name(k, i) for k in range(4) for i in range(4)}
-    before = {place: name.read_bytes() for place, name in names.items()}
-    events = list(generate(STORY, **given, frames=[2], redraw_seed=7))
-    assert drawn(events) == {(k, 2) for k in range(4)}
-    assert {i for (_, i), name in names.items() if name.read_bytes() != before[_, i]} == {2}
+    given = {"model": model, "batch_size": 2, "tolerance": tolerance, **FEWER}
+    again, changed = redraw_one(STORY, 2, tmp_path / "run", **given)
+    assert again == {(k, 2) for k in range(4)}
+    assert changed == {2}
 
 
 def test_the_last_round_is_drawn_in_full_after_inner_rounds_of_few_steps(model: StoryModel) -> None:
@@ -150,17 +147,13 @@ def test_the_last_round_is_drawn_in_full_after_inner_rounds_of_few_steps(model: 
 
 
 def test_several_processes_finish_the_same_frames(tmp_path: Path, tolerance: float) -> None:
-    (tmp_path / "story.txt").write_text("\n".join(SHORT) + "\n", encoding="utf-8")
     options = [f"--{name.replace('_', '-')}={value}" for name, value in FEWER.items()]
     options += [f"--tolerance={tolerance}", "--batch-size=1", "--json"]
     found = []
-    for size in (1, 2):
-        run = tmp_path / f"run-{size}"
-        ended = run_ranks(size, ["generate", tmp_path / "story.txt", "-o", run, *options], tmp_path)
-        assert [e.status for e in ended] == [0] * size, ended
-        events = [json.loads(line) for line in ended[0].out.splitlines()]
+    for ended, files in run_alone_and_in_two(SHORT, options, tmp_path):
+        events = [json.loads(line) for line in ended.out.splitlines()]
         stayed = {(e["round"], e["frame"]) for e in events if e["event"] == "FrameDrawn" and e["converged"]}
-        found.append((stayed, {k: v for k, v in contents(run).items() if k != "manifest.json"}))
+        found.append((stayed, files))
     assert found[0] == found[1] and found[0][0]
 
 

@@ -9,15 +9,14 @@ import pytest
 import torch
 from drawn_rounds import CAPTIONS, Kept, Pictures, draw, settings
 from PIL import Image
-from ranks import run_ranks
-from run_folders import contents, drawn
+from ranks import run_alone_and_in_two
+from run_folders import contents, redraw_one
 
 from fastory import InputError, Story, StoryModel, generate
 from fastory.events import FrameDrawn
 from fastory.modes.drawn_rounds import DrawnRounds
 from fastory.modes.iterative import prepare_round
 from fastory.modes.mode import StoryPlan
-from fastory.runs.manifest import picture_name
 
 SHORT = CAPTIONS[:3]
 STORY = Story.from_captions(SHORT, title="momentum")
@@ -102,25 +101,16 @@ def test_a_run_is_resumed_to_the_same_bytes(model: StoryModel, tmp_path: Path, l
 
 
 def test_a_redrawn_frame_leaves_the_others_alone(model: StoryModel, tmp_path: Path) -> None:
-    given = {"model": model, "output": tmp_path / "run", **GIVEN, "iterations": 2}
-    list(generate(STORY, **given))
-    names = {(k, i): tmp_path / "run" / picture_name(k, i) for k in range(3) for i in range(3)}
-    before = {place: name.read_bytes() for place, name in names.items()}
-    assert drawn(list(generate(STORY, **given, frames=[1], redraw_seed=7))) == {(k, 1) for k in range(3)}
-    assert {i for (k, i), name in names.items() if name.read_bytes() != before[k, i]} == {1}
+    again, changed = redraw_one(STORY, 1, tmp_path / "run", model=model, **{**GIVEN, "iterations": 2})
+    assert again == {(k, 1) for k in range(3)}
+    assert changed == {1}
 
 
 @pytest.mark.slow
 def test_several_processes_read_the_same_means(tmp_path: Path) -> None:
-    (tmp_path / "story.txt").write_text("\n".join(SHORT) + "\n", encoding="utf-8")
     options = ["--iterations=3", "--steps=1", "--reference-momentum=0.6", "--batch-size=1", "--quiet"]
-    found = []
-    for size in (1, 2):
-        run = tmp_path / f"run-{size}"
-        ended = run_ranks(size, ["generate", tmp_path / "story.txt", "-o", run, *options], tmp_path)
-        assert [e.status for e in ended] == [0] * size, ended
-        found.append({name: value for name, value in contents(run).items() if name != "manifest.json"})
-    assert found[0] == found[1]
+    alone, together = (files for _, files in run_alone_and_in_two(SHORT, options, tmp_path))
+    assert alone == together
 
 
 def test_the_paper_has_none_and_what_it_takes_is_said(model: StoryModel) -> None:

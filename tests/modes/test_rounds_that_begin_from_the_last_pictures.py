@@ -12,8 +12,8 @@ import pytest
 import torch
 from drawn_rounds import CAPTIONS, Kept, Pictures, draw, settings
 from PIL import Image
-from ranks import run_ranks
-from run_folders import contents, drawn
+from ranks import run_alone_and_in_two
+from run_folders import contents, redraw_one
 
 from fastory import InputError, Story, StoryModel, generate
 from fastory.events import StepDone, StoryStarted
@@ -137,25 +137,18 @@ def test_a_run_resumes_to_the_same_bytes_and_its_steps_are_told(
 def test_a_redrawn_frame_begins_from_its_new_picture_and_the_others_stay(
     model: StoryModel, tmp_path: Path
 ) -> None:
-    given = {"model": model, "output": tmp_path / "run", **GIVEN, "iterations": 2, "steps": 2}
-    list(generate(STORY, **given))
-    names = {(k, i): tmp_path / "run" / picture_name(k, i) for k in range(3) for i in range(3)}
-    before = {place: name.read_bytes() for place, name in names.items()}
-    assert drawn(list(generate(STORY, **given, frames=[1], redraw_seed=7))) == {(k, 1) for k in range(3)}
-    assert {i for (k, i), name in names.items() if name.read_bytes() != before[k, i]} == {1}
+    again, changed = redraw_one(
+        STORY, 1, tmp_path / "run", model=model, **{**GIVEN, "iterations": 2, "steps": 2}
+    )
+    assert again == {(k, 1) for k in range(3)}
+    assert changed == {1}
 
 
 @pytest.mark.slow
 def test_several_processes_begin_from_the_same_pictures(tmp_path: Path) -> None:
-    (tmp_path / "story.txt").write_text("\n".join(SHORT) + "\n", encoding="utf-8")
     options = ["--iterations=2", "--steps=2", "--restart=0.5", "--batch-size=1", "--quiet"]
-    found = []
-    for size in (1, 2):
-        run = tmp_path / f"run-{size}"
-        ended = run_ranks(size, ["generate", tmp_path / "story.txt", "-o", run, *options], tmp_path)
-        assert [e.status for e in ended] == [0] * size, ended
-        found.append({name: value for name, value in contents(run).items() if name != "manifest.json"})
-    assert found[0] == found[1]
+    alone, together = (files for _, files in run_alone_and_in_two(SHORT, options, tmp_path))
+    assert alone == together
 
 
 def test_what_cannot_begin_from_pictures_is_refused(model: StoryModel) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from run_folders import contents
 
 LIMIT = 60.0  # seconds for all processes of a run
 
@@ -65,6 +66,24 @@ def _import_all() -> None:
     from fastory import StoryModel
 
     StoryModel.open("builtin", device="cpu", dtype="float32")
+
+
+def run_alone_and_in_two(
+    captions: Sequence[str], options: Sequence[str], folder: Path
+) -> list[tuple[Ended, dict[str, str]]]:
+    """A story drawn by one process, and by two: how rank 0 ended, and sha256 of what the run folder holds but the manifest.
+
+    All of them have to end well.
+    """
+    (folder / "story.txt").write_text("\n".join(captions) + "\n", encoding="utf-8")
+    found = []
+    for size in (1, 2):
+        run = folder / f"run-{size}"
+        ended = run_ranks(size, ["generate", folder / "story.txt", "-o", run, *options], folder)
+        assert [e.status for e in ended] == [0] * size, ended
+        files = {name: value for name, value in contents(run).items() if name != "manifest.json"}
+        found.append((ended[0], files))
+    return found
 
 
 def _printed(folder: Path, rank: int, stream: str) -> str:

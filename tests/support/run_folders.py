@@ -49,6 +49,16 @@ def contents(folder: Path) -> dict[str, str]:
     return found
 
 
+def redraw_one(story: Story, frame: int, folder: Path, **given: Any) -> tuple[set[tuple[int, int]], set[int]]:
+    """Draw a story, then one of its frames anew: the (round, frame) drawn then, and the frames whose pictures changed."""
+    list(generate(story, output=folder, **given))
+    before = contents(folder)
+    events = list(generate(story, output=folder, frames=[frame], redraw_seed=7, **given))
+    after = contents(folder)
+    pictures = [name for name in before if name.startswith("iteration-")]
+    return drawn(events), {int(name[-7:-4]) for name in pictures if after[name] != before[name]}
+
+
 def edit_manifest(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
     """Change a manifest as a version of fastory would have written it: with the right checksum."""
     path = folder / "manifest.json"
