@@ -17,7 +17,9 @@ if workers := os.environ.get(
 
 import pytest
 
-pytest.register_assert_rewrite("kernel_cases", "refused_commands", "killed", "ranks", "run_folders", "hostile_files")
+pytest.register_assert_rewrite(
+    "kernel_cases", "refused_commands", "killed", "ranks", "run_folders", "hostile_files"
+)
 
 from small_checkpoints import write_adapter, write_sd15, write_sdxl
 from small_history import write_causal_folder
