@@ -60,6 +60,8 @@ extras_require = {
     "eval": ["torchmetrics>=1.5", "scipy>=1.13"],
     # the papers' features of FID, KID and aFID; it brings torchvision, which has to be of this torch
     "inception": ["torchmetrics>=1.5", "scipy>=1.13", "torch-fidelity>=0.3"],
+    # fastory compare: plots on its page; the tables have the same figures
+    "plots": ["matplotlib>=3.9"],
     # fastory batch --ray: stories over the machines of a cluster; 240 MB, and so no part of what tests install
     "ray": ["ray>=2.60"],
     "test": [
@@ -75,6 +77,7 @@ extras_require = {
         "uvicorn>=0.30",
         "torchmetrics>=1.5",  # fastory eval, and the oracle of CLIP-T
         "scipy>=1.13",  # fastory eval, and the oracle of FID
+        "matplotlib>=3.9",  # fastory compare
         "hypothesis>=6.100",  # properties of the kernels
         "ruff>=0.12",  # lint and format
         "mypy>=1.15",  # types

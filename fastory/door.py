@@ -14,7 +14,7 @@ from typing import Any
 from fastory import files, packages, settings
 from fastory.errors import InputError
 from fastory.model_names import PICKLE_SUFFIXES, local_encoder, local_model, local_weights, user_path
-from fastory.pictures import open_picture, pictures_at
+from fastory.pictures import Picture, open_picture, pictures_or_noise
 from fastory.runs.folder import run_paths
 from fastory.story import MAX_FRAMES, Story
 from fastory.wording import shown
@@ -90,11 +90,11 @@ def check_first_frame(path: Path) -> None:
         raise InputError(f"--first-frame: {error}") from error
 
 
-def initial_pictures(path: Path) -> list[Path]:
-    """A picture, or those of a folder. InputError for what is neither."""
+def initial_pictures(path: Path) -> list[Picture]:
+    """A picture, those of a folder, or `noise`, one of noise for all frames. InputError for anything else."""
     user_path(path, "--initial-pictures")
     try:
-        return pictures_at(path)
+        return pictures_or_noise(path)
     except InputError as error:
         raise InputError(f"--initial-pictures: {error}") from error
 

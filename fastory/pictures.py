@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from fastory.errors import InputError
@@ -53,6 +54,12 @@ class MemoryPicture:
 Picture = Path | MemoryPicture
 
 
+def noise_picture() -> MemoryPicture:
+    """Uniform noise of a fixed seed, 256 x 256: a reference that shows nothing."""
+    pixels = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
+    return MemoryPicture.of(Image.fromarray(pixels))
+
+
 def as_picture(picture: object) -> Picture:
     """A path, made absolute, or what is in memory. Raises InputError for anything else."""
     if isinstance(picture, MemoryPicture):
@@ -83,6 +90,11 @@ def pictures_at(path: Path) -> list[Path]:
     for file in listed:
         check_picture(file)
     return listed
+
+
+def pictures_or_noise(path: Path) -> list[Picture]:
+    """Those at a path; one of noise alone for the word `noise`, where no file is called so. Raises as pictures_at."""
+    return [noise_picture()] if str(path) == "noise" and not path.exists() else [*pictures_at(path)]
 
 
 def open_picture(picture: str | Picture) -> Image.Image:

@@ -187,7 +187,7 @@ InitialPictures = Annotated[
     Path | None,
     option(
         METHOD,
-        help="Iterative: what stands in place of round 0, a picture, or a folder with one for each frame. Reference: the bank.",
+        help="Iterative: what stands in place of round 0, a picture, a folder with one a frame, or noise. Reference: the bank.",
     ),
 ]
 Engine = Annotated[Path | None, option(MODEL, help="What `fastory export` wrote, in place of a model.")]

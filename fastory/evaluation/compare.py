@@ -55,6 +55,12 @@ class Cell:
         """The rounds that are measured."""
         return self.method.rounds or (self.resolved.settings.rounds - 1,)
 
+    @property
+    def initial_rounds(self) -> tuple[int, ...]:
+        """The rounds whose pictures were given: the first one of several, in place of which initial pictures stand."""
+        several = self.resolved.settings.rounds > 1
+        return (0,) if several and self.resolved.story.initial_pictures else ()
+
     def drawn(self, round: int) -> DrawnStory:
         """The story with the pictures of a round."""
         story = self.resolved.story
@@ -105,6 +111,8 @@ class Comparison:
 
     def _cell(self, method: Method, story: Story) -> Cell:
         values = self._values(method)
+        if method.initial:
+            story = replace(story, initial_pictures=method.initial)
         resolved = resolve_story(self.model, story, values, preset=method.preset)
         name = f"{story.slug}-{resolved.identity.digest()[:8]}"
         costs = self.output / "costs" / method.folder / f"{name}.json"
@@ -150,7 +158,7 @@ class Comparison:
             "of": frames,
         }
         uncounted = "some of its pictures were not drawn by fastory compare"
-        calls = cost.calls_a_frame(cell.folder, frames, round)
+        calls = cost.calls_a_frame(cell.folder, frames, round, cell.initial_rounds)
         yield Measured("unet_calls", calls, by, missing=None if calls is not None else uncounted, **common)
         yield Measured("seconds", seconds_of(cell.folder, round) / frames, by, **common)
         if round == max(cell.rounds):

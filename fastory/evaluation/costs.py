@@ -10,7 +10,7 @@ import contextlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -95,13 +95,18 @@ class Cost:
         data: dict[str, Any] = {"schema": 1, "calls": self.calls, "peak": self.peak, "memory": self.memory}
         files.atomic_write(self.path, json.dumps(data).encode())
 
-    def calls_a_frame(self, folder: Path, frames: int, last: int) -> float | None:
+    def calls_a_frame(
+        self, folder: Path, frames: int, last: int, initial: Container[int] = ()
+    ) -> float | None:
         """Up to and with round `last`, mean over frames; None where not every picture's calls were counted.
 
-        folder: the run folder, which says of pictures that they are of an earlier round and took none.
+        folder: the run folder, which says of pictures that they are of an earlier round and took none. initial: rounds whose
+        pictures were not drawn.
         """
         total = 0
         for k in range(last + 1):
+            if k in initial:
+                continue
             stayed = {
                 i
                 for i, record in _pictures(folder).get(str(k), {}).items()

@@ -6,24 +6,31 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from fastory.errors import InputError
+from fastory.model_names import user_path
+from fastory.pictures import Picture, pictures_or_noise
 from fastory.presets import PRESETS
 from fastory.settings import MODES, check, check_choice, choices
 from fastory.wording import shown
+
+INITIAL, WITH_INITIAL = "initial_pictures", ("iterative", "reference")
 
 
 @dataclass(frozen=True)
 class Method:
     """name: as it was given. settings: over those of the preset, the story and the model's folder. rounds: to be measured,
-    the last one being how many are drawn; none where the mode has no rounds, or its own last round alone counts."""
+    the last one being how many are drawn; none where the mode has no rounds, or its own last round alone counts. initial:
+    pictures in place of round 0, which is then not measured, or of a reference mode's bank."""
 
     name: str
     mode: str
     preset: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     rounds: tuple[int, ...] = ()
+    initial: tuple[Picture, ...] = ()
 
     @property
     def folder(self) -> str:
@@ -59,10 +66,12 @@ def _read(text: str, rounds: Sequence[int]) -> Method:
     mode = PRESETS[preset]["mode"] if preset else word
     check_choice("mode", mode, "--methods")  # a plug-in's mode is registered by it
     settings = dict(_setting(part, text, mode) for part in own)
+    initial = settings.pop(INITIAL, ())
     if "iterations" not in MODES[mode].own or not rounds:
-        return Method(text, mode, preset, settings)
+        return Method(text, mode, preset, settings, initial=initial)
     last = settings.setdefault("iterations", max(rounds))
-    return Method(text, mode, preset, settings, tuple(sorted({k for k in rounds if k <= last})) or (last,))
+    measured = {k for k in rounds if (1 if initial else 0) <= k <= last}
+    return Method(text, mode, preset, settings, tuple(sorted(measured)) or (last,), initial)
 
 
 def _setting(text: str, method: str, mode: str) -> tuple[str, Any]:
@@ -70,8 +79,10 @@ def _setting(text: str, method: str, mode: str) -> tuple[str, Any]:
     name = name.replace("-", "_")
     if not equals:
         raise InputError(f"--methods: {shown(method)}: wanted SETTING=VALUE after +, got {shown(text)}")
+    if name == INITIAL and mode in WITH_INITIAL:
+        return name, _initial(value, method)
     foreign = {other for traits in MODES.values() for other in traits.own} - set(MODES[mode].own)
-    if name in foreign or name == "mode":
+    if name in foreign or name in ("mode", INITIAL):
         raise InputError(
             f"--methods: {shown(method)}: {name} is no setting of {mode} mode; wanted one that it reads"
         )
@@ -80,6 +91,14 @@ def _setting(text: str, method: str, mode: str) -> tuple[str, Any]:
     except ValueError:
         parsed = value  # a word, or FIRST:LAST
     return name, check(name, parsed, f"--methods {method}")
+
+
+def _initial(value: str, method: str) -> tuple[Picture, ...]:
+    user_path(value, f"--methods {shown(method)}")
+    try:
+        return tuple(pictures_or_noise(Path(value)))
+    except InputError as error:
+        raise InputError(f"--methods: {shown(method)}: {error}") from error
 
 
 def parse_rounds(text: str | None) -> tuple[int, ...]:

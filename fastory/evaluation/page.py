@@ -1,4 +1,4 @@
-"""The page of a comparison: one HTML file that needs no other, with the table, curves over rounds, and the pictures.
+"""The page of a comparison: one HTML file that needs no other, with the table, plots, and the pictures.
 
 It depends on pictures, captions and figures alone. Of many stories as many are shown as fit into MAX_BYTES.
 """
@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastory.evaluation.curves import HEIGHT, WIDTH, charts
+from fastory.evaluation.plots import COLOURS, WANTED, available, methods_of, plots
 from fastory.evaluation.rows import Measured
 from fastory.evaluation.tables import METRICS, Table, line_title, shown_value, sources
 from fastory.runs.storybook import Embedded, embedded, page_template
@@ -34,15 +34,14 @@ def page(rows: Sequence[Measured], stories: Sequence[ShownStory], said: Mapping[
     table = Table.of(rows)
     methods = list(stories[0].pictures)
     pictures = [min(len(story.captions), MOST_FRAMES) * len(methods) for story in stories]
-    shown, curves = _that_fit(pictures), charts(rows)
+    shown, there = _that_fit(pictures), available()
     return page_template("fastory.evaluation", "compare").render(
         methods=methods,
         table=_lines(table),
         heads=table.heads(),
-        notes=[*table.notes(), *sources(rows)],
-        charts=curves,
-        legend=max((chart.lines for chart in curves), key=len, default=()),
-        size=(WIDTH, HEIGHT),
+        notes=[*table.notes(), *sources(rows), *([] if there else [WANTED])],
+        plots=plots(rows) if there else [],
+        legend=[(n % COLOURS, name) for n, name in enumerate(methods_of(table))],
         stories=[_story(stories[i]) for i in shown],
         count=len(stories),
         said=said,

@@ -10,8 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from killed import check_every_operation
+from PIL import Image
 from typer.testing import CliRunner
 
 from fastory import Story, StoryModel
@@ -23,11 +25,11 @@ from fastory.errors import InputError
 from fastory.evaluation.clip import BuiltinEncoder
 from fastory.evaluation.compare import Comparison
 from fastory.evaluation.costs import Cost
-from fastory.evaluation.curves import charts
 from fastory.evaluation.journal import Journal, key_of
 from fastory.evaluation.judged import JudgeMeasure
 from fastory.evaluation.measures import ClipMeasure, Opened, measure
 from fastory.evaluation.methods import Method, parse_rounds, read_methods
+from fastory.evaluation.plots import available, plots
 from fastory.evaluation.rows import Measured, Source, means
 from fastory.evaluation.tables import METRICS, as_latex, as_markdown
 from fastory.events import Event, FrameDrawn, StepDone
@@ -176,8 +178,7 @@ def test_tables_and_page_have_every_method_and_say_what_is_missing(
     assert {line.count(" & ") for line in latex.split("\n") if line.endswith(r"\\")} == {columns.pop() - 2}
     page = (comparison.output / "page.html").read_text()
     assert len(re.findall(r'<img src="data:image/webp', page)) == 2 * 2
-    assert "fox &amp; snow" in page and "iterative, round 2" in page and "<polyline" in page
-    assert "://" not in re.sub(r'content="[^"]*"|data:[^"]*', "", page)
+    assert "fox &amp; snow" in page and "iterative, round 2" in page
 
 
 def row(metric: str, value: float | None, story: str, **more: Any) -> Measured:
@@ -195,20 +196,46 @@ def test_means_count_every_story_once_and_only_those_with_a_figure() -> None:
 
 
 def test_curves_lie_where_their_values_are() -> None:
-    rows = [row("accs", 0.1 * k, "a", method="it", round=k) for k in (0, 1, 3)]
-    rows += [row("accs", 0.15, "a", method="flat")]
-    found = [
-        one
-        for m, k in (("it", 0), ("it", 1), ("it", 3), ("flat", None))
-        for one in means([r for r in rows if (r.method, r.round) == (m, k)])
-    ]
-    (chart,) = charts(found)
-    it, flat = chart.lines
-    xs, ys = zip(*((x, y) for x, y, _ in it.dots), strict=True)
-    assert (xs[2] - xs[0]) == pytest.approx(3 * (xs[1] - xs[0]), abs=0.02)
-    assert (ys[0] - ys[2]) == pytest.approx(3 * (ys[0] - ys[1]), abs=0.02) and ys[0] > ys[2]
-    assert flat.flat and flat.dots[0][1] == flat.dots[1][1] == pytest.approx((ys[0] + ys[2]) / 2, abs=0.02)
-    assert charts(found[3:]) == []
+    """Rounds at their true distances, a method without rounds as a level, and UNet calls under what they bring."""
+    pytest.importorskip("matplotlib", reason="plots: pip install .[plots]")
+    lines = [("it", 0, 0.0), ("it", 1, 0.1), ("it", 3, 0.3), ("flat", None, 0.15)]
+    rows = [row("accs", value, "a", method=m, round=k) for m, k, value in lines]
+    rows += [row("unet_calls", 15.0 * (1 + (k or 0)), "a", method=m, round=k) for m, k, _ in lines]
+    found = [one for m, k, _ in lines for one in means([r for r in rows if (r.method, r.round) == (m, k)])]
+    curves, costs = plots(found)
+    it, flat = (points(curves.svg, f"var(--c{n})") for n in range(2))
+    (x0, y0), (x1, y1), (x3, y3) = it
+    assert x3 - x0 == pytest.approx(3 * (x1 - x0), rel=1e-4) and x3 > x0
+    assert y0 - y3 == pytest.approx(3 * (y0 - y1), rel=1e-4) and y0 > y3  # SVG counts from above
+    assert [y for _, y in flat] == pytest.approx([(y0 + y3) / 2] * 2, rel=1e-4)
+    assert costs.title == "aCCS and UNet calls a frame" and len(points(costs.svg, "var(--c0)")) == 3
+    assert plots(found[-2:]) == []
+    assert plots(found) == [curves, costs]  # the same rows, the same bytes
+
+
+def points(svg: str, colour: str) -> list[tuple[float, float]]:
+    """Of the line in a colour."""
+    (line,) = re.findall(rf'<path d="([^"]*)"[^>]*fill="none"[^>]*stroke="{re.escape(colour)}"', svg)
+    numbers = [float(number) for number in re.findall(r"-?[0-9.]+", line)]
+    return list(zip(numbers[::2], numbers[1::2], strict=True))
+
+
+def test_a_page_needs_neither_style_attributes_nor_addresses(
+    compared: tuple[Comparison, list[Measured]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its policy admits its one style sheet; ids are no other plot's; without matplotlib it says what is wanted."""
+    comparison, rows = compared
+    page = (comparison.output / "page.html").read_text()
+    if available():
+        ids = re.findall(r' id="([^"]*)"', page)
+        assert "var(--c0)" in page and len(set(ids)) == len(ids)
+    assert ' style="' not in page and "://" not in re.sub(r'content="[^"]*"|data:[^"]*', "", page)
+    monkeypatch.setattr("fastory.evaluation.page.available", lambda: False)
+    write(comparison, rows)
+    bare = (comparison.output / "page.html").read_text()
+    assert "pip install &#39;fastory[plots]&#39;" in bare and 'id="plots"' not in bare
+    assert "iterative, round 2" in bare
+    (comparison.output / "page.html").write_text(page)
 
 
 def test_a_method_is_a_mode_or_a_preset_with_settings_that_its_mode_reads() -> None:
@@ -230,6 +257,25 @@ def test_a_method_is_a_mode_or_a_preset_with_settings_that_its_mode_reads() -> N
         assert read_methods(word)[0].name == word
 
 
+def test_without_initialization_round_zero_is_given_and_costs_nothing(
+    model: StoryModel, story: Story, tmp_path: Path
+) -> None:
+    """The ablation of Story-Adapter: rounds are those asked for without round 0, and begin from noise or from a picture."""
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "red.png")
+    named = ("iterative+initial_pictures=noise", f"iterative+initial-pictures={tmp_path / 'red.png'}")
+    methods = read_methods(",".join((*named, "reference+initial_pictures=noise")), (0, 1))
+    assert [method.rounds for method in methods] == [(1,), (1,), ()]
+    with Comparison(model, [story], methods, FEW, tmp_path / "dir") as comparison:
+        list(comparison.draw())
+        rows = list(comparison.measure([]))
+    calls = [row.value for row in rows if (row.kind, row.metric) == ("mean", "unet_calls")]
+    assert calls == [2.0, 2.0, 2.0]
+    given = [open_picture(cell.drawn(0).pictures[1]) for cell in comparison.cells[:2]]
+    assert np.asarray(given[0]).std() > 20 and np.asarray(given[1]).std((0, 1)).max() == 0
+    drawn = [cell.drawn(1).pictures[0].read_bytes() for cell in comparison.cells[:2]]
+    assert drawn[0] != drawn[1]
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -240,6 +286,8 @@ def test_a_method_is_a_mode_or_a_preset_with_settings_that_its_mode_reads() -> N
         ("iterative+steps", "wanted SETTING=VALUE"),
         ("iterative+steps=0", "wanted 1 to 1000"),
         ("iterative+mode=causal", "no setting"),
+        ("causal+initial_pictures=noise", "no setting of causal mode"),
+        ("iterative+initial_pictures=nothing.png", "got no such file"),
     ],
 )
 def test_methods_that_cannot_be_are_refused_by_name(text: str, said: str) -> None:
