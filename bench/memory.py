@@ -1,5 +1,7 @@
 """Memory of frames that see other frames, by their number: `python bench/memory.py --out bench/results/memory-cpu.json`.
 
+With `--plot FILE.svg` as a plot, too; with `--of bench/results/memory-cpu.json` of what was measured before.
+
 Story-Adapter (arXiv 2410.06244, figure 8) compares global reference cross-attention (GRCA) with Consistent Self-Attention
 (CSA, arXiv 2405.01434) by the number of frames. Counted here, not timed, is what a UNet call holds for the other frames:
 
@@ -220,6 +222,33 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def plot(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
+    """Figure 8 in bytes: what was traced on the built-in UNet, and by formula on SD1.5, by the number of frames."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    frames = [found["frames"] for found in rows]
+    titles = {"grca": "GRCA", "csa": "Consistent Self-Attention", "csa window": "... in windows of 4 and 1"}
+    traced = {way: [found["traced"][way]["peak"] for found in rows] for way in titles}
+    formula = {way: [found["formula"]["sd15"][way] for found in rows] for way in titles}
+    figure = Figure((8, 3.4), layout="constrained")
+    panels = (
+        ("traced peak of the largest layer, built-in UNet, float32", traced),
+        ("by formula, SD1.5, 512 px, float16", formula),
+    )
+    for axes, (title, found) in zip(figure.subplots(1, 2), panels, strict=True):
+        for way, label in titles.items():
+            axes.plot(frames, [count / 2**20 for count in found[way]], marker="o", markersize=4, label=label)
+        axes.set(title=title, xlabel="frames that see each other", ylabel="MiB", xscale="log", yscale="log")
+        axes.title.set_fontsize(9)
+        axes.set_xticks(frames, labels=map(str, frames))
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    with rc_context({"svg.hashsalt": "fastory"}):
+        figure.savefig(file, metadata={"Date": None})
+
+
 def main() -> None:
     """Print the table, and write every figure where --out says."""
     parser = argparse.ArgumentParser(
@@ -227,7 +256,12 @@ def main() -> None:
     )
     parser.add_argument("--frames", nargs="+", type=int, default=list(FRAMES))
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--plot", type=Path, help="an SVG of figure 8; wants matplotlib")
+    parser.add_argument("--of", type=Path, help="plot what --out wrote there, and measure nothing")
     options = parser.parse_args()
+    if options.of:
+        plot(json.loads(options.of.read_text(encoding="utf-8"))["rows"], options.plot)
+        return
     model = StoryModel.open("builtin", device="cpu")
     known = shapes(model)
     rows = [row(model, known, frames) for frames in options.frames]
@@ -243,6 +277,8 @@ def main() -> None:
     if options.out:
         data = {**environment("cpu"), "gpu": False, "rows": rows, "bank_kept_sd15": kept}
         options.out.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    if options.plot:
+        plot(rows, options.plot)
 
 
 if __name__ == "__main__":
