@@ -103,7 +103,7 @@ setup(
         "fastory.serve": ["static/*"],
         "fastory.builtin": ["weights/**/*", "weights/*", "stories/*", "*.md"],
         "fastory.builtin.world": ["*.json"],
-        "fastory.builtin.evaluation": ["*.safetensors"],
+        "fastory.builtin.evaluation": ["*.safetensors", "pair/*"],
         "fastory.kernels.grca": ["configs/*.json"],
         "fastory.kernels.banded": ["configs/*.json"],
     },

@@ -1,7 +1,7 @@
-"""Features of captions and pictures in one space: a CLIP model as transformers saves it, or the built-in model's encoder.
+"""Features of captions and pictures in one space: a CLIP model as transformers saves it.
 
 The field measures with OpenAI's CLIP ViT-B/32 (openai/clip-vit-base-patch32); the encoder is an argument, and every row says
-which one made it.
+which one made it. The built-in one is the drawn world's own pair, fastory.builtin.evaluation.pair: it takes no part in drawing.
 """
 
 from __future__ import annotations
@@ -19,18 +19,17 @@ from transformers import (
     CLIPImageProcessorPil,
     CLIPModel,
     CLIPTokenizer,
-    CLIPVisionModelWithProjection,
     Dinov2Model,
 )
 
-from fastory.builtin import WEIGHTS
+from fastory.builtin.evaluation.pair import FOLDER as PAIR
 from fastory.checkpoints.hashes import model_hashes
 from fastory.checkpoints.hub import encoder_path
 from fastory.checkpoints.loading import loading
 from fastory.checkpoints.weights import component_weights
 from fastory.errors import InputError
+from fastory.evaluation.choices import BUILTIN
 
-BUILTIN = "builtin"
 AT_ONCE = 16  # pictures
 
 
@@ -45,9 +44,7 @@ class PictureEncoder(Protocol):
 
 
 class Encoder(PictureEncoder, Protocol):
-    """The same of captions. no_captions: why they have no features beside those of pictures; empty where they have."""
-
-    no_captions: str
+    """The same of captions."""
 
     def captions(self, texts: Sequence[str]) -> Tensor:
         """(n, D) features of captions, cut at the tokenizer's limit."""
@@ -56,14 +53,12 @@ class Encoder(PictureEncoder, Protocol):
 def open_encoder(name: str, *, device: str = "cpu", offline: bool = False) -> Encoder:
     """`builtin`, a folder, or an id of the hub. Raises InputError where it is neither here nor to be had."""
     if name == BUILTIN:
-        return BuiltinEncoder(device)
+        return Clip(PAIR, device, BUILTIN)
     return Clip.open(name, device=device, offline=offline)
 
 
 class Clip:
     """A CLIP model."""
-
-    no_captions = ""
 
     def __init__(self, folder: Path, device: str = "cpu", name: str | None = None) -> None:
         """folder: of config, weights (safetensors), tokenizer and picture preparation. Raises InputError for another one."""
@@ -99,34 +94,6 @@ class Clip:
         pixels = pixels_of(self.processor, images)
         pooled = self.model.vision_model(pixels.to(self.device)).pooler_output
         return normalised(self.model.visual_projection(pooled))
-
-
-class BuiltinEncoder:
-    """The built-in model's own image encoder. Its text encoder was trained apart from it: nothing compares the two."""
-
-    no_captions = "the built-in model's text and image encoders were not trained to be compared"
-
-    def __init__(self, device: str = "cpu") -> None:
-        _, weights = component_weights(WEIGHTS / "image_encoder")
-        with loading("the built-in model's image encoder is damaged"):
-            opened: Any = CLIPVisionModelWithProjection.from_pretrained(
-                WEIGHTS / "image_encoder", local_files_only=True
-            )
-            self.processor = CLIPImageProcessorPil.from_pretrained(
-                WEIGHTS / "feature_extractor", local_files_only=True
-            )
-        self.model = opened.to(device, torch.float32).eval().requires_grad_(False)
-        self.device, self.name, self.sha256 = device, BUILTIN, hash_of(weights)
-
-    def captions(self, texts: Sequence[str]) -> Tensor:
-        """Raises InputError: there are none."""
-        raise InputError(self.no_captions)
-
-    @torch.inference_mode()
-    def pictures(self, images: Sequence[Image.Image]) -> Tensor:
-        """(n, D) features of 8-bit RGB pictures."""
-        pixels = pixels_of(self.processor, images)
-        return normalised(self.model(pixels.to(self.device)).image_embeds)
 
 
 class Dino:

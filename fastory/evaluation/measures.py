@@ -128,9 +128,6 @@ class ClipMeasure:
         yield opened.row("clip_i_self", alike, self.source, missing=None if alike is not None else ALONE)
 
     def _clip_t(self, opened: Opened, features: Tensor | None) -> Iterator[Measured]:
-        if self.encoder.no_captions:
-            yield opened.row("clip_t", None, self.source, missing=self.encoder.no_captions)
-            return
         story, found = opened.story, dict[int, float]()
         if features is not None:
             texts = self.encoder.captions(story.captions)

@@ -14,7 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from fastory.evaluation.characters import CharacterMeasure
-from fastory.evaluation.clip import BuiltinEncoder, Dino
+from fastory.evaluation.choices import BUILTIN
+from fastory.evaluation.clip import Dino, open_encoder
 from fastory.evaluation.detectors import THEATERGEN, GivenBoxes, GroundingDino, JudgeDetector, Thresholds
 from fastory.evaluation.measures import DinoMeasure, Opened, measure
 from fastory.evaluation.rows import Measured
@@ -33,7 +34,7 @@ HALF = 0.5**0.5
 class MeanColour:
     """An encoder whose features are known: the direction of a picture's mean colour."""
 
-    name, sha256, no_captions = "mean colour", "0" * 64, ""
+    name, sha256 = "mean colour", "0" * 64
 
     def captions(self, texts: Sequence[str]) -> Tensor:
         raise NotImplementedError
@@ -133,14 +134,14 @@ def random_pictures(seed: int, count: int) -> list[Image.Image]:
 def test_fid_is_torchmetrics_with_the_module_and_scipy_s_formula() -> None:
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    features = EncoderFeatures(BuiltinEncoder())
+    features = EncoderFeatures(open_encoder(BUILTIN))
     a, b = random_pictures(0, 9), random_pictures(1, 7)
     oracle = FrechetInceptionDistance(feature=features)
     oracle.update(prepared(a), real=False)
     oracle.update(prepared(b), real=True)
     pair = features_of(features, a), features_of(features, b)
     assert fid_of(*pair) == pytest.approx(float(oracle.compute()), rel=1e-4)
-    assert features.num_features == pair[0].shape[1] == 128
+    assert features.num_features == pair[0].shape[1] == 64
     wide = torch.randn(60, 5, generator=torch.Generator().manual_seed(0)).double()
     few, many = 2 * wide[40:] + 1, wide[:40]
     assert fid_of(many, few) == pytest.approx(scipy_fid(many.numpy(), few.numpy()), rel=1e-6)
@@ -193,7 +194,7 @@ def test_a_copy_is_told_from_its_mirror_image(tmp_path: Path, builtin_folder: Pa
     reference.save(tmp_path / "frame-000.png")
     whole = DrawnCharacter("x", "x", (0,), {0: (0, 0, 1, 1)}, (tmp_path / "reference.png",))
     drawn = DrawnStory(tmp_path, "s", ("-",), (tmp_path / "frame-000.png",), ("-",), (whole,))
-    rows = by_metric(list(VistoryMeasure(BuiltinEncoder(), GivenBoxes()).rows(Opened.of(drawn))))
+    rows = by_metric(list(VistoryMeasure(open_encoder(BUILTIN), GivenBoxes()).rows(Opened.of(drawn))))
     assert (rows["copy_paste"].value or 0) > 0.9 and rows["cids_cross"].value == pytest.approx(1, abs=1e-5)
 
 

@@ -22,7 +22,8 @@ from fastory.builtin.world.reading import UnreadableCaption, read_tale
 from fastory.cli import app
 from fastory.cli.compare import write
 from fastory.errors import InputError
-from fastory.evaluation.clip import BuiltinEncoder
+from fastory.evaluation.choices import BUILTIN
+from fastory.evaluation.clip import open_encoder
 from fastory.evaluation.compare import Comparison
 from fastory.evaluation.costs import Cost
 from fastory.evaluation.journal import Journal, key_of
@@ -64,7 +65,7 @@ def compared(
     comparison = Comparison(model, [story], METHODS, FEW, tmp_path_factory.mktemp("compared") / "dir")
     with comparison:
         list(comparison.draw())
-        rows = list(comparison.measure([ClipMeasure(BuiltinEncoder()), JudgeMeasure()]))
+        rows = list(comparison.measure([ClipMeasure(open_encoder(BUILTIN)), JudgeMeasure()]))
         write(comparison, rows)
     return comparison, rows
 
@@ -90,7 +91,7 @@ def test_calls_are_those_of_the_rounds_up_to_the_measured_one(
 
 def test_each_round_is_measured_by_its_own_pictures(compared: tuple[Comparison, list[Measured]]) -> None:
     comparison, rows = compared
-    encoder = BuiltinEncoder()
+    encoder = open_encoder(BUILTIN)
     for k in (0, 2):
         folder = comparison.cells[0].folder / f"iteration-{k:02d}"
         features = encoder.pictures([open_picture(folder / f"frame-00{i}.png") for i in range(2)])
@@ -99,10 +100,15 @@ def test_each_round_is_measured_by_its_own_pictures(compared: tuple[Comparison, 
         assert found.by.sha256 == encoder.sha256 and found.by.versions["fastory"]
 
 
-def test_the_built_in_pair_gives_no_clip_t_and_says_why(compared: tuple[Comparison, list[Measured]]) -> None:
-    row = mean_of(compared[1], "clip_t", "iterative", 2)
-    assert row.value is None and "were not trained to be compared" in str(row.missing)
-    assert "were not trained to be compared" in as_markdown(compared[1])
+def test_clip_t_is_of_the_raw_captions_by_the_built_in_pair(
+    compared: tuple[Comparison, list[Measured]],
+) -> None:
+    comparison, rows = compared
+    encoder = open_encoder(BUILTIN)
+    seen = encoder.pictures([open_picture(path) for path in comparison.cells[0].drawn(2).pictures])
+    wanted = float((seen * encoder.captions(CAPTIONS)).sum(1).mean())
+    assert mean_of(rows, "clip_t", "iterative", 2).value == pytest.approx(wanted, abs=1e-6)
+    assert "CLIP-T" in as_markdown(rows)
 
 
 def test_what_is_finished_is_neither_drawn_nor_measured_again(
@@ -119,7 +125,7 @@ def test_what_is_finished_is_neither_drawn_nor_measured_again(
     with Comparison(model, [story], METHODS, FEW, comparison.output) as again:
         events = [event for _, event in again.draw()]
         assert not [event for event in events if isinstance(event, StepDone | FrameDrawn)]
-        found = list(again.measure([Never(BuiltinEncoder()), JudgeMeasure()]))
+        found = list(again.measure([Never(open_encoder(BUILTIN)), JudgeMeasure()]))
         assert found == rows
         write(again, found)
     assert {p: p.read_bytes() for p in comparison.output.rglob("*") if p.is_file()} == before
@@ -153,7 +159,7 @@ def test_an_interrupted_measurement_goes_on(
     compared: tuple[Comparison, list[Measured]], tmp_path: Path
 ) -> None:
     """A kill leaves half a line: what is whole is taken, the rest is measured."""
-    story, by = compared[0].cells[0].drawn(0), ClipMeasure(BuiltinEncoder())
+    story, by = compared[0].cells[0].drawn(0), ClipMeasure(open_encoder(BUILTIN))
     whole = list(measure([story], [by], Journal(tmp_path / "j")))
     text = (tmp_path / "j").read_text()
     for cut in range(len(text.split("\n")[0]) + 1, len(text), 97):
@@ -387,7 +393,7 @@ def test_a_comparison_that_is_killed_anywhere_goes_on(
     def command(folder: Path) -> None:
         with Comparison(model, [story], [method], FEW, folder / "dir") as comparison:
             list(comparison.draw(batch_size=1))
-            write(comparison, list(comparison.measure([ClipMeasure(BuiltinEncoder()), JudgeMeasure()])))
+            write(comparison, list(comparison.measure([ClipMeasure(open_encoder(BUILTIN)), JudgeMeasure()])))
 
     def look(folder: Path) -> dict[str, str]:
         return finished_but_for_time(folder / "dir")
