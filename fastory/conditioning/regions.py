@@ -1,12 +1,11 @@
 """Where the characters of a frame are: soft masks, from boxes or from the words of a caption, and what they cut out.
 
-A map of a character is how much the pixels of the UNet's decoder look at its words (DAAM, arXiv 2210.04885). A mask is
-(h, w) in [0, 1] on the grid of the latents; a layer reads it averaged to its own grid.
+A map of a character is how much the predicted noise changes where its words are left out (DiffEdit, arXiv 2210.11427). A mask
+is (h, w) in [0, 1] on the grid of the latents; a layer reads it averaged to its own grid.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,14 +15,13 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from fastory.conditioning.context import Context
-from fastory.processors.projected import Layer
-
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom in shares of the picture."""
 
 SOFT = 1 / 16  # of the picture: the width of a box's edge
-LEAST = 0.2  # of a map's highest value: less is background
+LEAST = 0.3  # of a map's highest value: less is background
+FLOOR = 0.2  # of a map's pixels change with any word: their highest value counts as none
+SMOOTH = 3 / 16  # of the picture: what a map is averaged over
 STEEP = 6  # how fast a mask rises at its edges
 DOWN = 8  # the deepest cross-attention of SD1.5 and SDXL has an eighth of the latents' side
 SILENT = 1e-4  # of a word's weight is what it keeps outside its mask
@@ -74,6 +72,7 @@ def rest_of(masks: Sequence[Tensor]) -> Tensor:
 def from_maps(maps: Mapping[str, Tensor], grid: Grid) -> dict[str, Tensor]:
     """Masks of characters from their maps (h, w): where a map is high, and of several the highest, edges soft."""
     heights = torch.stack([_smooth(map_, grid) for map_ in maps.values()])
+    heights = (heights - heights.flatten(1).quantile(FLOOR, dim=1)[:, None, None]).clamp(min=0)
     highest = heights.amax((1, 2), keepdim=True).clamp(min=1e-12)
     inside = ((heights / highest - LEAST) * STEEP + 0.5).clamp(0, 1)
     masks = {}
@@ -89,7 +88,9 @@ def _smooth(map_: Tensor, grid: Grid) -> Tensor:
     """On the latents' grid, averaged with its neighbours."""
     size = (grid.height, grid.width)
     large = functional.interpolate(map_[None, None].float(), size=size, mode="bilinear")
-    return functional.avg_pool2d(functional.pad(large, (1, 1, 1, 1), mode="replicate"), 3, stride=1)[0, 0]
+    around = max(1, round(SMOOTH * min(size) / 2 - 0.5))
+    padded = functional.pad(large, (around,) * 4, mode="replicate")
+    return functional.avg_pool2d(padded, 2 * around + 1, stride=1)[0, 0]
 
 
 def layer_masks(masks: Sequence[Tensor], grid: Grid) -> dict[int, Tensor]:
@@ -117,8 +118,11 @@ def text_bias(
     return biases
 
 
-def cut_out(image: Image.Image, mask: Tensor) -> Image.Image | None:
-    """The part of a picture where a mask is high, with a margin, as near to a square as the picture allows; None if empty."""
+def cut_out(image: Image.Image, mask: Tensor, others: Tensor | None = None) -> Image.Image | None:
+    """The part of a picture where a mask is high, with a margin, as near to a square as the picture allows; None if empty.
+
+    others: (h, w) in [0, 1], where somebody else is, who is painted over with the colour of what nobody has.
+    """
     rows, columns = (torch.nonzero(mask.amax(axis) >= 0.5).flatten() for axis in (1, 0))
     if not len(rows):
         return None
@@ -128,7 +132,22 @@ def cut_out(image: Image.Image, mask: Tensor) -> Image.Image | None:
     side = max(right - left, bottom - top)
     left, right = _widened(left, right, side, image.width)
     top, bottom = _widened(top, bottom, side, image.height)
-    return image.crop((left, top, right, bottom))
+    shown = image if others is None else _without(image, others, rest_of([mask, others]))
+    return shown.crop((left, top, right, bottom))
+
+
+def _without(image: Image.Image, others: Tensor, rest: Tensor) -> Image.Image:
+    """The picture, others painted over with the median colour of the rest."""
+    pixels = np.asarray(image)
+    free = np.asarray(_as_picture(rest, image.size)) > 191
+    colour = np.median(pixels[free] if free.any() else pixels.reshape(-1, 3), axis=0)
+    paint = Image.new("RGB", image.size, tuple(round(value) for value in colour))
+    return Image.composite(paint, image, _as_picture(others, image.size))
+
+
+def _as_picture(mask: Tensor, size: tuple[int, int]) -> Image.Image:
+    grey = Image.fromarray((mask * 255).round().to(torch.uint8).numpy())
+    return grey.resize(size, Image.Resampling.BILINEAR)
 
 
 def _with_margin(first: float, last: float, pixels: int) -> tuple[int, int]:
@@ -140,44 +159,3 @@ def _widened(first: int, last: int, side: int, pixels: int) -> tuple[int, int]:
     side = min(side, pixels)
     first = min(max(0, (first + last - side) // 2), pixels - side)
     return first, first + side
-
-
-class Watched:
-    """A context that keeps, for each character, how much the decoder's pixels look at its words.
-
-    words: a character's positions among the text tokens. Layers count that stand in the decoder at half of the latents' side,
-    where things have their outlines; the row that is read is the last one.
-    """
-
-    def __init__(self, context: Context, words: Mapping[str, Sequence[int]], grid: Grid) -> None:
-        self.context, self.words = context, words
-        self.size = (-(-grid.height // 2), -(-grid.width // 2))
-        self.sums = {name: torch.zeros(self.size) for name in words}
-
-    def put(self, index: int, row: object) -> None:
-        """The watched context's."""
-        self.context.put(index, row)
-
-    def last_rows(self, count: int) -> Context:
-        """Those of the watched context, unwatched."""
-        return self.context.last_rows(count)
-
-    def without_references(self) -> Context:
-        """The watched context's rows, unwatched."""
-        return self.context.without_references()
-
-    def inputs(self) -> dict[str, Tensor]:
-        """The watched context's."""
-        return self.context.inputs()
-
-    def attend(self, layer: Layer, query: Tensor) -> Tensor:
-        """query (B, L, H, d) -> (B, L, H, d), and the maps added up."""
-        if re.match(r"up_blocks\.", layer.name) and query.shape[1] == self.size[0] * self.size[1]:
-            keys, _ = layer.keys_values(self.context.inputs()["text_kv"])
-            scores = (
-                torch.einsum("lhd,khd->hlk", query[-1].float(), keys[-1].float()) / query.shape[-1] ** 0.5
-            )
-            shares = scores.softmax(-1).mean(0).cpu()
-            for name, places in self.words.items():
-                self.sums[name] += shares[:, list(places)].sum(-1).view(self.size)
-        return self.context.attend(layer, query)

@@ -1,8 +1,8 @@
 """Characters of a frame with references of their own, each where it stands (the setting `regions`).
 
-A character's references are its own appearances in the last round's pictures: the whole picture where it is alone, what its
-mask cuts out where it is not. They reach its mask in the frame; what no character has sees the story's pictures. Where a frame
-has no boxes or masks, the masks of round k are found in its picture of round k - 1, by one UNet call on the caption.
+A character's references are its own appearances in the last round's pictures: those where it is alone, and if it never is,
+what its mask cuts out of the others. They reach its mask in the frame; what no character has sees the story's pictures. Where a
+frame has no boxes or masks, the masks of round k are found in its picture of round k - 1, by one UNet call.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastory.builtin.words import SPECIES_WORDS
-from fastory.conditioning.references import Group, References
-from fastory.conditioning.regions import Grid, Watched, apart, cut_out, from_maps, rest_of, text_bias
+from fastory.conditioning.references import Group, ReferenceContext, References
+from fastory.conditioning.regions import Grid, apart, cut_out, from_maps, rest_of, text_bias
 from fastory.errors import InputError
 from fastory.models.protocol import Caption, Model, UnetInputs
 from fastory.models.text import token_places
@@ -32,7 +32,7 @@ NEEDED = (
     "they need rounds, a model that is no export, and two named characters (or boxes or masks); "
     "with auto not the references `all`"
 )
-NOISE = 0.5  # of the noise schedule: at half of it outlines are set and the UNet still asks the caption what is where
+NOISE = 0.3  # of the noise schedule: outlines are set and the UNet still asks the caption what is where
 Mentions = Mapping[str, Sequence[tuple[int, int]]]
 """The characters of a frame, each with where the prompt speaks of it: first letter, and one past the last."""
 
@@ -53,6 +53,13 @@ def mentions(story: Story, i: int, prompt: str, plain: bool) -> dict[str, list[t
 def _words(prompt: str, options: Sequence[str]) -> list[tuple[int, int]]:
     found = re.finditer(rf"\b(?:{'|'.join(options)})\b", prompt, re.IGNORECASE)
     return [match.span() for match in found]
+
+
+def without(prompt: str, spans: Sequence[tuple[int, int]]) -> str:
+    """The prompt, what it says of a character left out."""
+    for first, end in sorted(spans, reverse=True):
+        prompt = prompt[:first] + prompt[end:]
+    return prompt
 
 
 def settled(model: Model, story: Story, settings: Settings, prompts: Sequence[str]) -> str:
@@ -161,6 +168,7 @@ class Regions:
         plain = is_plain(model, story, settings)
         self.casts = [mentions(story, i, prompt, plain) for i, prompt in enumerate(prompts)]
         self.names = list(dict.fromkeys(name for cast in self.casts for name in cast))
+        self.sources = {name: self._sources(name) for name in self.names}
         self.prompts = prompts
         self.grid = Grid(size[1] // model.vae_factor, size[0] // model.vae_factor)
         self.laid_out = [
@@ -172,6 +180,13 @@ class Regions:
         ]
         self.words = self.grid if any(self.laid_out) else None
 
+    def _sources(self, name: str) -> list[int]:
+        """The frames whose pictures are a character's references: a cut-out of a picture of several shows it less well."""
+        bank = self.settings.bank_size or len(self.casts)
+        frames = [i for i, cast in enumerate(self.casts[:bank]) if name in cast]
+        alone = [i for i in frames if len(self.casts[i]) == 1]
+        return alone or frames
+
     def see(self, i: int, image: Image.Image, whole: Tensor | None) -> Seen:
         """What the picture of frame i gives the next round. whole: its reference tokens."""
         cast = list(self.casts[i])
@@ -182,9 +197,11 @@ class Regions:
         masks = self._located(i, image)
         own = {}
         for name, mask in masks.items():
-            part = cut_out(image, mask)
-            if part is not None:
-                own[name] = self.model.encode_reference(part, self.settings.reference_fit)
+            if i in self.sources[name]:
+                others = [one for other, one in masks.items() if other != name]
+                part = cut_out(image, mask, torch.stack(others).sum(0).clamp(max=1) if others else None)
+                if part is not None:
+                    own[name] = self.model.encode_reference(part, self.settings.reference_fit)
         return Seen(whole, own, masks)
 
     def _located(self, i: int, image: Image.Image) -> dict[str, Tensor]:
@@ -200,30 +217,49 @@ class Regions:
 
     @torch.inference_mode()
     def _maps(self, i: int, image: Image.Image) -> dict[str, Tensor]:
-        """How much each part of a picture looks at each character's words: one UNet call on the picture, half noise."""
-        words = token_places(self.model.tokenizer, self.prompts[i], self.casts[i])
-        words = {name: places for name, places in words.items() if places}
-        model, caption = self.model, self.captions[i]
+        """How much each part of a picture changes where the caption leaves a character's words out: one UNet call.
+
+        The picture is noised once; a row reads the whole caption, and one a character the rest of it.
+        """
+        model, spans_of = self.model, {name: spans for name, spans in self.casts[i].items() if spans}
+        captions = [self.captions[i]]
+        captions += [model.encode_caption(without(self.prompts[i], spans)) for spans in spans_of.values()]
         scheduler = DDPMScheduler.from_config(dict(model.scheduler_config))
         step = torch.tensor(int(NOISE * scheduler.config.num_train_timesteps))
         latents = model.encode_picture(image)
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0)).to(latents)
-        noisy = scheduler.add_noise(latents, noise, step)
-        text_kv = model.layers.project_text(caption.tokens)
-        references = References.of(
-            (), lambda: text_kv, lambda tokens: tokens, tokens_per_ref=model.tokens_per_ref, like=text_kv
+        noisy = scheduler.add_noise(latents, noise, step).repeat(len(captions), 1, 1, 1)
+        predicted = model.predict(
+            UnetInputs(noisy, step.to(latents.device), self._text_alone(i, captions), *self._beside(captions))
         )
-        context = references.context(1)
-        context.put(0, references.row(i, text_kv))
-        watched = Watched(context, words, self.grid)
-        cond = None
+        change = (predicted[1:] - predicted[:1]).float().abs().mean(1).cpu()
+        return dict(zip(spans_of, change, strict=True))
+
+    def _text_alone(self, i: int, captions: Sequence[Caption]) -> ReferenceContext:
+        """A row a caption, without references."""
+        text_kv = [self.model.layers.project_text(caption.tokens) for caption in captions]
+        references = References.of(
+            (),
+            lambda: text_kv[0],
+            lambda tokens: tokens,
+            tokens_per_ref=self.model.tokens_per_ref,
+            like=text_kv[0],
+        )
+        context = references.context(len(captions))
+        for index, row in enumerate(text_kv):
+            context.put(index, references.row(i, row))
+        return context
+
+    def _beside(self, captions: Sequence[Caption]) -> tuple[Tensor | None, dict[str, Tensor] | None]:
+        """What a UNet reads beside text: the guidance if it is distilled with it, and SDXL's conditions; else None."""
+        model, cond, added = self.model, None, None
         if model.sizes.guidance_embedding is not None:
-            cond = model.guidance_embedding(self.settings.guidance_scale, 1)
-        added = None
-        if caption.pooled is not None:
-            added = model.added_conditions(caption.pooled, *self.size)
-        model.predict(UnetInputs(noisy, step.to(latents.device), watched, cond, added))
-        return watched.sums
+            cond = model.guidance_embedding(self.settings.guidance_scale, len(captions))
+        pooled = [caption.pooled for caption in captions if caption.pooled is not None]
+        if pooled:
+            rows = [model.added_conditions(one, *self.size) for one in pooled]
+            added = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+        return cond, added
 
     def places(self, i: int, last: Mapping[int, Seen]) -> dict[str, Tensor | None]:
         """The mask of each character of frame i, None for the whole picture; nobody where they could not be told apart."""
@@ -259,7 +295,7 @@ class Regions:
         """A group for each character: its appearances in the last round."""
         rule = self.settings.references
         for name in self.names:
-            frames = [j for j in sorted(last) if name in last[j].own]
+            frames = [j for j in self.sources[name] if j in last and name in last[j].own]
             if not frames:
                 continue
             if 0 < self.settings.cast_limit < len(frames):

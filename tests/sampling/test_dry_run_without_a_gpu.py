@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from torch import Tensor
 
 from fastory import Story, StoryModel, generate
 from fastory.checkpoints import open_checkpoint
-from fastory.conditioning.references import ReferenceContext, ReferenceRow, References
+from fastory.conditioning.references import Group, ReferenceContext, ReferenceRow, References
+from fastory.conditioning.regions import Grid
 from fastory.events import FrameDrawn
 from fastory.models.protocol import UnetInputs
 from fastory.runtime import Placement
@@ -193,6 +194,31 @@ def test_launches_of_a_full_size_unet_call(name: str) -> None:
     assert sampler.inputs is not None
     with ShapesAlone() as device:
         model.predict(sampler.inputs)
+    assert +device.counted.launches == BUDGET["UNet call"][name]
+    assert not device.counted.copies and not device.counted.reads and not device.counted.mixed
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+@torch.inference_mode()
+def test_masks_of_two_characters_launch_nothing_more(name: str) -> None:
+    """The story's group and one a character, each where it reaches: more work of the one kernel, and no launch beside it."""
+    model = on_meta(name)
+    sampler, (width, height) = sampler_of(model, Settings(), references=9), model.native_size
+    tokens, factor = 9 * model.tokens_per_ref, model.vae_factor
+    with model.placement.device:
+        masked = References(
+            (Group([], 1.0, lambda frame, n: True),) * 3,
+            torch.zeros(1, tokens, model.layers.width, dtype=model.placement.dtype),
+            torch.zeros(3),
+            torch.zeros(4, dtype=torch.int32),
+            model.tokens_per_ref,
+            77,
+            Grid(height // factor, width // factor),
+        )
+        context = masked.context(2)
+    assert sampler.inputs is not None and isinstance(context, ReferenceContext) and context.masks
+    with ShapesAlone() as device:
+        model.predict(replace(sampler.inputs, context=context))
     assert +device.counted.launches == BUDGET["UNet call"][name]
     assert not device.counted.copies and not device.counted.reads and not device.counted.mixed
 
