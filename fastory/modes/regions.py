@@ -33,6 +33,7 @@ NEEDED = (
     "with auto not the references `all`"
 )
 NOISE = 0.3  # of the noise schedule: outlines are set and the UNet still asks the caption what is where
+FEW = 3  # two pictures that see each other alone swap their looks, round after round
 Mentions = Mapping[str, Sequence[tuple[int, int]]]
 """The characters of a frame, each with where the prompt speaks of it: first letter, and one past the last."""
 
@@ -198,7 +199,7 @@ class Regions:
         own = {}
         for name, mask in masks.items():
             if i in self.sources[name]:
-                others = [one for other, one in masks.items() if other != name]
+                others = [shape for other, shape in masks.items() if other != name]
                 part = cut_out(image, mask, torch.stack(others).sum(0).clamp(max=1) if others else None)
                 if part is not None:
                     own[name] = self.model.encode_reference(part, self.settings.reference_fit)
@@ -257,7 +258,7 @@ class Regions:
             cond = model.guidance_embedding(self.settings.guidance_scale, len(captions))
         pooled = [caption.pooled for caption in captions if caption.pooled is not None]
         if pooled:
-            rows = [model.added_conditions(one, *self.size) for one in pooled]
+            rows = [model.added_conditions(vector, *self.size) for vector in pooled]
             added = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
         return cond, added
 
@@ -303,7 +304,8 @@ class Regions:
                 frames = [frames[n] for n in kept]
 
             def sees(i: int, n: int, name: str = name, frames: Sequence[int] = frames) -> bool:
-                return name in self.places(i, last) and (rule == "all" or frames[n] != i)
+                own_too = rule == "all" or len(frames) < FEW
+                return name in self.places(i, last) and (own_too or frames[n] != i)
 
             tokens = [last[j].own[name] for j in frames]
             weights = weights_of(tokens, self.settings)

@@ -93,11 +93,24 @@ def test_each_frame_sees_the_pictures_of_its_own_characters_alone(model: StoryMo
     given = story(tmp_path, "{Ann: [0, 0, 0.4, 1], Bob: [0.6, 0, 1, 1]}")
     first = {key: image for key, image in draw(model, given).items() if key[0] == 0}
     as_drawn = draw(model, given, first)
-    for changed, seen_by in ((0, {2, 4}), (1, {2, 3, 4}), (2, {4}), (4, {2})):
+    for changed, seen_by in ((0, {0, 2, 4}), (1, {1, 2, 3, 4}), (2, {4}), (4, {2})):
         others = {**first, (0, changed): Image.new("RGB", first[0, 0].size, "purple")}
         after = draw(model, given, others)
         moved = {frame for (_, frame), image in after.items() if not same(image, as_drawn[1, frame])}
         assert moved == seen_by
+
+
+def test_two_pictures_of_a_character_do_not_swap_looks_and_three_see_each_other(model: StoryModel) -> None:
+    """Under `others` each of two sees the other one alone, and both change into what the other was."""
+    for alone, own_too in ((2, True), (3, False)):
+        texts = [*["a fox is standing"] * alone, "a fox and a bear are standing"]
+        given = Story.from_captions(texts)
+        captions = [model.encode_caption(text) for text in texts]
+        regions = Regions(model, given, chosen(model), texts, captions, (128, 128))
+        last = {i: Seen(torch.zeros(1, 1, 1), {"fox": torch.zeros(1, 1, 1)}) for i in range(alone)}
+        fox, *others = regions.groups(1, last)
+        assert not others
+        assert [fox.sees(0, n) for n in range(alone)] == [own_too, *[True] * (alone - 1)]
 
 
 def test_a_resumed_story_goes_on_to_the_same_bytes(model: StoryModel, tmp_path: Path) -> None:
