@@ -35,6 +35,7 @@ install_requires = [
     "jinja2>=3.1",  # the storybook page
     "filelock>=3.13",  # one process per run folder, released by the system on a kill
     "psutil>=5.9",  # free memory, for the micro-batch
+    "fsspec>=2023.5",  # batches whose --output is a URL; PyTorch and the hub's client bring it anyway
     "packaging>=23",  # versions of other packages, for `fastory doctor` and the LoRA loader
     # The kernels. Triton publishes wheels for Linux only; elsewhere the SDPA path runs.
     "triton>=3.6; platform_system == 'Linux'",
@@ -64,6 +65,9 @@ extras_require = {
     "plots": ["matplotlib>=3.9"],
     # fastory batch --ray: stories over the machines of a cluster; 240 MB, and so no part of what tests install
     "ray": ["ray>=2.60"],
+    # fastory batch --output s3://.. or gs://..: fsspec's own packages for them
+    "s3": ["s3fs>=2023.5"],
+    "gs": ["gcsfs>=2023.5"],
     "test": [
         "pytest>=8",
         "pytest-xdist>=3.6",  # the suite in two processes

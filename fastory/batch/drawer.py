@@ -22,6 +22,7 @@ from fastory.batch.messages import (
 )
 from fastory.errors import FastoryError
 from fastory.events import BatchHalved, FrameDrawn, Notice, StoryFinished, StoryStarted
+from fastory.modes.executor import HERE, Executor
 from fastory.wording import last_words
 
 
@@ -59,12 +60,18 @@ class Drawer:
                 refused[name] = str(error)
         return Checked(refused)
 
-    def draw(self, task: DrawStory) -> Iterator[Message]:
-        """Draw what is missing of a story; the last message is Drawn or Refused."""
+    def draw(self, task: DrawStory, executor: Executor = HERE) -> Iterator[Message]:
+        """Draw what is missing of a story; the last message is Drawn or Refused. executor: where its frames are drawn."""
         from fastory.runs.generate import generate
 
         try:
-            events = generate(task.story, model=self._model, output=task.folder, **self._drawing.arguments)
+            events = generate(
+                task.story,
+                model=self._model,
+                output=task.folder,
+                executor=executor,
+                **self._drawing.arguments,
+            )
             yield from _messages_of(events)
         except FastoryError as error:
             yield Refused(str(error), error.exit_code, isinstance(error.__cause__, OSError))

@@ -16,7 +16,7 @@ from fastory.story import Story
 class BatchStarted:
     """The queue stands: `done` of `stories` were finished before. workers: processes that draw."""
 
-    folder: Path
+    folder: Path | str
     stories: int
     done: int
     workers: int
@@ -64,7 +64,7 @@ class StoryDone:
     """A story's run folder is complete. done, failed, left: stories of this command. seconds: since a worker took it."""
 
     story: str
-    folder: Path
+    folder: Path | str
     seconds: float
     done: int
     failed: int
@@ -87,7 +87,7 @@ class StoryFailed:
 class BatchFinished:
     """Nothing is left to be drawn."""
 
-    folder: Path
+    folder: Path | str
     done: int
     failed: int
     seconds: float
@@ -95,8 +95,8 @@ class BatchFinished:
 
 # -- to a worker -------------------------------------------------------------------------------------------------
 
-Open = Callable[[str], Any]
-"""Opens the model on a device."""
+Open = Callable[..., Any]
+"""open(device, dtype=None, graphs=None): opens the model; None for what the command line says."""
 
 
 @dataclass(frozen=True)

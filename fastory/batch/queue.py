@@ -114,7 +114,7 @@ class Queue:
         to open its model.
         """
         started = time.monotonic()
-        yield BatchStarted(self._folder.path, len(self._stories), self._done(), len(self._workers.workers))
+        yield BatchStarted(self._folder.shown(), len(self._stories), self._done(), len(self._workers.workers))
         try:
             while self._unchecked or self._checking or self._waiting or self._drawing:
                 self._give()
@@ -123,7 +123,7 @@ class Queue:
         finally:
             self._workers.close()
             self._folder.save(at_once=True)
-        yield BatchFinished(self._folder.path, self._done(), self._failed, time.monotonic() - started)
+        yield BatchFinished(self._folder.shown(), self._done(), self._failed, time.monotonic() - started)
 
     def _done(self) -> int:
         return len(self._stories) - len(self._waiting) - len(self._drawing) - self._failed
@@ -204,7 +204,7 @@ class Queue:
                 seconds = round(time.monotonic() - self._since[story], 3)
                 device = self._devices[worker.name]
                 self._folder.settle(story, state="done", seconds=seconds, device=device)
-                path, counts = self._folder.run(story), self._counts()
+                path, counts = self._folder.shown(story), self._counts()
                 yield StoryDone(story, path, seconds, *counts, self._estimate.seconds_left())
             case Refused():
                 del self._drawing[worker.name]

@@ -7,10 +7,10 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastory import packages
 from fastory.batch.drawer import Drawer
@@ -22,14 +22,20 @@ from fastory.batch.messages import (
     DrawStory,
     Lost,
     Message,
+    Noted,
     NotOpened,
     Opened,
     Refused,
     Task,
 )
+from fastory.batch.ray_frame_actor import frame_actors
 from fastory.batch.travelling import File, FilesChanged, Receiver, Sender, scratch_folder
 from fastory.errors import InputError
+from fastory.modes.executor import HERE, Executor
 from fastory.wording import last_words
+
+if TYPE_CHECKING:
+    from fastory.batch.ray_frames import FrameActors
 
 NEAREST = "auto"  # the cluster of RAY_ADDRESS, or the one that runs on this machine
 AHEAD = 8  # messages that an actor may be ahead of the batch that writes its pictures
@@ -40,7 +46,10 @@ REACHED = 5.0  # seconds for an address to answer
 class RayDrawer:
     """What an actor runs. Its model is opened once, and again where Ray has started it anew."""
 
-    def __init__(self, drawing: Drawing, device: str) -> None:
+    def __init__(self, drawing: Drawing, device: str, together: int, options: Mapping[str, Any]) -> None:
+        """together: actors that draw a story, this one and those it makes; options: of each, as Ray has them."""
+        self._actors = frame_actors(drawing, device, together - 1, options)
+        self._others: FrameActors | None = None
         self._drawer = Drawer(drawing, device)
 
     def open(self) -> Opened | NotOpened:
@@ -60,10 +69,19 @@ class RayDrawer:
             return
         with scratch_folder() as folder:
             sender = Sender(folder, there)
-            for message in self._drawer.draw(replace(task, folder=folder)):
+            for message in self._drawer.draw(replace(task, folder=folder), self._executor()):
                 if changed := sender.changed().files:
                     yield FilesChanged(changed)
+                if isinstance(message, Drawn) and self._others is not None and not self._others.was_asked:
+                    yield Noted("drawn by one actor: its frames wait for each other, or were finished")
                 yield message
+
+    def _executor(self) -> Executor:
+        if self._others is None and self._actors:
+            from fastory.batch.ray_frames import FrameActors  # PyTorch, which the batch itself does without
+
+            self._others = FrameActors(self._actors)
+        return self._others or HERE
 
 
 class RayWorker:
@@ -111,16 +129,21 @@ class RayWorker:
 
 
 class RayWorkers:
-    """The actors of a batch: one for each GPU of the cluster, where it has none one for each CPU core; more as it grows."""
+    """The actors of a batch: one for each GPU of the cluster, where it has none one for each CPU core; more as it grows.
 
-    def __init__(self, drawing: Drawing, address: str, device: str, gpus: float, most: int) -> None:
-        """address: HOST:PORT, or NEAREST. gpus: of each worker, or a share of one. most: workers.
+    Where several draw a story together, one of them is the batch's worker, and has the others.
+    """
+
+    def __init__(
+        self, drawing: Drawing, address: str, device: str, gpus: float, most: int, together: int = 1
+    ) -> None:
+        """address: HOST:PORT, or NEAREST. gpus: of each actor, or a share of one. most: workers. together: actors of each.
 
         Raises InputError where there is no cluster.
         """
         self._ray = connected(address)
         self._needed = needed_of(nodes_of(self._ray), device, gpus)
-        self._most, self._looked = most, time.monotonic()
+        self._most, self._together, self._looked = most, together, time.monotonic()
         # A retry of Ray's own would draw from the files of the first attempt: `draw` is called again by the queue, which
         # bounds how often, with all that has arrived since. What has no state is retried for ever.
         methods = {
@@ -131,15 +154,21 @@ class RayWorkers:
             ),
         }
         members = {name: method(getattr(RayDrawer, name)) for name, method in methods.items()}
-        options = {"num_gpus": self._needed.get("GPU", 0), "num_cpus": 1, "max_restarts": -1}
+        options = {
+            "num_gpus": self._needed.get("GPU", 0),
+            "num_cpus": 1,
+            "max_restarts": -1,
+            "scheduling_strategy": "SPREAD",
+        }
         kind = self._ray.remote(type("Drawer", (RayDrawer,), members))
-        self._actor = kind.options(**options, scheduling_strategy="SPREAD")
-        self._arguments = (drawing, device)
+        self._actor = kind.options(**options)
+        self._arguments = (drawing, device, together, options)
         self.workers: list[RayWorker] = []
         self._grow()
 
     def _grow(self) -> None:
-        wanted = max(1, min(self._most, how_many(nodes_of(self._ray), self._needed)))
+        teams = how_many(nodes_of(self._ray), self._needed) // self._together
+        wanted = max(1, min(self._most, teams))
         for number in range(len(self.workers) + 1, wanted + 1):
             self.workers.append(RayWorker(f"actor {number}", self._actor.remote(*self._arguments)))
 

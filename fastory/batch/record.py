@@ -2,10 +2,14 @@
 
 What is drawn stands in the run folders. This file saves opening those that are finished, and says what failed and why; it is
 written at most once a second, so that the state of a story may be older than its run folder, never newer.
+
+With a store (batch/store.py) the folder is a working one: the store has batch.json and the finished run folders, and what it
+has is not kept here.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -15,11 +19,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from fastory import files
+from fastory.batch.store import Store
 from fastory.batch.stories import BatchStory
 from fastory.documents import read_json, validated
 from fastory.errors import FastoryError, InputError
 from fastory.runs import manifest
-from fastory.wording import shown
+from fastory.wording import last_words, shown
 
 SCHEMA = 1
 NAME = "batch.json"
@@ -53,15 +58,25 @@ class _Batch(BaseModel):
 class BatchFolder:
     """The folder of a batch, locked. options: what decides the pictures, as the command line has it, plain values."""
 
-    def __init__(self, path: Path, stories: Sequence[BatchStory], options: Mapping[str, Any]) -> None:
-        """Lock the folder, made if needed, and take the stories up.
+    def __init__(
+        self,
+        path: Path,
+        stories: Sequence[BatchStory],
+        options: Mapping[str, Any],
+        store: Store | None = None,
+    ) -> None:
+        """Lock the folder, made if needed, and take the stories up. store: gets what is finished, and says what is.
 
         Raises InputError for a folder that holds anything but a batch, one of other options, and where nothing can be
         written; FastoryError where another process draws into it.
         """
-        self.path = path
+        self.path, self._store = path, store
+        self._delivered: dict[str, str] | None = None  # the manifests in the store, by story
+        self._unsaid: list[str] = []  # delivered, and the store's batch.json does not say so yet
+        self._drop: list[str] = []  # delivered, and not yet removed here
         self.names = [story.name for story in stories]
         self._written = 0.0
+        self._anew = False  # whether the store knows nothing of this batch, whatever is here
         if path.exists() and not path.is_dir():
             raise InputError(f"{path} is a file; wanted a new or empty folder for --output")
         made = [folder for folder in (path, *path.parents) if not folder.exists()]
@@ -74,15 +89,41 @@ class BatchFolder:
                 files.remove_empty(folder)
             raise
         try:
+            if store is not None:
+                self._take_from(store)
             self._read(options)
             self.models: dict[str, str] = self._batch["models"]
             for story in stories:
                 self._batch["stories"].setdefault(story.name, {"source": story.source, "state": "left"})
                 self._forget_failure(story.name)
-            self.save(at_once=True)
+            self._begin()
         except BaseException:
             self.close()
             raise
+
+    def _begin(self) -> None:
+        """Write the file. InputError where a store takes nothing."""
+        try:
+            self.save(at_once=True)
+        except FastoryError as error:
+            if self._store is None:
+                raise
+            raise InputError(
+                f"{self._store.url} cannot be written ({last_words(error.__cause__ or error)}); {TODO}"
+            ) from error
+
+    def _take_from(self, store: Store) -> None:
+        """The file as the store has it, whatever is here. InputError where the store's folder is no batch's."""
+        data = store.read(NAME)
+        if data is not None:
+            files.atomic_write(self.path / NAME, data)
+            return
+        self._anew = True
+        if strange := store.first_name():
+            raise InputError(
+                f"{store.url} is not the folder of a batch: it holds {strange!r} and no {NAME} of ours; wanted a new or empty "
+                "folder for --output"
+            )
 
     def _refuse_strangers(self) -> None:
         if (self.path / NAME).exists():
@@ -98,7 +139,7 @@ class BatchFolder:
     def _read(self, options: Mapping[str, Any]) -> None:
         plain = json.loads(json.dumps(options, default=str))
         file = self.path / NAME
-        if not file.exists():
+        if self._anew or not file.exists():
             self._batch: dict[str, Any] = {"schema": SCHEMA, "options": plain, "models": {}, "stories": {}}
             return
         data = read_json(file, what=WHAT, most=MOST_BYTES, todo=TODO)
@@ -142,19 +183,36 @@ class BatchFolder:
         """The run folder of a story."""
         return self.path / name
 
+    def shown(self, name: str = "") -> Path | str:
+        """Where the user finds a story's run folder; without a name, all of them."""
+        if self._store is None:
+            return self.run(name)
+        return self._store.named(name) if name else self._store.url
+
     def left(self) -> list[str]:
         """Stories of this command that are not done, in its order. A run folder that changed since is looked at again."""
+        if self._store is not None and self._delivered is None:
+            done = [name for name in self.names if self._batch["stories"][name]["state"] == "done"]
+            self._delivered = self._store.manifests(done)
         return [name for name in self.names if not self._is_done(name)]
 
     def _is_done(self, name: str) -> bool:
         record, file = self._batch["stories"][name], self.run(name) / manifest.NAME
-        return record["state"] == "done" and file.is_file() and files.sha256_of(file) == record["manifest"]
+        if record["state"] != "done":
+            return False
+        if self._delivered is not None:
+            return self._delivered.get(name) == record["manifest"]
+        return file.is_file() and files.sha256_of(file) == record["manifest"]
 
     def settle(self, name: str, **said: Any) -> None:
-        """Write down how a story ended: state, and reason or seconds and device."""
+        """Write down how a story ended: state, and reason or seconds and device. What is done is delivered first."""
         record = {"source": self._batch["stories"][name]["source"], **said}
         if record["state"] == "done":
             record["manifest"] = files.sha256_of(self.run(name) / manifest.NAME)
+            if self._store is not None and self._delivered is not None:
+                self._store.deliver(self.run(name), name)
+                self._delivered[name] = record["manifest"]
+                self._unsaid.append(name)
         self._batch["stories"][name] = record
         self.save()
 
@@ -173,7 +231,26 @@ class BatchFolder:
             self._written = time.monotonic()
             data = json.dumps(self._batch, ensure_ascii=False, indent=1, sort_keys=True).encode()
             files.atomic_write(self.path / NAME, data)
+            if self._store is not None:
+                self._store.write({NAME: data}, self.path)
+                self._drop, self._unsaid = [*self._drop, *self._unsaid], []
+                self._drop = [name for name in self._drop if not self._dropped(name)]
+
+    def _dropped(self, name: str) -> bool:
+        """Remove a run folder that the store has. False where the worker that drew it still holds it."""
+        path = self.run(name)
+        with contextlib.suppress(FastoryError, OSError):
+            with files.locked_folder(path, "draws into", TODO):
+                listed = manifest.listed_files(manifest.read_manifest(path / manifest.NAME))
+                for file in (*listed, manifest.NAME, files.LOCK):
+                    files.remove(path / file)
+            for folder in sorted((f for f in path.rglob("*") if f.is_dir()), key=lambda f: -len(f.parts)):
+                files.remove_empty(folder)
+            files.remove_empty(path)
+            return True
+        return False
 
     def close(self) -> None:
         """Release the lock."""
+        self._drop = [name for name in self._drop if not self._dropped(name)]
         self._lock.release()

@@ -37,7 +37,14 @@ Stories = Annotated[
     ),
 ]
 Output = Annotated[
-    Path, option(OUTPUT, "--output", "-o", help="The batch's folder, which gets a run folder for each story.")
+    str,
+    option(
+        OUTPUT,
+        "--output",
+        "-o",
+        metavar="DIR|URL",
+        help="The batch's folder, which gets a run folder for each story; or a URL, such as s3://bucket/folder.",
+    ),
 ]
 WorkerCount = Annotated[
     int | None,
@@ -60,6 +67,11 @@ GpusPerWorker = Annotated[
     float, option(RUN, help="--ray: GPUs of a worker, or the share of one (default 1).")
 ]
 
+ActorsPerStory = Annotated[
+    int,
+    option(RUN, metavar="K", help="--ray: actors that draw the frames of a story together (default 1)."),
+]
+
 
 def queued(
     stories: Stories,
@@ -67,6 +79,7 @@ def queued(
     workers: WorkerCount = None,
     ray: Ray = None,
     gpus_per_worker: GpusPerWorker = 1.0,
+    actors_per_story: ActorsPerStory = 1,
 ) -> None:
     """The options that `batch` has beside those of `generate`."""
 
@@ -105,7 +118,7 @@ def show(requested: Mapping[str, Any]) -> None:
             show_batch(events, requested["quiet"])
         if failures:
             raise FastoryError(
-                f"{counted(len(failures), 'story')} failed; {output / 'batch.json'} says why. The same command tries again"
+                f"{counted(len(failures), 'story')} failed; {output}/batch.json says why. The same command tries again"
             )
 
 
@@ -125,6 +138,7 @@ def drawn(requested: Mapping[str, Any]) -> Iterator[Event]:
     from fastory.batch.messages import Drawing
     from fastory.batch.queue import NoWorkers, Queue
     from fastory.batch.record import BatchFolder
+    from fastory.batch.store import Store, path_or_url
     from fastory.batch.stories import read_stories
     from fastory.builtin import EXAMPLES
     from fastory.settings import Settings
@@ -135,16 +149,23 @@ def drawn(requested: Mapping[str, Any]) -> Iterator[Event]:
         requested["device"], requested["dtype"], requested["graphs"], requested["batch_size"]
     )
     check_workers(requested)
-    door.check_paths({"--output": requested["output"]})
+    output = path_or_url(requested["output"])
+    if isinstance(output, Path):
+        door.check_paths({"--output": output})
     stories = read_stories(
         requested["stories"], EXAMPLES, lambda story: door.check_stories([story], requested["style"])
     )
     single.check_named(requested)
-    folder = BatchFolder(requested["output"], stories, options_of(requested, settings))
+    options = options_of(requested, settings)
+    if isinstance(output, Path):
+        folder = BatchFolder(output, stories, options)
+    else:
+        store = Store(output)
+        folder = BatchFolder(store.working_folder(options), stories, options, store)
     try:
         folder.wait_for_others()
         arguments = {name: requested[name] for name in ("preset", "batch_size")}
-        drawing = Drawing(partial(single.opened_on, requested), {**arguments, **settings})
+        drawing = Drawing(partial(single.opened_as, requested), {**arguments, **settings})
         left = len(folder.left())
         workers = workers_of(requested, drawing, left) if left else NoWorkers()
         yield from Queue(stories, folder, workers).draw()
@@ -162,7 +183,19 @@ def check_workers(requested: Mapping[str, Any]) -> None:
     gpus = requested["gpus_per_worker"]
     if not (0 < gpus < 1 or gpus in range(1, 65)):
         raise InputError(f"--gpus-per-worker: wanted a share of one, or 1 to 64, got {gpus:g}")
+    together = requested["actors_per_story"]
+    if not 1 <= together <= MOST_WORKERS:
+        raise InputError(f"--actors-per-story: wanted 1 to {MOST_WORKERS}, got {together}")
+    if workers is not None and workers < together:
+        raise InputError(
+            f"--workers {workers} are fewer than the {together} of --actors-per-story, which draw a story together"
+        )
     if requested["ray"] is None:
+        if together != 1:
+            raise InputError(
+                "--actors-per-story is for --ray; on this machine `torchrun ... -m fastory generate` draws a story by several "
+                "processes"
+            )
         if gpus != 1:
             raise InputError(
                 "--gpus-per-worker is for --ray; on this machine every worker has a device, see --workers"
@@ -187,8 +220,10 @@ def workers_of(requested: Mapping[str, Any], drawing: Drawing, stories: int) -> 
     if requested["ray"] is not None:
         from fastory.batch.ray_workers import RayWorkers
 
-        most = min(requested["workers"] or stories, stories)
-        return RayWorkers(drawing, requested["ray"], requested["device"], requested["gpus_per_worker"], most)
+        together, workers = requested["actors_per_story"], requested["workers"]
+        most = min(workers // together if workers else stories, stories)
+        how = (requested["device"], requested["gpus_per_worker"], most, together)
+        return RayWorkers(drawing, requested["ray"], *how)
     from fastory.batch.local import LocalWorkers, devices_here, threads_each
 
     devices = devices_here(requested["device"], requested["workers"])[:stories]

@@ -351,7 +351,9 @@ def in_this_process(model: Any) -> Executor:
     return HERE
 
 
-def opened_as(requested: Mapping[str, Any], device: str, dtype: str | None, graphs: bool | None) -> Any:
+def opened_as(
+    requested: Mapping[str, Any], device: str, dtype: str | None = None, graphs: bool | None = None
+) -> Any:
     """The model on a device, in the type and with the graphs of a run that began so; None for what the options say."""
     began = {} if dtype is None else {"dtype": dtype, "graphs": "auto" if graphs else "off"}
     return opened({**requested, "device": device, **began})
@@ -409,11 +411,6 @@ def opened(requested: Mapping[str, Any]) -> Any:
         return open_engine(*chosen)
     options = ModelOptions.among(requested)
     return options.open(requested["device"], requested["dtype"], requested["graphs"])
-
-
-def opened_on(requested: Mapping[str, Any], device: str) -> Any:
-    """The same on another device."""
-    return opened({**requested, "device": device})
 
 
 def read_stories(names: list[str]) -> list[Any]:

@@ -7,31 +7,13 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 
-import torch
-
+from fastory.distributed import share
 from fastory.distributed.channel import Channel
 from fastory.distributed.launch import Launch, process_group
-from fastory.distributed.messages import (
-    BeginStory,
-    Computing,
-    Done,
-    DrawFrames,
-    Drawn,
-    DrawStories,
-    Failed,
-    Lost,
-    OutOfMemory,
-    Snapshot,
-    Stop,
-)
+from fastory.distributed.messages import BeginStory, DrawFrames, DrawStories, Failed, Lost, Stop
 from fastory.distributed.ranks import hello_of
 from fastory.errors import FastoryError
-from fastory.events import BatchHalved, Event, FrameDrawn
 from fastory.models.protocol import Model
-from fastory.modes.iterative import IterativeRun, draw_batches
-from fastory.modes.mode import mode_of
-from fastory.runtime import is_out_of_memory, release_memory
-from fastory.sampling.sampler import leave_idle
 from fastory.wording import last_words
 
 Open = Callable[[str, str | None, bool | None], Model]
@@ -78,15 +60,13 @@ def _said(launch: Launch, channel: Channel) -> int:
 
 
 class Follower:
-    """Draws for rank 0 with one model, which is opened anew where a run began in another dtype."""
+    """Draws for rank 0 what it sends."""
 
-    def __init__(self, channel: Channel, open_model: Callable[[str | None, bool | None], Model]) -> None:
+    def __init__(self, channel: Channel, open_model: share.Open) -> None:
         """open_model(dtype, graphs): on the device of this process; None for what the command line says."""
         self._channel = channel
-        self._open = open_model
-        self._model = open_model(None, None)
-        self._story: IterativeRun | None = None
-        channel.send(hello_of(self._model))
+        self._drawer = share.ShareDrawer(open_model)
+        channel.send(hello_of(self._drawer.model))
 
     def run(self) -> bool:
         """Until rank 0 says that nothing follows. True where it is gone."""
@@ -96,69 +76,12 @@ class Follower:
                 case Stop() | Lost():
                     return isinstance(message, Lost)
                 case BeginStory():
-                    self._begin(message)
+                    self._drawer.begin(message)
                 case DrawFrames():
-                    self._draw(self._frames(message))
+                    self._send(self._drawer.frames(message))
                 case DrawStories():
-                    self._draw(self._stories(message))
+                    self._send(self._drawer.stories(message))
 
-    def _model_for(self, computing: Computing) -> Model:
-        """The model as the run computes."""
-        torch.set_num_threads(computing.threads)
-        placement = self._model.placement
-        if (placement.dtype_name, placement.graphs) != (computing.dtype, computing.graphs):
-            self._story = None
-            self._model = self._open(computing.dtype, computing.graphs)
-        return self._model
-
-    def _begin(self, message: BeginStory) -> None:
-        model = self._model_for(message.computing)
-        device = model.placement.device
-        characters = {name: [t.to(device) for t in tokens] for name, tokens in message.characters.items()}
-        if self._story is not None:
-            leave_idle(self._story.sampler)
-        self._story = None
-        self._story = IterativeRun.of(model, message.plan, message.batch_sizes, message.size, characters)
-
-    def _frames(self, message: DrawFrames) -> Iterator[Event | Drawn]:
-        run, k = self._story, message.round.number
-        assert run is not None
-        run.drawn.begin(k)
-        for frame, seen in message.last.items():
-            run.drawn.put_reference(k - 1, frame, seen.to(run.model.placement.device))
-        for event in draw_batches(run, message.round, message.batches):
-            if isinstance(event, FrameDrawn):
-                kept = run.drawn.seen(k, event.frame) if k < run.settings.iterations else None
-                yield Drawn.of(event, None if kept is None else kept.to(torch.device("cpu")))
-            else:
-                yield event
-
-    def _stories(self, message: DrawStories) -> Iterator[Event | Drawn]:
-        model = self._model_for(message.computing)
-        mode = mode_of(message.mode)
-        for event in mode.draw(model, message.plans, batch_sizes=message.batch_sizes, size=message.size):
-            if isinstance(event, FrameDrawn):
-                yield Drawn.of(event)
-                continue
-            if isinstance(event, BatchHalved) and event.frame is not None:
-                for plan in message.plans:
-                    assert isinstance(plan.finished, Snapshot)
-                    plan.finished.forget(event.round, event.frame)
-            yield event
-
-    def _draw(self, events: Iterator[Event | Drawn]) -> None:
-        """Send what is drawn, then that it is done, or that memory ran out."""
-        try:
-            for event in events:
-                self._channel.send(event)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            needed = str(error).splitlines()[0] if str(error) else type(error).__name__
-        else:
-            self._channel.send(Done())
-            return
-        if self._story is not None:
-            self._story.sampler = None
-        release_memory(self._model.placement.device)
-        self._channel.send(OutOfMemory(needed))
+    def _send(self, answers: Iterator[share.Answer]) -> None:
+        for answer in answers:
+            self._channel.send(answer)

@@ -36,6 +36,7 @@ from fastory.models.protocol import Model
 from fastory.modes.executor import HERE, Batch, Draw, Round, Worker
 from fastory.modes.iterative import IterativeRun
 from fastory.modes.mode import StoryPlan
+from fastory.modes.regions import Seen
 from fastory.pictures import as_picture, open_picture
 from fastory.runtime import is_out_of_memory
 from fastory.story import Story
@@ -65,8 +66,7 @@ class Rank:
             case Lost() | Stop():
                 raise FastoryError(f"{self.name} ended while others went on. {GOES_ON}")
             case Failed():
-                kind = InputError if message.exit_code == InputError.exit_code else FastoryError
-                raise kind(f"{self.name}: {message.message}")
+                raise error_of(self.name, message)
         return message
 
     def stories(
@@ -135,8 +135,7 @@ class Ranks:
         lent = [(rank, share) for rank, share in zip(self.ranks, shares, strict=True) if share]
         if not lent:
             return []
-        last = run.drawn.of_round(round.number - 1, run.settings.bank_size or round.frames)
-        sent = {j: seen.to(CPU) for j, seen in last.items()}
+        sent = references_sent(run, round)
         for rank, share in lent:
             self._begin(rank, run)
             rank.channel.send(DrawFrames(round, share, sent))
@@ -163,13 +162,27 @@ class Ranks:
 
     def _begin(self, rank: Rank, run: IterativeRun) -> None:
         if rank.story is not run:
-            characters = {name: [t.cpu() for t in tokens] for name, tokens in run.characters.items()}
-            plan = replace(
-                run.plan, story=_without_pictures(run.plan.story), finished=Snapshot(), executor=HERE
-            )
-            computing = computing_of(run.model)
-            rank.channel.send(BeginStory(plan, run.batch_sizes, run.size, characters, computing))
+            rank.channel.send(begin_story(run))
             rank.story = run
+
+
+def begin_story(run: IterativeRun) -> BeginStory:
+    """A story as it travels to a process that draws frames of it."""
+    characters = {name: [t.cpu() for t in tokens] for name, tokens in run.characters.items()}
+    plan = replace(run.plan, story=_without_pictures(run.plan.story), finished=Snapshot(), executor=HERE)
+    return BeginStory(plan, run.batch_sizes, run.size, characters, computing_of(run.model))
+
+
+def references_sent(run: IterativeRun, round: Round) -> dict[int, Seen]:
+    """What every frame of the last round gives those of this one, as it travels."""
+    last = run.drawn.of_round(round.number - 1, run.settings.bank_size or round.frames)
+    return {j: seen.to(CPU) for j, seen in last.items()}
+
+
+def error_of(name: str, message: Failed) -> FastoryError:
+    """The error of a process that failed, as the command line says it. name: of the process."""
+    kind = InputError if message.exit_code == InputError.exit_code else FastoryError
+    return kind(f"{name}: {message.message}")
 
 
 def deal(batches: Sequence[Batch], processes: int) -> list[Sequence[Batch]]:
@@ -222,17 +235,22 @@ def gathered(ranks: Sequence[Rank], model: Model) -> Ranks:
             time.sleep(PAUSE)
         assert isinstance(message, Hello)
         rank.hello = message
-        for what, there, here in (
-            ("weights of the model, its adapter or its LoRAs", message.models, own.models),
-            ("versions of libraries", message.versions, own.versions),
-            ("devices", message.device, own.device),
-        ):
-            if there != here:
-                raise InputError(
-                    f"{rank.name} has other {what} than rank 0, so a picture's bytes would depend on who drew it; wanted the "
-                    "same on all hosts"
-                )
+        check_same(rank.name, message, own, "rank 0")
     return Ranks(ranks)
+
+
+def check_same(name: str, there: Hello, own: Hello, leader: str) -> None:
+    """InputError where a process has other weights, libraries or devices than the one that leads. name, leader: of them."""
+    for what, other, wanted in (
+        ("weights of the model, its adapter or its LoRAs", there.models, own.models),
+        ("versions of libraries", there.versions, own.versions),
+        ("devices", there.device, own.device),
+    ):
+        if other != wanted:
+            raise InputError(
+                f"{name} has other {what} than {leader}, so a picture's bytes would depend on who drew it; wanted the same on "
+                "all hosts"
+            )
 
 
 @contextmanager

@@ -11,7 +11,7 @@ iteration of Gauss and Seidel in place of Jacobi's. A frame then depends on the 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Container, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -174,7 +174,7 @@ def first_settled(run: IterativeRun) -> int:
     return max(0, run.settings.reference_start - 1) if has_pictures(run.story) else 0
 
 
-def draw_batches(run: IterativeRun, round: Round, batches: Sequence[Batch]) -> Iterator[Event]:
+def draw_batches(run: IterativeRun, round: Round, batches: Iterable[Batch]) -> Iterator[Event]:
     """Some of a round's micro-batches, in this process."""
     settings, k = run.settings, round.number
     sampler = run.sampler_of(round.size)

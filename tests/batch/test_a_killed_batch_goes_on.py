@@ -94,7 +94,18 @@ def test_a_story_that_kills_its_worker_fails_and_the_others_do_not(alone: Any, t
     assert runs_of(tmp_path / "out") == {name: alone[name] for name in ("story-0", "story-1", "story-2")}
 
 
-def test_a_full_disk_ends_the_batch_in_one_line(alone: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "wanted"),
+    [
+        (errno.ENOSPC, "the disk is full"),
+        pytest.param(errno.ESTALE, os.strerror(errno.ESTALE), marks=pytest.mark.slow),
+        pytest.param(errno.EROFS, os.strerror(errno.EROFS), marks=pytest.mark.slow),
+    ],
+    ids=["full", "lost network folder", "read-only"],
+)
+def test_a_disk_that_fails_ends_the_batch_in_one_line(
+    number: int, wanted: str, alone: Any, tmp_path: Path
+) -> None:
     from fastory import files
 
     def prepare() -> None:
@@ -103,14 +114,14 @@ def test_a_full_disk_ends_the_batch_in_one_line(alone: Any, tmp_path: Path) -> N
         def full(operation: str, path: Path) -> None:
             counted[0] += operation == "write" and path.name.startswith(".frame-")
             if counted[0] > 5:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                raise OSError(number, os.strerror(number))
 
         files.before_operation = full
 
     write_batch(tmp_path / "stories", 3)
     command = [tmp_path / "stories", "-o", tmp_path / "out"]
     ended = run_batch(tmp_path, *command, prepare=prepare)
-    assert ended.status == 1 and "the disk is full" in ended.err and len(ended.err.splitlines()) == 1
+    assert ended.status == 1 and wanted in ended.err and len(ended.err.splitlines()) == 1
     assert not events_of(ended.out, "StoryFailed")
     assert states(tmp_path / "out").count("failed") == 0
     assert run_batch(tmp_path, *command).status == 0

@@ -67,6 +67,11 @@ def run_one(folder: Path, *stories: Path) -> Ended:
         (["-o", "out", "--gpus-per-worker", "0.5"], "--gpus-per-worker is for --ray"),
         (["-o", "out", "--ray", "--gpus-per-worker", "1.5"], "--gpus-per-worker: wanted"),
         (["-o", "out", "empty"], "wanted a folder with story files"),
+        (["-o", "out", "--actors-per-story", "2"], "--actors-per-story is for --ray"),
+        (["-o", "out", "--ray", "--workers", "2", "--actors-per-story", "3"], "--workers 2 are fewer"),
+        (["-o", "nowhere://bucket/batch"], "wanted a folder, or a URL"),
+        (["-o", "memory://"], "wanted a folder behind memory://"),
+        (["-o", "file://taken"], "wanted file:///"),
     ],
     ids=[
         "read-only",
@@ -78,6 +83,11 @@ def run_one(folder: Path, *stories: Path) -> Ended:
         "no ray",
         "gpus",
         "empty folder",
+        "together",
+        "too few together",
+        "no store",
+        "no folder of a store",
+        "half a path",
     ],
 )
 def test_what_cannot_be_is_one_line_and_nothing_is_written(

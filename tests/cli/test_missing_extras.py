@@ -100,6 +100,16 @@ def test_batch_on_a_cluster_without_ray(environment: Made, folder: Path) -> None
     )
 
 
+@pytest.mark.parametrize("extra", ["s3", "gs"])
+def test_batch_into_a_store_without_its_package(extra: str, environment: Made, folder: Path) -> None:
+    refuse(
+        environment("s3", "gs"),
+        folder,
+        *("batch", "good.txt", "-o", f"{extra}://bucket/drawn"),
+        wanted=f"pip install 'fastory[{extra}]'",
+    )
+
+
 def test_kernels_of_xformers_without_xformers(environment: Made, folder: Path) -> None:
     variables = environment("xformers").but(FASTORY_KERNELS="xformers")
     refuse(

@@ -13,7 +13,7 @@ import pytest
 from killed import contents
 from ranks import run_ranks
 
-from fastory.distributed import follower
+from fastory.distributed import share
 from fastory.distributed.channel import Channel
 from fastory.distributed.messages import Drawn
 
@@ -176,7 +176,7 @@ def test_rank_0_killed_ends_the_others_with_one_message(alone: Any, tmp_path: Pa
 
 
 def test_memory_that_runs_out_on_one_rank_halves_them_all(tmp_path: Path) -> None:
-    draw_batches = follower.draw_batches
+    draw_batches = share.draw_batches
 
     def too_much(run: Any, round: Any, batches: Any) -> Iterator[Any]:
         if round.size > 1:
@@ -185,7 +185,7 @@ def test_memory_that_runs_out_on_one_rank_halves_them_all(tmp_path: Path) -> Non
 
     def prepare(rank: int) -> None:
         if rank == 1:
-            follower.draw_batches = too_much
+            share.draw_batches = too_much
 
     runs = {name: ["generate", story(tmp_path, 5), "-o", tmp_path / name, *FEW] for name in ("two", "single")}
     ended = run_ranks(2, runs["two"], tmp_path, prepare)

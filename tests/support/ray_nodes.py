@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 
-LIMIT = 120.0  # seconds for a node to start
+LIMIT = 240.0  # seconds for a node to start
 MEMORY = 100_000_000  # bytes of a node's object store
 
 
@@ -28,7 +28,8 @@ class Node:
             [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--node-ip-address={address}", "--num-cpus=1",
              "--num-gpus=0", f"--object-store-memory={MEMORY}", *arguments],
             stdout=self.log.open("w"), stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, cwd=folder,
-            env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}, start_new_session=True,
+            env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "RAY_raylet_start_wait_time_s": f"{LIMIT:g}",
+                 "OMP_NUM_THREADS": "1"}, start_new_session=True,
         )  # fmt: skip
 
     def wait(self) -> None:
@@ -38,10 +39,10 @@ class Node:
             assert self.process.poll() is None and time.monotonic() < until, said
             time.sleep(0.1)
 
-    def actors(self) -> list[psutil.Process]:
-        """Its processes that draw."""
+    def actors(self, title: str = "Drawer") -> list[psutil.Process]:
+        """Its processes that draw, by how Ray titles them: their class, and the method that runs."""
         found = psutil.Process(self.process.pid).children(recursive=True)
-        return [process for process in found if "".join(process.cmdline()).startswith("ray::Drawer")]
+        return [process for process in found if _title(process).startswith(f"ray::{title}")]
 
     def kill(self) -> None:
         """All its processes at once, by SIGKILL."""
@@ -51,6 +52,14 @@ class Node:
             process.kill()
         psutil.wait_procs(with_children, timeout=30)
         self.process.wait()
+
+
+def _title(process: psutil.Process) -> str:
+    """How a process calls itself; nothing for one that has ended meanwhile."""
+    try:
+        return "".join(process.cmdline())
+    except psutil.NoSuchProcess:  # a zombie, too
+        return ""
 
 
 @contextmanager

@@ -14,6 +14,8 @@ from pathlib import Path
 MODULES = {
     "xformers": ("xformers",),
     "ray": ("ray",),
+    "s3": ("s3fs",),
+    "gs": ("gcsfs",),
     "serve": ("fastapi", "starlette", "uvicorn"),
     "tune": ("tensorboard",),
     "eval": ("torchmetrics", "scipy"),
