@@ -16,6 +16,7 @@ import argparse
 import json
 import math
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -146,8 +147,20 @@ CAPTIONS = ("a cat is jumping", "a fox in the snow", "a bear", "a rabbit in the 
 SMALL = ("--steps=20", "--iterations=2", "--batch-size=2", "--device=cpu", "--json")
 
 
-def measured_rounds(folder: Path, frames: int, ranks: int, threads: int, name: str) -> tuple[float, float]:
-    """Seconds of a later round, and of the whole command, with `ranks` processes of `threads` threads; 0 ranks: no torchrun."""
+@dataclass(frozen=True)
+class Measured:
+    """A command's seconds: of a later round and of the whole by the clock, and of all its processes by the CPU.
+
+    Other work on the machine lengthens the first two, and the third hardly.
+    """
+
+    round: float
+    wall: float
+    cpu: float
+
+
+def measured(folder: Path, frames: int, ranks: int, threads: int, name: str) -> Measured:
+    """A story drawn with `ranks` processes of `threads` threads; 0 ranks: no torchrun."""
     story = folder / "story.txt"
     story.write_text("\n".join(CAPTIONS[i % len(CAPTIONS)] for i in range(frames)) + "\n", encoding="utf-8")
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks else []
@@ -162,7 +175,7 @@ def measured_rounds(folder: Path, frames: int, ranks: int, threads: int, name: s
         str(folder / name),
         *SMALL,
     ]
-    started = time.perf_counter()
+    started, before = time.perf_counter(), _cpu_seconds()
     done = subprocess.run(
         command,
         capture_output=True,
@@ -170,10 +183,16 @@ def measured_rounds(folder: Path, frames: int, ranks: int, threads: int, name: s
         check=True,
         env={**os.environ, "OMP_NUM_THREADS": str(threads)},
     )
-    wall = time.perf_counter() - started
+    wall, cpu = time.perf_counter() - started, _cpu_seconds() - before
     events = [json.loads(line) for line in done.stdout.splitlines()]
     seconds = [event["seconds"] for event in events if event["event"] == "RoundFinished"]
-    return statistics.median(seconds[1:]), wall
+    return Measured(statistics.median(seconds[1:]), wall, cpu)
+
+
+def _cpu_seconds() -> float:
+    """Of all processes that this one started and that have ended, and of theirs."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def measure(repeats: int, frames: int = 8) -> Iterator[str]:
@@ -184,27 +203,32 @@ def measure(repeats: int, frames: int = 8) -> Iterator[str]:
         "torchrun, 2 ranks, 1 thread each": (2, 1),
         "one process, 2 threads": (0, 2),
     }
-    rounds: dict[str, list[float]] = {name: [] for name in layouts}
-    walls: dict[str, list[float]] = {name: [] for name in layouts}
+    found: dict[str, list[Measured]] = {name: [] for name in layouts}
     with tempfile.TemporaryDirectory() as folder:
         for repeat in range(repeats):
             for number, (name, (ranks, threads)) in enumerate(layouts.items()):
-                seconds, wall = measured_rounds(
-                    Path(folder), frames, ranks, threads, f"run-{repeat}-{number}"
-                )
-                rounds[name].append(seconds)
-                walls[name].append(wall)
-    first = statistics.median(rounds["one process, 1 thread"])
+                run = measured(Path(folder), frames, ranks, threads, f"run-{repeat}-{number}")
+                found[name].append(run)
+    first = statistics.median(run.round for run in found["one process, 1 thread"])
     costs = Costs(frame_seconds=first / frames, frames=frames, rounds=1, batch=2, slowest=0, load_seconds=0, write_seconds=0,
                   finish_seconds=0, picture_bytes=6e3, token_bytes=2e3)  # fmt: skip
     load = os.getloadavg()[0]
     yield f"{os.cpu_count()} cores, load {load:.1f} at the end, {frames} frames, {' '.join(SMALL)}, {repeats} repeats"
-    yield from ("", "| layout | round, s (all) | predicted | command, s |", "|---|---|---|---|")
+    yield from (
+        "",
+        "| layout | round, s (all) | predicted | command, s | CPU of all its processes, s (all) |",
+        "|---|---|---|---|---|",
+    )
     for name, (ranks, threads) in layouts.items():
         said = f"{story_over_ranks(costs, max(1, ranks)).seconds:.2f}" if threads == 1 else ""
-        every = ", ".join(f"{seconds:.2f}" for seconds in rounds[name])
-        middle = statistics.median(rounds[name])
-        yield f"| {name} | {middle:.2f} ({every}) | {said} | {statistics.median(walls[name]):.1f} |"
+        wall = statistics.median(run.wall for run in found[name])
+        round, cpu = ([getattr(run, what) for run in found[name]] for what in ("round", "cpu"))
+        yield f"| {name} | {_listed(round)} | {said} | {wall:.1f} | {_listed(cpu)} |"
+
+
+def _listed(values: Sequence[float]) -> str:
+    """The median, and all of them."""
+    return f"{statistics.median(values):.2f} ({', '.join(f'{value:.2f}' for value in values)})"
 
 
 def parsed(arguments: Sequence[str] | None) -> tuple[Mapping[str, float], bool, int]:
