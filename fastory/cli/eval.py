@@ -137,7 +137,8 @@ def opened(requested: Mapping[str, Any]) -> tuple[list[DrawnStory], Instruments]
     door.check_paths(
         {"--captions": requested["captions"], "--export-vistorybench": requested["export_vistorybench"]}
     )
-    door.check_new_file(output, "--output")
+    if output is None or not kept_beside(output).exists():
+        door.check_new_file(output, "--output")
     if output is not None:
         check_form(output)
     stories = [story for run in requested["runs"] for story in read_drawn(run, requested["captions"])]
@@ -166,7 +167,7 @@ def everything(requested: Mapping[str, Any]) -> bool:
 def measured(stories: list[DrawnStory], wanted: Instruments, requested: Mapping[str, Any]) -> list[Measured]:
     """All rows, which are written where they should be. Raises InputError for weights that are not to be had."""
     quiet_libraries()
-    from fastory import files
+    from fastory import door, files
     from fastory.evaluation.journal import Journal
     from fastory.evaluation.measures import measure
     from fastory.evaluation.tables import FORMS
@@ -175,12 +176,24 @@ def measured(stories: list[DrawnStory], wanted: Instruments, requested: Mapping[
     output = requested["output"]
     where = str(choose_placement(requested["device"], "float32", "off").device)
     found = measures(replace(wanted, device=where), requested)
-    journal = Journal(None if output is None else output.with_name(output.name + files.UNFINISHED))
+    journal = Journal(None if output is None else kept_beside(output))
     rows = list(measure(stories, found.measures, journal, found.of_all))
     if output is not None:
-        files.atomic_write(output, FORMS[output.suffix.lower()](rows).encode())
+        table = FORMS[output.suffix.lower()](rows).encode()
+        if not (
+            output.is_file() and output.read_bytes() == table
+        ):  # that of a run which was killed right after
+            door.check_new_file(output, "--output")
+            files.atomic_write(output, table)
         journal.remove()
     return rows
+
+
+def kept_beside(output: Path) -> Path:
+    """Where what was measured is kept until the table is written."""
+    from fastory import files
+
+    return output.with_name(output.name + files.UNFINISHED)
 
 
 def measures(wanted: Instruments, requested: Mapping[str, Any]) -> Opened:

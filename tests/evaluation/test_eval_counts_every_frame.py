@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from killed import check_every_operation
 from PIL import Image
 from small_clip import write_clip
 from transformers import CLIPModel, CLIPProcessor
@@ -17,6 +20,7 @@ from typer.testing import CliRunner
 from fastory import Story, StoryModel, generate
 from fastory.cli import app
 from fastory.evaluation.clip import Clip
+from fastory.evaluation.journal import Journal
 from fastory.evaluation.measures import ClipMeasure, measure, off_diagonal_mean
 from fastory.evaluation.rows import Measured
 from fastory.evaluation.stories import DrawnStory, read_drawn
@@ -145,6 +149,46 @@ def test_the_command_measures_a_run_folder_and_writes_what_it_found(
         assert "CLIP-T" in (tmp_path / name).read_text()
     again = CliRunner().invoke(app, [*command, "-o", "table.json"])
     assert again.exit_code == 2 and "exists; wanted a name that is free" in again.stderr
+
+
+def test_an_eval_that_is_killed_anywhere_goes_on_to_the_same_table(
+    clip_folder: Path, folder: Path, tmp_path: Path
+) -> None:
+    """A line a story is kept beside the table until that is written; a story with a picture that is none among them."""
+
+    def prepare(place: Path) -> None:
+        for name in ("a", "b"):
+            shutil.copytree(folder, place / name)
+        (place / "b" / "frame-001.png").write_bytes(b"no picture")
+
+    def command(place: Path) -> None:
+        os.chdir(place)
+        arguments = ["eval", "a", "b", "--clip", str(clip_folder), "-o", "table.json", "--device", "cpu"]
+        assert CliRunner().invoke(app, arguments).exit_code == 0
+
+    kept = list[int]()
+
+    def after_kill(place: Path) -> None:
+        found = [path for path in place.iterdir() if path.name.startswith("table.json")]
+        lines = [line for path in found for line in path.read_text().splitlines() if '"key"' in line]
+        kept.append(len(lines))
+
+    done = check_every_operation(tmp_path / "trials", prepare, command, after_kill=after_kill, most=3)
+    assert max(kept) == 2 and len(done) >= 4
+
+
+def test_what_was_measured_before_replaces_no_table_of_somebody(
+    clip_folder: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a kill left beside it is no leave to write over another file of that name."""
+    monkeypatch.chdir(folder.parent)
+    Path("table.json").write_text("mine")
+    Journal(Path("table.json.unfinished")).keep("key", [])
+    done = CliRunner().invoke(
+        app, ["eval", "own", "--clip", str(clip_folder), "-o", "table.json", "--device", "cpu"]
+    )
+    assert done.exit_code == 2 and "table.json exists; wanted a name that is free" in done.stderr
+    assert Path("table.json").read_text() == "mine"
 
 
 @pytest.mark.parametrize(
