@@ -5,7 +5,7 @@ that cannot be captured is an error in its row, never a time. `share` is the par
 kernels take in an eager call, by torch's profiler.
 
 variants  nchw: as the runtime is. channels_last: the UNet's weights in that layout. benchmark: that and cudnn.benchmark.
-          compile: that and torch.compile of the transformer blocks. diffusers: its own UNet call with an IP-Adapter,
+          compile: that and the runtime's compiled blocks (--compile on). diffusers: its own UNet call with an IP-Adapter,
           eager; diffusers-compile: the same with its transformer blocks compiled.
 """
 
@@ -15,6 +15,7 @@ import argparse
 import itertools
 import sys
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -27,6 +28,7 @@ from torch._dynamo.utils import counters
 
 from fastory import StoryModel
 from fastory.conditioning.references import Group, References
+from fastory.processors import compiled
 from fastory.runtime import Placement
 from fastory.sampling.sampler import Row, Sampler
 from fastory.settings import Settings
@@ -75,18 +77,16 @@ class Models:
             placement = Placement(torch.device(self.report.device), TYPES[dtype], torch.get_num_threads())
             self.model = random_model(name, placement)
             torch.backends.cudnn.benchmark = variant in ("benchmark", "compile", "diffusers-compile")
-            if variant in ("channels_last", "benchmark", "compile"):
+            if variant in ("channels_last", "benchmark"):
                 self.model.unet.to(memory_format=torch.channels_last)
             if variant == "compile":
                 torch._dynamo.reset()
                 counters.clear()
-                # A layer's place in the wide K and V is a number: without this every layer is a graph of its own.
-                torch._dynamo.config.allow_unspec_int_on_nn_module = True
-                self.model.unet.compile_repeated_blocks(fullgraph=True, backend=self.backend)
+                compiled.BACKEND = self.backend
+                self.model = self.model.compiled
             self.key = (name, dtype, variant)
         assert self.model is not None
-        placement = self.model.placement
-        self.model.placement = Placement(placement.device, placement.dtype, placement.threads, graphs)
+        self.model.placement = replace(self.model.placement, graphs=graphs)
         return self.model
 
 

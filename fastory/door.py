@@ -31,10 +31,15 @@ def check_flags(flags: Mapping[str, Any], preset: str | None) -> None:
 
 
 def check_placement(
-    device: str, dtype: str = "auto", graphs: str = "auto", batch_size: int | None = None
+    device: str,
+    dtype: str = "auto",
+    graphs: str = "auto",
+    batch_size: int | None = None,
+    compile: str = "auto",
 ) -> None:
-    """InputError for words that --device, --dtype, --graphs and --batch-size do not take."""
+    """InputError for words that --device, --dtype, --graphs, --batch-size and --compile do not take."""
     settings.check_placement(device, dtype, graphs)
+    settings.check_choice("compile", compile, "--compile")
     if batch_size is not None and batch_size < 1:
         raise InputError(f"--batch-size: wanted 1 or more, got {batch_size}")
 

@@ -46,6 +46,14 @@ class Notice:
 
 
 @dataclass(frozen=True)
+class Compiling:
+    """Parts of the UNet are compiled before the first step that wants them: `done` of `total` are there."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
 class RoundStarted:
     """Round 0 draws from the captions alone; `reference_scale` is l_k of the later ones.
 
@@ -131,6 +139,7 @@ Event = (
     StoryStarted
     | BatchChosen
     | Notice
+    | Compiling
     | RoundStarted
     | StepDone
     | FrameDrawn

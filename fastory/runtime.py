@@ -29,12 +29,14 @@ class Placement:
     """How a run computes, resolved once and stored in the manifest.
 
     threads: torch's, on the CPU (see fastory.threads). graphs: whether a UNet call is captured in a CUDA graph.
+    compiled: whether the UNet's blocks are compiled, which a run decides (see fastory.runs.compiling).
     """
 
     device: torch.device
     dtype: torch.dtype
     threads: int
     graphs: bool = False
+    compiled: bool = False
 
     @property
     def dtype_name(self) -> str:
@@ -42,13 +44,14 @@ class Placement:
         return str(self.dtype).removeprefix("torch.")
 
     def as_dict(self) -> dict[str, str | int | bool]:
-        """As the manifest holds it."""
-        return {
+        """As the manifest holds it, which says nothing of `compiled` where nothing is."""
+        said: dict[str, str | int | bool] = {
             "device": str(self.device),
             "dtype": self.dtype_name,
             "threads": self.threads,
             "graphs": self.graphs,
         }
+        return {**said, "compiled": True} if self.compiled else said
 
 
 def choose_placement(device: str = "auto", dtype: str = "auto", graphs: str = "auto") -> Placement:

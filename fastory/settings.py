@@ -55,6 +55,7 @@ PRONOUNS = ("on", "off")
 NOISES = ("shared", "per-frame")
 DTYPES = ("float32", "float16", "bfloat16")
 GRAPHS = ("auto", "off")
+COMPILE = ("auto", "on", "off")
 
 
 @dataclass(frozen=True)
@@ -240,6 +241,7 @@ _CHOICES: Mapping[str, Collection[str]] = {
     "preset": PRESETS,
     "dtype": ("auto", *DTYPES),
     "graphs": GRAPHS,
+    "compile": COMPILE,
 }
 # Settings that came later, with the value under which a run is what it was before there were any.
 _LATER = {

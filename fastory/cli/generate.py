@@ -236,6 +236,14 @@ Height = Annotated[int | None, option(PICTURE, help="Pixels.")]
 Graphs = Annotated[
     str, choice(RUN, choices("graphs"), help="A CUDA graph around a UNet call (default auto: on CUDA).")
 ]
+Compile = Annotated[
+    str,
+    choice(
+        RUN,
+        choices("compile"),
+        help="torch.compile of the UNet's blocks (default auto: on CUDA, for long runs).",
+    ),
+]
 BatchSize = Annotated[int | None, option(RUN, help="Frames at once (default: chosen from free memory).")]
 Output = Annotated[
     Path | None, option(OUTPUT, "--output", "-o", help="Run folder (default: under ./stories).")
@@ -302,6 +310,7 @@ def generate(
     dtype: Dtype = "auto",
     device: Device = "auto",
     graphs: Graphs = "auto",
+    compile: Compile = "auto",
     batch_size: BatchSize = None,
     output: Output = None,
     overwrite: Overwrite = False,
@@ -370,7 +379,11 @@ def drawn(requested: Mapping[str, Any], executor_of: ExecutorOf) -> Iterator[Eve
     settings = {field.name: requested[field.name] for field in fields(Settings)}
     door.check_flags(settings, requested["preset"])
     door.check_placement(
-        requested["device"], requested["dtype"], requested["graphs"], requested["batch_size"]
+        requested["device"],
+        requested["dtype"],
+        requested["graphs"],
+        requested["batch_size"],
+        requested["compile"],
     )
     stories = read_stories(requested["stories"] or [])
     door.check_stories(stories, requested["style"])
@@ -407,10 +420,14 @@ def opened(requested: Mapping[str, Any]) -> Any:
     """The model, or the export, that these options name."""
     check_named(requested)
     if requested["engine"] is not None:
+        if requested["compile"] == "on":
+            raise InputError(
+                "--compile is for a model of PyTorch; what an export runs was decided when it was made"
+            )
         chosen = (requested[name] for name in ("engine", "device", "dtype", "trust_cache"))
         return open_engine(*chosen)
     options = ModelOptions.among(requested)
-    return options.open(requested["device"], requested["dtype"], requested["graphs"])
+    return options.open(*(requested[name] for name in ("device", "dtype", "graphs", "compile")))
 
 
 def read_stories(names: list[str]) -> list[Any]:

@@ -112,7 +112,7 @@ class ModelOptions:
         named = {name: getattr(self, name) for name in ("config", "ip_adapter", "image_encoder", "adapter")}
         return named, [parse_lora(text) for text in self.lora or []]
 
-    def open(self, device: str, dtype: str, graphs: str) -> Any:
+    def open(self, device: str, dtype: str, graphs: str, compile: str = "auto") -> Any:
         """The StoryModel. Names are checked before PyTorch is imported."""
         self.check()
         named, loras = self._parts()
@@ -121,7 +121,7 @@ class ModelOptions:
         quiet_libraries()
         from fastory.models.torch_model import StoryModel
 
-        placed = {"device": device, "dtype": dtype, "graphs": graphs}
+        placed = {"device": device, "dtype": dtype, "graphs": graphs, "compile": compile}
         return StoryModel.open(self.model, **named, loras=loras, **placed, offline=self.offline)
 
 

@@ -165,6 +165,8 @@ class Screen:
                 self.note(plain(event.reason))
             case events.Notice():
                 self.note(f"[yellow]note:[/] {plain(event.message)}")
+            case events.Compiling():
+                self.note(f"compiling {event.done} of {event.total}")
             case events.RoundStarted():
                 self.round, self.done_in_round = f"round {event.round} of {event.rounds}", 0
                 self.steps_of_round = event.steps

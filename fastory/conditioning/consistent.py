@@ -33,6 +33,10 @@ class ConsistentContext:
         """query (B, L, H, d) -> (B, L, H, d), of the text."""
         return self.text.attend(layer, query)
 
+    def of_layer(self, layer: Layer, queries: int) -> ConsistentContext:
+        """The same: what its self-attention reads goes by the number of query tokens, too."""
+        return self
+
     def attend_frames(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """query, keys, values (B, L, H, d) of self-attention -> (B, L, H, d)."""
         return consistent_self_attention(query, keys, values, self.samples[query.shape[1]])
@@ -44,6 +48,10 @@ class ConsistentContext:
     def without_references(self) -> ConsistentContext:
         """The same: there are none."""
         return self
+
+    def never_empty(self) -> ConsistentContext:
+        """The same with the text's."""
+        return replace(self, text=self.text.never_empty())
 
     def inputs(self) -> dict[str, Tensor]:
         """Those of the text."""

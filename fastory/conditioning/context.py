@@ -18,11 +18,17 @@ class Context(Protocol):
     def attend(self, layer: Layer, query: Tensor) -> Tensor:
         """query (B, L, H, d) -> (B, L, H, d)."""
 
+    def of_layer(self, layer: Layer, queries: int) -> Any:
+        """What `layer` alone reads in a call with `queries` query tokens, in the same memory; it has `attend`, too."""
+
     def last_rows(self, count: int) -> Context:
         """The last `count` rows, in the same memory."""
 
     def without_references(self) -> Context:
         """The same rows, the text in the same memory, and no references."""
+
+    def never_empty(self) -> Context:
+        """The same for a graph that serves any number of references: none become some that nobody sees."""
 
     def inputs(self) -> dict[str, Tensor]:
         """The tensors by the names that the inputs of an exported UNet have."""

@@ -58,12 +58,20 @@ class HistoryContext:
             frame_tokens=self.frame_tokens,
         )
 
+    def of_layer(self, layer: Layer, queries: int) -> HistoryContext:
+        """The same of one layer, in the same memory."""
+        return replace(self, kv=layer.cut(self.kv))
+
     def last_rows(self, count: int) -> HistoryContext:
         """The last `count` rows, in the same memory."""
         return replace(self, kv=self.kv[-count:], padding=self.padding[-count:])
 
     def without_references(self) -> HistoryContext:
         """A history is no reference."""
+        return self
+
+    def never_empty(self) -> HistoryContext:
+        """The same: what it holds is never empty."""
         return self
 
     def inputs(self) -> dict[str, Tensor]:

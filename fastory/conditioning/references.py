@@ -73,6 +73,35 @@ class ReferenceRow:
 
 
 @dataclass(frozen=True)
+class LayerReferences:
+    """What one layer reads of a ReferenceContext: the same, K and V of this layer and masks of its query tokens alone."""
+
+    text_kv: Tensor
+    ref_kv: Tensor
+    scale: Tensor
+    ref_visible: Tensor
+    ref_offsets: Tensor
+    tokens_per_ref: int
+    mask: Tensor | None
+    text_bias: Tensor | None
+
+    def attend(self, layer: Layer, query: Tensor) -> Tensor:
+        """query (B, L, H, d) -> (B, L, H, d)."""
+        return attend_references(
+            layer,
+            query,
+            text_kv=self.text_kv,
+            ref_kv=self.ref_kv,
+            scale=self.scale,
+            tokens_per_ref=self.tokens_per_ref,
+            ref_offsets=self.ref_offsets,
+            ref_visible=self.ref_visible,
+            mask=self.mask,
+            text_bias=self.text_bias,
+        )
+
+
+@dataclass(frozen=True)
 class ReferenceContext:
     """Text, and references with their own weights (algorithms.md, section 1, grouped form).
 
@@ -104,17 +133,19 @@ class ReferenceContext:
 
     def attend(self, layer: Layer, query: Tensor) -> Tensor:
         """query (B, L, H, d) -> (B, L, H, d)."""
-        return attend_references(
-            layer,
-            query,
-            text_kv=self.text_kv,
-            ref_kv=self.ref_kv,
-            scale=self.scale,
-            tokens_per_ref=self.tokens_per_ref,
-            ref_offsets=self.ref_offsets,
-            ref_visible=self.ref_visible,
-            mask=None if self.masks is None else self.masks[query.shape[1]],
-            text_bias=None if self.text_bias is None else self.text_bias[query.shape[1]],
+        return self.of_layer(layer, query.shape[1]).attend(layer, query)
+
+    def of_layer(self, layer: Layer, queries: int) -> LayerReferences:
+        """What `layer` reads of it where it has `queries` query tokens."""
+        return LayerReferences(
+            layer.cut(self.text_kv),
+            layer.cut(self.ref_kv),
+            self.scale,
+            self.ref_visible,
+            self.ref_offsets,
+            self.tokens_per_ref,
+            None if self.masks is None else self.masks[queries],
+            None if self.text_bias is None else self.text_bias[queries],
         )
 
     def last_rows(self, count: int) -> ReferenceContext:
@@ -135,6 +166,18 @@ class ReferenceContext:
             ref_visible=self.ref_visible[:, :0],
             ref_offsets=self.ref_offsets.new_zeros(2),
             masks=None,
+        )
+
+    def never_empty(self) -> ReferenceContext:
+        """The same, with two blocks that nobody sees where there are no references: of one, a graph would be for one."""
+        if self.ref_kv.shape[1]:
+            return self
+        rows, width = self.ref_visible.shape[0], self.ref_kv.shape[2]
+        return replace(
+            self,
+            ref_kv=self.ref_kv.new_zeros(1, 2 * self.tokens_per_ref, width),
+            ref_visible=self.ref_visible.new_zeros(rows, 2),
+            ref_offsets=self.ref_offsets + self.ref_offsets.new_tensor([0, 2 * self.tokens_per_ref]),
         )
 
     def inputs(self) -> dict[str, Tensor]:

@@ -27,11 +27,12 @@ class Hello:
 
 @dataclass(frozen=True)
 class Computing:
-    """How a run computes: dtype and graphs as a manifest's machine has them, threads of PyTorch."""
+    """How a run computes: dtype, graphs and compiled as a manifest's machine has them, threads of PyTorch."""
 
     dtype: str
     graphs: bool
     threads: int
+    compiled: bool = False
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ class ShareDrawer:
         if (placement.dtype_name, placement.graphs) != (computing.dtype, computing.graphs):
             self._story = None
             self.model = self._open(computing.dtype, computing.graphs)
-        return self.model
+        return self.model.compiled if computing.compiled else self.model
 
     def _frames(self, message: DrawFrames) -> Iterator[Event | Drawn]:
         run, k = self._story, message.round.number

@@ -211,6 +211,20 @@ class EngineModel:
         return int(self.manifest["size_factor"])
 
     @property
+    def compile(self) -> str:
+        """What an export is was decided when it was made."""
+        return "off"
+
+    @property
+    def compiled(self) -> EngineModel:
+        """Never asked for."""
+        raise InputError("an export cannot be compiled")
+
+    def blocks(self) -> Any:
+        """Never asked for."""
+        raise InputError("an export has no blocks that could be compiled")
+
+    @property
     def most_rows(self) -> int | None:
         """Most rows that a UNet call takes."""
         most: int | None = self._unet_ranges.get("batch", (1, None))[1]

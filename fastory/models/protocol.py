@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -106,11 +107,32 @@ class WithHistory(Protocol):
     def encoder(self) -> HistoryEncoding: ...
 
 
+class Blocks(Protocol):
+    """Blocks of a UNet that are compiled. kinds: how many graphs they are."""
+
+    kinds: int
+
+    def calls(self) -> AbstractContextManager[None]:
+        """Within it `predict` calls them compiled."""
+
+    def compile(self, call: Callable[[], object]) -> Iterator[int]:
+        """Compile what `call`, an eager call of the UNet, needs; yields how many kinds are done."""
+
+
 class Model(Protocol):
     """A story model on its device."""
 
     name: str
     placement: Placement
+
+    @property
+    def compile(self) -> str:
+        """Whether the UNet's blocks are compiled: auto, on or off."""
+
+    @property
+    def compiled(self) -> Model:
+        """This model as it draws with compiled blocks, where `compile` is not off."""
+
     idle_samplers: list[
         Any
     ]  # what fastory.sampling keeps from one story to the next, `causal` sharing the list
@@ -224,6 +246,9 @@ class Model(Protocol):
 
     def predict(self, inputs: UnetInputs) -> Tensor:
         """One UNet call -> (R, c, h, w)."""
+
+    def blocks(self) -> Blocks:
+        """The blocks of the UNet that are compiled, of a model whose placement says so."""
 
     def guidance_embedding(self, scale: float, rows: int) -> Tensor:
         """The guidance scale as an input (rows, D) of a UNet distilled with it (LCM)."""

@@ -21,8 +21,8 @@ class RowByRow(nn.Linear):
         return made.train(linear.training)
 
     def forward(self, rows: Tensor) -> Tensor:
-        """(rows, features) one by one; in a graph that is exported, whose number of rows is not known, together."""
-        if torch.compiler.is_exporting():
+        """(rows, features) one by one; in a graph, exported or compiled, whose number of rows is not known, together."""
+        if torch.compiler.is_compiling():
             return super().forward(rows)
         return torch.cat([nn.functional.linear(row, self.weight, self.bias) for row in rows.split(1)])
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -18,7 +17,7 @@ from fastory.checkpoints.checkpoint import world_of
 from fastory.checkpoints.history import History
 from fastory.conditioning.history import EncodedFrame
 from fastory.errors import InputError
-from fastory.kernels import backends
+from fastory.models.copies import causal_copy, compiled_copy, unet_copy
 from fastory.models.images import decoded, fit_square, scaled
 from fastory.models.protocol import (
     Caption,
@@ -32,9 +31,11 @@ from fastory.models.protocol import (
 )
 from fastory.models.row_by_row import embed_row_by_row
 from fastory.models.text import guidance_embedding, history_ids, lost_words, padding_of
+from fastory.processors.compiled import CompiledBlocks
 from fastory.processors.consistent import self_attention_levels
-from fastory.processors.projected import CrossAttentionLayers
+from fastory.processors.projected import CrossAttentionLayers, check_kernels
 from fastory.runtime import Placement, choose_placement
+from fastory.settings import check_choice
 
 
 class Released:
@@ -94,6 +95,7 @@ class StoryModel:
         device: str = "auto",
         dtype: str = "auto",
         graphs: str = "auto",
+        compile: str = "auto",
         offline: bool = False,
     ) -> StoryModel:
         """Open `builtin`, a diffusers folder, a .safetensors file (with `config`) or a hub id.
@@ -103,8 +105,10 @@ class StoryModel:
         adapter: a file that `fastory tune` wrote, for causal mode.
         loras: (path, weight) pairs, in effect before any K and V are projected. device: auto, cpu, cuda or cuda:N.
         dtype: auto, float32, float16 or bfloat16. graphs: auto (CUDA graphs on CUDA) or off.
+        compile: torch.compile of the UNet's blocks, auto (on CUDA, where a run is long enough), on or off.
         Raises InputError for anything that cannot be used.
         """
+        check_choice("compile", compile, "--compile")
         placement = choose_placement(device, dtype, graphs)
         check_kernels(placement.device)
         options: dict[str, Any] = {
@@ -116,7 +120,7 @@ class StoryModel:
             "offline": offline,
         }
         checkpoint = open_checkpoint(model, dtype=placement.dtype, **options)
-        named = (("device", device), ("dtype", dtype), ("graphs", graphs))
+        named = (("device", device), ("dtype", dtype), ("graphs", graphs), ("compile", compile))
         requested = {name: value for name, value in named if value != "auto"}
         opened = cls(checkpoint, placement, str(model), requested)
         opened.options = {"model": model, **options}
@@ -205,9 +209,22 @@ class StoryModel:
             check_machine(self.placement, machine)
         assert self.options is not None
         graphs = "auto" if machine["graphs"] else "off"
-        return StoryModel.open(
-            **self.options, device=machine["device"], dtype=machine["dtype"], graphs=graphs
-        )
+        where = {"device": machine["device"], "dtype": machine["dtype"], "graphs": graphs}
+        return StoryModel.open(**self.options, **where, compile=self.compile)
+
+    @property
+    def compile(self) -> str:
+        """Whether the UNet's blocks are compiled: auto, on or off."""
+        return self.requested.get("compile", "auto")
+
+    @cached_property
+    def compiled(self) -> StoryModel:
+        """This model as it draws with compiled blocks."""
+        return compiled_copy(self)
+
+    def blocks(self) -> CompiledBlocks:
+        """The blocks of the UNet that are compiled."""
+        return CompiledBlocks(self.unet)
 
     @property
     def tokens_per_ref(self) -> int:
@@ -348,21 +365,11 @@ class StoryModel:
     @cached_property
     def causal(self) -> StoryModel:
         """This model as causal mode draws with it: its low-rank updates in a UNet that shares all other weights."""
-        updates = self.require_history().updates
-        if not updates:
-            return self
-        made = copy.copy(self)
-        made.unet = self.shared_weights_copy({f"{name}.weight" for name in updates})
-        for name, update in updates.items():
-            weight = made.unet.get_submodule(name).weight
-            weight.data.add_(update.to(weight.device))
-        made.layers = CrossAttentionLayers(made.unet)
-        return made
+        return causal_copy(self)
 
     def shared_weights_copy(self, own: Container[str] = ()) -> Any:
         """A second UNet of the same weights; only the parameters named in `own` are copies, the others are shared."""
-        shared: dict[int, Any] = {id(p): p for name, p in self.unet.named_parameters() if name not in own}
-        return copy.deepcopy(self.unet, memo=shared)
+        return unet_copy(self.unet, own)
 
     def require_history(self) -> History:
         """The history encoder. InputError where this model cannot draw frame after frame."""
@@ -438,13 +445,3 @@ class StoryModel:
             return False
         _, unsafe = self.pipeline.run_safety_checker(pixels, self.device, self.dtype)
         return bool(unsafe and unsafe[0])
-
-
-def check_kernels(device: torch.device) -> None:
-    """InputError where FASTORY_KERNELS names what does not exist or cannot run on `device`."""
-    try:
-        backends.choose(device)
-    except (ValueError, RuntimeError) as error:
-        raise InputError(
-            f"{error}; unset {backends.VARIABLE}, or run `fastory doctor` to see what can run"
-        ) from error

@@ -24,7 +24,7 @@ from torch import Tensor
 from fastory.checkpoints.history_encoder import HistoryConfig
 from fastory.conditioning.history import EncodedFrame, HistoryRow, Ring, Window
 from fastory.errors import InputError
-from fastory.events import Event, FrameDrawn, StepDone
+from fastory.events import Compiling, Event, FrameDrawn, StepDone
 from fastory.models.protocol import Caption, Model
 from fastory.modes.memory import until_it_fits
 from fastory.modes.mode import StoryPlan, long_captions, register
@@ -258,6 +258,7 @@ def denoise(
     drawn = {state.plan.index: batch.row(state, frame) for state in todo}
     stand_in = next(iter(drawn.values()))
     rows = [drawn.get(state.plan.index, stand_in) for state in members]
+    yield from (Compiling(*done) for done in sampler.compile())
     for step, seconds in sampler.denoise(rows):
         for state in todo:
             yield StepDone(0, (frame,), step, sampler.settings.steps, seconds, state.plan.index, draft)

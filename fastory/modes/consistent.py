@@ -20,7 +20,7 @@ from typing import Any
 from fastory.conditioning.consistent import ConsistentContext, FrameSamples
 from fastory.conditioning.references import References
 from fastory.errors import InputError
-from fastory.events import Event, FrameDrawn, RoundFinished, RoundStarted
+from fastory.events import Event, FrameDrawn, RoundFinished, RoundStarted, StepDone
 from fastory.models.protocol import Model
 from fastory.modes.iterative import IterativeRun, references_of, report_steps, row_of
 from fastory.modes.memory import until_it_fits
@@ -86,7 +86,7 @@ def draw_window(run: IterativeRun, frames: int, window: range, todo: set[int]) -
     context = sampler.context
     assert isinstance(context, ConsistentContext)
     for event in report_steps(sampler, rows, 0, todo, lambda call: context.write(samples.calls[call])):
-        yield replace(event, story_index=run.plan.index)
+        yield replace(event, story_index=run.plan.index) if isinstance(event, StepDone) else event
     for n, row in enumerate(rows):
         if row.frame in todo:
             decoded = run.model.decode(sampler.latents[n : n + 1])

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastory.conditioning.references import Group, References, everywhere
 from fastory.errors import InputError
-from fastory.events import Event, FrameDrawn, RoundFinished, RoundStarted, StepDone
+from fastory.events import Compiling, Event, FrameDrawn, RoundFinished, RoundStarted, StepDone
 from fastory.models.protocol import Caption, Model
 from fastory.modes.converged import staying
 from fastory.modes.described import rounds_described, values_described
@@ -207,9 +207,10 @@ def report_steps(
     k: int,
     todo: Container[int],
     prepare: Callable[[int], object] | None = None,
-) -> Iterator[StepDone]:
+) -> Iterator[Compiling | StepDone]:
     """Denoise a micro-batch, with an event a step that names the frames it is for. prepare: as of Sampler.denoise."""
     frames = tuple(row.frame for row in rows if row.frame in todo)
+    yield from (Compiling(*done) for done in sampler.compile())
     for step, seconds in sampler.denoise(rows, prepare):
         yield StepDone(k, frames, step, sampler.steps, seconds)
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastory.errors import InputError
+from fastory.kernels import backends
 from fastory.kernels.banded import banded_causal_attention
 from fastory.kernels.grca import grca
 
@@ -31,13 +32,15 @@ class Layer:
     offset: int
     channels: int
 
+    def cut(self, kv: Tensor) -> Tensor:
+        """This layer's K and V side by side, (rows, tokens, 2C), in the memory of (rows, tokens, W)."""
+        return kv[..., self.offset : self.offset + 2 * self.channels]
+
     def keys_values(self, kv: Tensor) -> tuple[Tensor, Tensor]:
-        """Views (rows, tokens, H, d) of this layer's K and V in (rows, tokens, W)."""
-        heads = self.attn.heads
-        shape = (*kv.shape[:2], heads, self.channels // heads)
-        keys = kv[..., self.offset : self.offset + self.channels]
-        values = kv[..., self.offset + self.channels : self.offset + 2 * self.channels]
-        return keys.unflatten(-1, shape[2:]), values.unflatten(-1, shape[2:])
+        """Views (rows, tokens, H, d) of this layer's K and V in (rows, tokens, W), or in what `cut` gave."""
+        keys, values = (kv if kv.shape[-1] == 2 * self.channels else self.cut(kv)).chunk(2, -1)
+        heads = (self.attn.heads, self.channels // self.attn.heads)
+        return keys.unflatten(-1, heads), values.unflatten(-1, heads)
 
 
 class Context(Protocol):
@@ -227,3 +230,13 @@ def refuse_unknown(name: str, attn: Attention) -> None:
             f"the UNet's layer {name} has {', '.join(extras)}; wanted: attention as in SD1.5 and SDXL. "
             "Use a checkpoint of one of these families."
         )
+
+
+def check_kernels(device: torch.device) -> None:
+    """InputError where FASTORY_KERNELS names what does not exist or cannot run on `device`."""
+    try:
+        backends.choose(device)
+    except (ValueError, RuntimeError) as error:
+        raise InputError(
+            f"{error}; unset {backends.VARIABLE}, or run `fastory doctor` to see what can run"
+        ) from error

@@ -59,6 +59,7 @@ class _Machine(_Strict):
     dtype: Literal["float32", "float16", "bfloat16"]
     threads: Annotated[int, Field(ge=1, le=4096)]
     graphs: bool
+    compiled: Literal[True] | None = None  # since 2026-11; of a run with compiled blocks alone
     versions: dict[Name, str]
 
 

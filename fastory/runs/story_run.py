@@ -13,6 +13,7 @@ from pathlib import Path
 from fastory.errors import InputError
 from fastory.models.protocol import Model
 from fastory.modes.mode import mode_of
+from fastory.runs.compiling import as_began, decide
 from fastory.runs.folder import RunFolder
 from fastory.runs.provenance import version_notices, versions
 from fastory.runs.redraw import begin_redraw, finish_move, give_up_redraw, refuse_unrepeatable
@@ -82,7 +83,8 @@ def open_folder(
     if not exists:
         return resolved, folder
     folder.check(identity, resolved.redrawn)
-    model = resolved.model.on(folder.manifest["machine"])
+    machine = folder.manifest["machine"]
+    model = as_began(resolved.model.on(machine), machine.get("compiled", False))
     notices = version_notices(folder.manifest["machine"]["versions"])
     if resolved.redrawn is None and folder.manifest.get("redraw") and not identity.changed(folder.manifest):
         notices.append(give_up_redraw(folder))
@@ -123,10 +125,16 @@ def begin_runs(
     batch_size: as asked for, or None. processes: that draw them together.
     """
     stories = Counter(resolved.settings.mode for resolved, _ in opened)
-    return [
-        _begin(index, resolved, folder, stories[resolved.settings.mode], batch_size, processes)
-        for index, (resolved, folder) in enumerate(opened)
-    ]
+    fresh = [resolved for resolved, folder in opened if folder is None or not folder.manifest]
+    compiled, why = decide(fresh)
+    runs = []
+    for index, (resolved, folder) in enumerate(opened):
+        if folder is None or not folder.manifest:
+            as_fresh = resolved.model.compiled if compiled else resolved.model
+            notices = (*resolved.notices, why) if why and resolved is fresh[0] else resolved.notices
+            resolved = replace(resolved, model=as_fresh, notices=notices)
+        runs.append(_begin(index, resolved, folder, stories[resolved.settings.mode], batch_size, processes))
+    return runs
 
 
 def _begin(

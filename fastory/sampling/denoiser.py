@@ -1,9 +1,14 @@
-"""One UNet call: eager, or replayed from a CUDA graph. A further way to call the UNet is a class and a line in denoiser_of."""
+"""One UNet call: eager, with compiled blocks, or either replayed from a CUDA graph.
+
+A further way to call the UNet is a class and a line in denoiser_of.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +21,9 @@ from fastory.runtime import is_out_of_memory
 
 class Denoiser(Protocol):
     """How the UNet is called."""
+
+    def compile(self, inputs: UnetInputs) -> Iterator[tuple[int, int]]:
+        """Compile what a call with these inputs wants and is not there yet; yields (done, of all) after each part of it."""
 
     def predict(self, inputs: UnetInputs) -> Tensor:
         """The prediction (R, c, h, w). It may lie in memory that the next call writes again."""
@@ -30,12 +38,50 @@ class Eager:
     def __init__(self, model: Model) -> None:
         self.model = model
 
+    def compile(self, inputs: UnetInputs) -> Iterator[tuple[int, int]]:
+        """Nothing is compiled."""
+        return iter(())
+
     def predict(self, inputs: UnetInputs) -> Tensor:
         """The prediction (R, c, h, w)."""
         return self.model.predict(inputs)
 
     def forget(self, inputs: UnetInputs) -> None:
         """Nothing is kept."""
+
+
+class Compiled:
+    """The call with the UNet's repeated blocks compiled (fastory.processors.compiled)."""
+
+    def __init__(self, model: Model) -> None:
+        self.model, self.blocks = model, model.blocks()
+        # By the identity of the inputs, which are kept with what stands for them.
+        self.read: dict[int, tuple[UnetInputs, UnetInputs]] = {}
+        self.ready: set[int] = set()
+
+    def _read(self, inputs: UnetInputs) -> UnetInputs:
+        """The same in the same memory, and where there are no references, some that nobody sees: that is no other graph."""
+        if id(inputs) not in self.read:
+            self.read[id(inputs)] = (inputs, replace(inputs, context=inputs.context.never_empty()))
+        return self.read[id(inputs)][1]
+
+    def compile(self, inputs: UnetInputs) -> Iterator[tuple[int, int]]:
+        """One block of each kind; of those that are there already, nothing is said."""
+        if id(inputs) in self.ready:
+            return
+        for done in self.blocks.compile(partial(self.model.predict, self._read(inputs))):
+            yield done, self.blocks.kinds
+        self.ready.add(id(inputs))
+
+    def predict(self, inputs: UnetInputs) -> Tensor:
+        """The prediction (R, c, h, w)."""
+        with self.blocks.calls():
+            return self.model.predict(self._read(inputs))
+
+    def forget(self, inputs: UnetInputs) -> None:
+        """What stands for them goes."""
+        self.read.pop(id(inputs), None)
+        self.ready.discard(id(inputs))
 
 
 class Replayed(Protocol):
@@ -73,11 +119,16 @@ class Captured:
     one call is over, and its result read, before another begins.
     """
 
-    def __init__(self, model: Model) -> None:
-        self.model = model
+    def __init__(self, model: Model, call: Eager | Compiled | None = None) -> None:
+        """call: what is captured, the model's own where it is not given."""
+        self.model, self.call = model, call or Eager(model)
         # By the identity of the inputs, which are kept with their graph: a step may read some of the rows alone.
         self.graphs: dict[int, tuple[UnetInputs, Replayed, Tensor]] = {}
         self.pool: Any = None
+
+    def compile(self, inputs: UnetInputs) -> Iterator[tuple[int, int]]:
+        """As of what is captured."""
+        return self.call.compile(inputs)
 
     def predict(self, inputs: UnetInputs) -> Tensor:
         """The prediction (R, c, h, w) from what the inputs' buffers hold now."""
@@ -90,6 +141,7 @@ class Captured:
     def forget(self, inputs: UnetInputs) -> None:
         """The graph that reads them goes."""
         self.graphs.pop(id(inputs), None)
+        self.call.forget(inputs)
 
     def capture(self, inputs: UnetInputs) -> tuple[Replayed, Tensor]:
         """A graph of the call, and where its replay leaves the prediction."""
@@ -99,15 +151,16 @@ class Captured:
             aside = torch.cuda.Stream(device)
             aside.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(aside):  # kernels are compiled and chosen here, which capture forbids
-                self.model.predict(inputs)
-                self.model.predict(inputs)
+                self.call.predict(inputs)
+                self.call.predict(inputs)
             torch.cuda.current_stream(device).wait_stream(aside)
             self.pool = self.pool or torch.cuda.graph_pool_handle()
             with explained(torch.cuda.graph(graph, pool=self.pool, stream=aside)):
-                prediction = self.model.predict(inputs)
+                prediction = self.call.predict(inputs)
         return graph, prediction
 
 
 def denoiser_of(model: Model) -> Denoiser:
     """How the UNet of `model` is called where the model is placed."""
-    return Captured(model) if model.placement.graphs else Eager(model)
+    call = Compiled(model) if model.placement.compiled else Eager(model)
+    return Captured(model, call) if model.placement.graphs else call

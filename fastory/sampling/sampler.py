@@ -149,6 +149,26 @@ class Sampler:
             held.parts[guided, referenced] = inputs
         return held.parts[guided, referenced]
 
+    def compile(self) -> Iterator[tuple[int, int]]:
+        """Compile what the steps of this round want and is not there yet; yields (done, of all) after each part of it."""
+        calls = len(self.host_timesteps)
+        wanted = {self.wants(number, calls) for number in range(self.skipped, calls)}
+        with torch.inference_mode():
+            inputs = [self.inputs_of(*rows) for rows in sorted(wanted)]
+        for part in inputs:
+            compiling = self.denoiser.compile(part)
+            while True:
+                with torch.inference_mode():  # not around a yield: the reader's code is not ours
+                    done = next(compiling, None)
+                if done is None:
+                    break
+                yield done
+
+    def wants(self, number: int, calls: int) -> tuple[bool, bool]:
+        """Whether a call, of `calls`, is guided, and whether it has references."""
+        guided = self.guided and is_within(self.settings.guidance_interval, number, calls)
+        return guided, is_within(self.settings.reference_interval, number, calls)
+
     def _load(self, rows: Sequence[Row]) -> list[torch.Generator]:
         """Copy the rows into the static buffers, padded with the last one; returns each row's generator.
 
@@ -199,8 +219,7 @@ class Sampler:
         self.timestep.copy_(self.timesteps[number])
         scaled = self.scheduler.scale_model_input(self.latents, timestep)
         calls = len(self.host_timesteps)  # PNDM begins with more calls than steps
-        guided = self.guided and is_within(self.settings.guidance_interval, number, calls)
-        referenced = is_within(self.settings.reference_interval, number, calls)
+        guided, referenced = self.wants(number, calls)
         inputs = self.inputs_of(guided, referenced)
         inputs.latents.copy_(torch.cat([scaled, scaled]) if guided else scaled)
         noise = self._guide(self.denoiser.predict(inputs), guided)
