@@ -110,6 +110,8 @@ class Settings:
     shares of the steps, from a start to before an end, in which there is classifier-free guidance, and in which references
     are read; outside, the unconditional rows, or the references, are not computed ("Applying Guidance in a Limited Interval
     Improves Sample and Distribution Quality in Diffusion Models", arXiv 2404.07724, for guidance).
+    cache_interval: of so many steps one calls the whole UNet, 1 for every step; the others take the deep features of the last
+    whole call (DeepCache, arXiv 2312.00858).
     until: when a frame is finished, after all iterations, or once it has `converged`: its reference
     tokens lie within `tolerance`, a cosine distance, of those of both rounds before; see modes/converged.py.
     restart: the share of the steps that rounds from 2 on take, the last ones, beginning from the last round's picture with
@@ -146,6 +148,7 @@ class Settings:
     sampling_rate: float = 0.5
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     reference_interval: tuple[float, float] = (0.0, 1.0)
+    cache_interval: int = 1
     until: str = "iterations"
     tolerance: float = 0.005
     restart: float = 1.0
@@ -249,6 +252,7 @@ _LATER = {
     "inner_steps": 0,
     "guidance_interval": (0.0, 1.0),
     "reference_interval": (0.0, 1.0),
+    "cache_interval": 1,
     "regions": "off",
     "cast_limit": 0,
     "until": "iterations",

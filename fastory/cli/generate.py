@@ -212,6 +212,9 @@ ReferenceInterval = Annotated[
     str | None,
     option(METHOD, metavar="START:END", help="Shares of the steps that read references (default 0:1)."),
 ]
+CacheInterval = Annotated[
+    int | None, option(SAMPLING, metavar="N", help="Steps from one whole UNet call to the next (default 1).")
+]
 Scheduler = Annotated[str | None, choice(SAMPLING, choices("scheduler"), help="Sampler.")]
 Seed = Annotated[int | None, option(SAMPLING, help="Seed of the initial noise.")]
 Noise = Annotated[
@@ -238,11 +241,7 @@ Graphs = Annotated[
 ]
 Compile = Annotated[
     str,
-    choice(
-        RUN,
-        choices("compile"),
-        help="torch.compile of the UNet's blocks (default auto: on CUDA, for long runs).",
-    ),
+    choice(RUN, choices("compile"), help="torch.compile of UNet blocks (default auto: long runs on CUDA)."),
 ]
 BatchSize = Annotated[int | None, option(RUN, help="Frames at once (default: chosen from free memory).")]
 Output = Annotated[
@@ -299,6 +298,7 @@ def generate(
     inner_steps: InnerSteps = None,
     guidance_scale: GuidanceScale = None,
     guidance_interval: GuidanceInterval = None,
+    cache_interval: CacheInterval = None,
     scheduler: Scheduler = None,
     seed: Seed = None,
     noise: Noise = None,

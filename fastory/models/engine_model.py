@@ -220,6 +220,12 @@ class EngineModel:
         """Never asked for."""
         raise InputError("an export cannot be compiled")
 
+    def deep_features(self) -> Any:
+        """Raises InputError: a graph computes the whole UNet."""
+        raise InputError(
+            "--cache-interval wants a model of PyTorch: an exported graph always computes the whole UNet; wanted 1"
+        )
+
     def blocks(self) -> Any:
         """Never asked for."""
         raise InputError("an export has no blocks that could be compiled")

@@ -119,6 +119,19 @@ class Blocks(Protocol):
         """Compile what `call`, an eager call of the UNet, needs; yields how many kinds are done."""
 
 
+class Features(Protocol):
+    """Deep features of a UNet, kept of whole calls of `predict` for shallow ones, under a key of the caller's."""
+
+    def kept(self, key: int) -> AbstractContextManager[None]:
+        """Within it a call is whole, and its deep features are kept."""
+
+    def reused(self, key: int) -> AbstractContextManager[None]:
+        """Within it a call is shallow: its deep features are those that were kept."""
+
+    def forget(self, key: int) -> None:
+        """They go."""
+
+
 class Model(Protocol):
     """A story model on its device."""
 
@@ -246,6 +259,9 @@ class Model(Protocol):
 
     def predict(self, inputs: UnetInputs) -> Tensor:
         """One UNet call -> (R, c, h, w)."""
+
+    def deep_features(self) -> Features:
+        """The deep features of the UNet. InputError where none can be kept."""
 
     def blocks(self) -> Blocks:
         """The blocks of the UNet that are compiled, of a model whose placement says so."""

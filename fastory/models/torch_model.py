@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ from fastory.checkpoints.checkpoint import world_of
 from fastory.checkpoints.history import History
 from fastory.conditioning.history import EncodedFrame
 from fastory.errors import InputError
-from fastory.models.copies import causal_copy, compiled_copy, unet_copy
+from fastory.models.copies import causal_copy, compiled_copy
 from fastory.models.images import decoded, fit_square, scaled
 from fastory.models.protocol import (
     Caption,
@@ -34,6 +34,7 @@ from fastory.models.text import guidance_embedding, history_ids, lost_words, pad
 from fastory.processors.compiled import CompiledBlocks
 from fastory.processors.consistent import self_attention_levels
 from fastory.processors.projected import CrossAttentionLayers, check_kernels
+from fastory.processors.reused import DeepFeatures
 from fastory.runtime import Placement, choose_placement
 from fastory.settings import check_choice
 
@@ -222,6 +223,10 @@ class StoryModel:
         """This model as it draws with compiled blocks."""
         return compiled_copy(self)
 
+    def deep_features(self) -> DeepFeatures:
+        """The deep features of the UNet."""
+        return DeepFeatures(self.unet)
+
     def blocks(self) -> CompiledBlocks:
         """The blocks of the UNet that are compiled."""
         return CompiledBlocks(self.unet)
@@ -366,10 +371,6 @@ class StoryModel:
     def causal(self) -> StoryModel:
         """This model as causal mode draws with it: its low-rank updates in a UNet that shares all other weights."""
         return causal_copy(self)
-
-    def shared_weights_copy(self, own: Container[str] = ()) -> Any:
-        """A second UNet of the same weights; only the parameters named in `own` are copies, the others are shared."""
-        return unet_copy(self.unet, own)
 
     def require_history(self) -> History:
         """The history encoder. InputError where this model cannot draw frame after frame."""

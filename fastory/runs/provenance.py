@@ -58,7 +58,12 @@ def footer(model: Model, settings: Settings) -> dict[str, str]:
         "Mode": settings.mode,
         **mode_of(settings.mode).method(settings),
         "Sampling": f"{settings.scheduler}, {counted(settings.steps, 'step')}, guidance {settings.guidance_scale:g}"
-        + within(settings.guidance_interval),
+        + within(settings.guidance_interval)
+        + (
+            f", the whole UNet in one of {settings.cache_interval} steps"
+            if settings.cache_interval > 1
+            else ""
+        ),
         "Noise": f"{settings.noise}, seed {settings.seed}",
         "Size": f"{settings.width} x {settings.height}",
     }

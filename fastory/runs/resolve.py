@@ -87,6 +87,8 @@ def resolve_story(
         settings = replace(settings, regions=settled(model, story, settings, prompts))
     _check_drawable(model, story, settings, batch_size)
     check_steps(model, settings.scheduler, [n for n in (settings.steps, settings.inner_steps) if n])
+    if settings.cache_interval > 1:
+        model.deep_features()  # InputError where there are none
     mode_of(settings.mode).check(model, story, settings)
     notices = (*understood_notices, *unused_notices(model, story, settings, sources))
     if (regions, settings.regions) == ("on", "off"):

@@ -5,7 +5,7 @@ A further way to call the UNet is a class and a line in denoiser_of.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastory.errors import FastoryError
-from fastory.models.protocol import Model, UnetInputs
+from fastory.models.protocol import Features, Model, UnetInputs
 from fastory.runtime import is_out_of_memory
 
 
@@ -24,6 +24,9 @@ class Denoiser(Protocol):
 
     def compile(self, inputs: UnetInputs) -> Iterator[tuple[int, int]]:
         """Compile what a call with these inputs wants and is not there yet; yields (done, of all) after each part of it."""
+
+    def begin(self) -> None:
+        """The steps of a micro-batch begin."""
 
     def predict(self, inputs: UnetInputs) -> Tensor:
         """The prediction (R, c, h, w). It may lie in memory that the next call writes again."""
@@ -41,6 +44,9 @@ class Eager:
     def compile(self, inputs: UnetInputs) -> Iterator[tuple[int, int]]:
         """Nothing is compiled."""
         return iter(())
+
+    def begin(self) -> None:
+        """A call knows none before it."""
 
     def predict(self, inputs: UnetInputs) -> Tensor:
         """The prediction (R, c, h, w)."""
@@ -72,6 +78,9 @@ class Compiled:
         for done in self.blocks.compile(partial(self.model.predict, self._read(inputs))):
             yield done, self.blocks.kinds
         self.ready.add(id(inputs))
+
+    def begin(self) -> None:
+        """A call knows none before it."""
 
     def predict(self, inputs: UnetInputs) -> Tensor:
         """The prediction (R, c, h, w)."""
@@ -119,7 +128,7 @@ class Captured:
     one call is over, and its result read, before another begins.
     """
 
-    def __init__(self, model: Model, call: Eager | Compiled | None = None) -> None:
+    def __init__(self, model: Model, call: Eager | Compiled | Within | None = None) -> None:
         """call: what is captured, the model's own where it is not given."""
         self.model, self.call = model, call or Eager(model)
         # By the identity of the inputs, which are kept with their graph: a step may read some of the rows alone.
@@ -129,6 +138,9 @@ class Captured:
     def compile(self, inputs: UnetInputs) -> Iterator[tuple[int, int]]:
         """As of what is captured."""
         return self.call.compile(inputs)
+
+    def begin(self) -> None:
+        """A call knows none before it."""
 
     def predict(self, inputs: UnetInputs) -> Tensor:
         """The prediction (R, c, h, w) from what the inputs' buffers hold now."""
@@ -160,7 +172,69 @@ class Captured:
         return graph, prediction
 
 
-def denoiser_of(model: Model) -> Denoiser:
-    """How the UNet of `model` is called where the model is placed."""
+class Within:
+    """A call within a context of its own. around: makes it, for inputs of this identity."""
+
+    def __init__(self, call: Eager | Compiled, around: Callable[[int], AbstractContextManager[None]]) -> None:
+        self.call, self.around = call, around
+
+    def compile(self, inputs: UnetInputs) -> Iterator[tuple[int, int]]:
+        """As of the call."""
+        return self.call.compile(inputs)
+
+    def begin(self) -> None:
+        """A call knows none before it."""
+
+    def predict(self, inputs: UnetInputs) -> Tensor:
+        """The prediction (R, c, h, w)."""
+        with self.around(id(inputs)):
+            return self.call.predict(inputs)
+
+    def forget(self, inputs: UnetInputs) -> None:
+        """As of the call."""
+        self.call.forget(inputs)
+
+
+class Reusing:
+    """One of `interval` calls is whole, the others take its deep features; the first with other inputs is whole, too."""
+
+    def __init__(self, whole: Denoiser, shallow: Denoiser, features: Features, interval: int) -> None:
+        self.whole, self.shallow, self.features, self.interval = whole, shallow, features, interval
+        self.begin()
+
+    def begin(self) -> None:
+        """The next call is whole: what a micro-batch computes does not depend on those before it."""
+        self.last: UnetInputs | None = None
+        self.since = 0
+
+    def compile(self, inputs: UnetInputs) -> Iterator[tuple[int, int]]:
+        """As of a whole call, which has every block."""
+        return self.whole.compile(inputs)
+
+    def predict(self, inputs: UnetInputs) -> Tensor:
+        """The prediction (R, c, h, w)."""
+        if inputs is not self.last:
+            self.last, self.since = inputs, 0
+        call = self.shallow if self.since % self.interval else self.whole
+        self.since += 1
+        return call.predict(inputs)
+
+    def forget(self, inputs: UnetInputs) -> None:
+        """What was captured and kept for them goes."""
+        for call in (self.whole, self.shallow):
+            call.forget(inputs)
+        self.features.forget(id(inputs))
+
+
+def denoiser_of(model: Model, cache_interval: int = 1) -> Denoiser:
+    """How the UNet of `model` is called where the model is placed. cache_interval: as of Settings."""
     call = Compiled(model) if model.placement.compiled else Eager(model)
-    return Captured(model, call) if model.placement.graphs else call
+
+    def captured(call: Eager | Compiled | Within) -> Denoiser:
+        return Captured(model, call) if model.placement.graphs else call
+
+    if cache_interval == 1:
+        return captured(call)
+    features = model.deep_features()
+    whole, shallow = (captured(Within(call, around)) for around in (features.kept, features.reused))
+    return Reusing(whole, shallow, features, cache_interval)

@@ -83,7 +83,7 @@ class Sampler:
             self.conditions = {name: value.repeat(self.rows, 1) for name, value in row.items()}
         self.model_input = torch.zeros(self.rows, *self.latent_shape, **options)
         self.rounds: list[RoundInputs] = []  # the current one first
-        self.denoiser = denoiser_of(model)
+        self.denoiser = denoiser_of(model, settings.cache_interval)
 
     def use(self, settings: Settings) -> None:
         """Serve another story, with settings of which `served` says the same."""
@@ -207,6 +207,7 @@ class Sampler:
         if hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(self.skipped)
         numbers = range(self.skipped, len(self.host_timesteps))
+        self.denoiser.begin()
         within = SchedulerStep(self.model.placement.device, self._load(rows), len(numbers), solves)
         steps = map(partial(self._step, within, prepare), numbers)
         yield from enumerate(timed(self.model.placement.device, steps), 1)
@@ -254,9 +255,10 @@ class Sampler:
 
 def served(
     model: Model, settings: Settings, batch_size: int, width: int, height: int
-) -> tuple[int, int, int, str, bool]:
+) -> tuple[int, int, int, str, int, bool]:
     """Equal for stories that one sampler can serve."""
-    return batch_size, width, height, settings.scheduler, is_guided(model, settings)
+    how = settings.scheduler, settings.cache_interval
+    return batch_size, width, height, *how, is_guided(model, settings)
 
 
 def sampler_for(model: Model, settings: Settings, batch_size: int, width: int, height: int) -> Sampler:

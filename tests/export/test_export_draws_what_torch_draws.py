@@ -143,6 +143,12 @@ def test_frames_that_see_each_other_are_refused_before_anything_is_drawn(engine:
         generate(STORY, model=engine, mode="consistent")
 
 
+def test_shallow_calls_are_refused_before_anything_is_drawn(engine: EngineModel, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--cache-interval wants a model of PyTorch"):
+        generate(STORY, model=engine, output=tmp_path / "run", cache_interval=2, **SETTINGS)
+    assert not (tmp_path / "run").exists()
+
+
 def test_characters_with_pictures_are_a_second_group(
     model: StoryModel, engine: EngineModel, tmp_path: Path
 ) -> None:

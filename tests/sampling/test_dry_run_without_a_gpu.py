@@ -111,6 +111,19 @@ class TestDryRun:
         found = dry_run(make, graphs, mode="causal", window=2)
         check(found, pictures=2, steps=4, captures=1 * graphs)
 
+    def test_reusing_deep_features(
+        self, dry_run: Any, sd15_folder: Path, sd15_adapter_base: Path, graphs: bool
+    ) -> None:
+        """A whole and a shallow call of either kind, each captured by itself."""
+        make = from_folder(sd15_folder, ip_adapter=str(sd15_adapter_base))
+        found = dry_run(make, graphs, iterations=1, batch_size=2, cache_interval=2)
+        assert (found.pictures, len(found.steps), len(found.captures)) == (4, 4, 4 * graphs)
+        assert not found.whole.mixed
+        for part in [*found.steps, *found.captures]:
+            assert not part.reads and not part.copies
+        launches = [part.launches.total() for part in (found.captures if graphs else found.steps)]
+        assert launches[1] < launches[0] and launches[3] < launches[2]
+
     @pytest.mark.slow
     @pytest.mark.parametrize("name", ["sd15", "sdxl"])
     def test_full_size(self, dry_run: Any, name: str, graphs: bool) -> None:
@@ -225,6 +238,9 @@ def test_masks_of_two_characters_launch_nothing_more(name: str) -> None:
 
 class Unchanged:
     """A denoiser that launches nothing: it gives back what it is given, always in the same memory, as a graph does."""
+
+    def begin(self) -> None:
+        """No call knows another."""
 
     def predict(self, inputs: UnetInputs) -> Tensor:
         return inputs.latents

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from fastory.conditioning.context import Context
 from fastory.conditioning.references import Group, References
+from fastory.models.copies import unet_copy
 from fastory.models.torch_model import StoryModel
 from fastory.processors.projected import CrossAttentionLayers
 
@@ -34,7 +35,7 @@ class Teacher:
     def __init__(self, model: StoryModel, scale: float) -> None:
         """scale: the weight l of the references. Raises InputError where the base has no IP-Adapter."""
         self.null = model.null_reference().clone()  # one of inference mode could not meet autograd
-        self.unet = model.shared_weights_copy().requires_grad_(False)
+        self.unet = unet_copy(model.unet).requires_grad_(False)
         self.layers = CrossAttentionLayers(self.unet, model.layers.key_weights, model.layers.value_weights)
         self.tokens_per_ref, self.scale = model.tokens_per_ref, scale
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastory.conditioning.references import References
+from fastory.models.copies import unet_copy
 from fastory.models.torch_model import StoryModel
 from fastory.processors.projected import CrossAttentionLayers
 
@@ -24,7 +25,7 @@ class Untuned:
     """The base as it is before the tuning, weights shared, low-rank updates not. weight: of the loss, see above."""
 
     def __init__(self, model: StoryModel, weight: float) -> None:
-        self.unet = model.shared_weights_copy().requires_grad_(False)
+        self.unet = unet_copy(model.unet).requires_grad_(False)
         self.layers = CrossAttentionLayers(self.unet)
         self.weight = weight
 
