@@ -15,7 +15,7 @@ from fastory import files, packages, settings
 from fastory.errors import InputError
 from fastory.model_names import PICKLE_SUFFIXES, local_encoder, local_model, local_weights, user_path
 from fastory.pictures import Picture, open_picture, pictures_or_noise
-from fastory.runs.folder import run_paths
+from fastory.runs.identity import run_paths
 from fastory.story import MAX_FRAMES, Story
 from fastory.wording import shown
 

@@ -36,21 +36,6 @@ from fastory.story import Story
 from fastory.wording import numbers_listed
 
 
-def run_paths(stories: Sequence[Story], output: str | Path | None) -> list[Path | None]:
-    """One run folder a story: `output` itself, or with several stories output/<slug>, numbered where slugs repeat."""
-    if output is None:
-        return [None] * len(stories)
-    if len(stories) == 1:
-        return [Path(output)]
-    slugs: list[str] = []
-    for story in stories:
-        slug, n = story.slug, 2
-        while slug in slugs:
-            slug, n = f"{story.slug}-{n}", n + 1
-        slugs.append(slug)
-    return [Path(output) / slug for slug in slugs]
-
-
 class RunFolder:
     """A locked run folder. Implements the mode's `Finished`: which pictures exist and can be trusted."""
 
@@ -148,10 +133,12 @@ class RunFolder:
 
     def check(self, identity: Identity, frames: Sequence[int] | None) -> None:
         """InputError where the folder belongs to another story or other settings: says what differs, offers --overwrite."""
-        lines = identity.differences(self.manifest)
+        appended = identity.appended(self.manifest)
+        lines = identity.differences(self.manifest, frames)
         changed = [i for i in identity.changed(self.manifest) if frames is None or i not in frames]
         pending = self.manifest.get("redraw")
-        if not lines and changed and pending and identity.frames == tuple(pending["story"]["frames"]):
+        joining = not identity.differences(self.manifest, appended)
+        if joining and changed and pending and identity.frames == tuple(pending["story"]["frames"]):
             raise InputError(
                 f"{self.path} has an unfinished redraw of frames {numbers_listed(pending['frames'])}; "
                 f"finish it with --frames {numbers_listed(pending['frames'])}, or give --overwrite"
@@ -159,13 +146,10 @@ class RunFolder:
         if not lines and changed:
             lines.append(f"the text, seed or cast of frames {numbers_listed(changed)}")
         if lines:
-            hint = (
-                f" To redraw single frames: --frames {numbers_listed(changed)}."
-                if changed
-                and len(lines) == 1
-                and len(identity.frames) == len(self.manifest["story"]["frames"])
-                else ""
-            )
+            hint = ""
+            if joining and changed:
+                what = "To draw added frames against the rest" if appended else "To redraw single frames"
+                hint = f" {what}: --frames {numbers_listed(changed)}."
             raise InputError(
                 f"{self.path} holds another run. What differs: {'; '.join(lines)}. "
                 f"Choose another --output, or --overwrite to draw it anew.{hint}"
@@ -180,7 +164,15 @@ class RunFolder:
         unfinished = self.manifest.get("anew") and not identity.differences(self.manifest)
         if unfinished and not identity.changed(self.manifest):
             return False
-        future = {"story": identity.record(), "settings": identity.settings, "inputs": identity.inputs}
+        self.check_free(
+            {"story": identity.record(), "settings": identity.settings, "inputs": identity.inputs}
+        )
+        self._old, self.manifest = self.manifest, {}
+        self.trust_nothing()
+        return True
+
+    def check_free(self, future: Mapping[str, Any]) -> None:
+        """InputError where what a run with this manifest would write is there, and the one that is here does not list it."""
         own = set(listed_files(self.manifest))
         names = [name for name in listed_files(future) if name not in own]
         strange = [name for name in names if (self.path / name).exists() or (self.path / name).is_symlink()]
@@ -190,9 +182,6 @@ class RunFolder:
                 "move it away, or choose another --output"
             )
         self.check_places(names)
-        self._old, self.manifest = self.manifest, {}
-        self.trust_nothing()
-        return True
 
     def begin(
         self,

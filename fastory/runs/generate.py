@@ -19,7 +19,8 @@ from fastory.modes.executor import HERE, Executor
 from fastory.modes.mode import mode_of
 from fastory.pictures import as_picture, as_pictures, open_picture
 from fastory.runs.drawing import draw_groups
-from fastory.runs.folder import RunFolder, run_paths
+from fastory.runs.folder import RunFolder
+from fastory.runs.identity import run_paths
 from fastory.runs.progress import StepBar
 from fastory.runs.resolve import Frames, ResolvedStory, resolve_story
 from fastory.runs.story_run import StoryRun, begin_runs, drawn_together, open_folder

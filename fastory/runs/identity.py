@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from fastory.settings import Settings
@@ -63,9 +64,14 @@ class Identity:
             "seeds": list(self.seeds),
         }
 
-    def differences(self, manifest: Mapping[str, Any]) -> list[str]:
-        """What differs from the run that `manifest` describes, one line each; the frames' own text is left to `changed`."""
-        lines = self._story_differences(manifest["story"])
+    def differences(self, manifest: Mapping[str, Any], redrawn: Sequence[int] | None = None) -> list[str]:
+        """What differs from the run that `manifest` describes, one line each; the frames' own text is left to `changed`.
+
+        redrawn: the frames that are drawn anew. Frames that were appended are no difference where all of them are among these.
+        """
+        appended = self.appended(manifest)
+        joined = bool(appended) and redrawn is not None and set(appended) <= set(redrawn)
+        lines = [] if joined else self._story_differences(manifest["story"])
         there = manifest["settings"]
         lines += [
             f"{name}: {shown(there.get(name))} there, {shown(self.settings.get(name))} here"
@@ -93,10 +99,32 @@ class Identity:
         ]
         return lines or ["the story's characters, style, negative prompt or pictures"]
 
+    def appended(self, manifest: Mapping[str, Any]) -> list[int]:
+        """Frames after the last one of the run; none where anything of the story differs but its frames."""
+        there = manifest["story"]
+        if there["title"] != self.title or there.get("parts") != dict(self.parts):
+            return []
+        return list(range(len(there["frames"]), len(self.frames)))
+
     def changed(self, manifest: Mapping[str, Any]) -> list[int]:
         """Frames whose caption, seed or cast differs from the manifest's."""
         there = manifest["story"]["frames"]
         return [i for i, digest in enumerate(self.frames) if i >= len(there) or there[i] != digest]
+
+
+def run_paths(stories: Sequence[Story], output: str | Path | None) -> list[Path | None]:
+    """One run folder a story: `output` itself, or with several stories output/<slug>, numbered where slugs repeat."""
+    if output is None:
+        return [None] * len(stories)
+    if len(stories) == 1:
+        return [Path(output)]
+    slugs: list[str] = []
+    for story in stories:
+        slug, n = story.slug, 2
+        while slug in slugs:
+            slug, n = f"{story.slug}-{n}", n + 1
+        slugs.append(slug)
+    return [Path(output) / slug for slug in slugs]
 
 
 def _parts(story: Story) -> dict[str, str]:
@@ -126,7 +154,4 @@ def _frames_added_or_removed(there: Sequence[str], here: Sequence[str]) -> str:
     ]
     said = [f"frame {numbers_listed(removed)} there is not here"] if removed else []
     said += [f"frame {numbers_listed(added)} here is not there"] if added else []
-    return (
-        f"the number of frames: {len(there)} there, {len(here)} here ({', '.join(said)}); a story of another length is "
-        "another run"
-    )
+    return f"the number of frames: {len(there)} there, {len(here)} here ({', '.join(said)})"

@@ -135,9 +135,13 @@ def _check_numbers(manifest: _Manifest, path: Path) -> None:
     redraw = manifest.redraw
     recorded = [*manifest.pictures.items(), *(redraw.pictures.items() if redraw else ())]
     wrong = [f"round {k}" for k, _ in recorded if int(k) >= rounds]
-    numbers = [*manifest.seeds, *(number for _, pictures in recorded for number in pictures)]
-    numbers += [*redraw.seeds, *redraw.dropped_seeds, *map(str, redraw.frames)] if redraw else []
+    numbers = [*manifest.seeds, *(number for pictures in manifest.pictures.values() for number in pictures)]
     wrong += [f"frame {number}" for number in numbers if int(number) >= frames]
+    if redraw:
+        numbers = [*redraw.seeds, *redraw.dropped_seeds, *map(str, redraw.frames)]
+        numbers += [number for pictures in redraw.pictures.values() for number in pictures]
+        wrong += [f"frame {number}" for number in numbers if int(number) >= len(redraw.story.frames)]
+        wrong += ["fewer frames after a redraw"] if len(redraw.story.frames) < frames else []
     known = {*product_names(frames)}
     wrong += [f"the product {name!r}" for name in manifest.products if name not in known]
     own = {picture_name(k, i) for k in range(rounds) for i in range(frames)} if manifest.history else set()
@@ -181,9 +185,7 @@ def listed_files(manifest: Mapping[str, Any]) -> list[str]:
     frames, rounds = len(manifest["story"]["frames"]), rounds_of(manifest["settings"])
     pictures = [picture_name(k, i) for k in range(rounds) for i in range(frames)]
     redrawn = manifest.get("redraw") or {}
-    staged = [
-        f"redraw/{picture_name(k, i)}" for k in range(rounds) for i in redrawn.get("frames", ()) if i < frames
-    ]
+    staged = [f"redraw/{picture_name(k, i)}" for k in range(rounds) for i in redrawn.get("frames", ())]
     kept = [
         f"history/{number}/{name}" for number, names in manifest.get("history", {}).items() for name in names
     ]

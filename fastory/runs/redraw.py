@@ -1,6 +1,7 @@
 """Redrawing single frames of a finished run: new pictures are staged, then moved in by one manifest update.
 
-A manifest's `redraw` says which frames, and `moving`, once it stands there, that the move is decided.
+Frames that were appended to the story are redrawn ones without a picture yet: they are drawn against the rest. A manifest's
+`redraw` says which frames, and `moving`, once it stands there, that the move is decided.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def begin_redraw(
     InputError for frames that do not exist and for a run that is not finished, before anything is recorded.
     """
     manifest = folder.manifest
-    count = len(manifest["story"]["frames"])
+    count = max(len(manifest["story"]["frames"]), len(identity.frames))
     if outside := [i for i in frames if not 0 <= i < count]:
         raise InputError(f"--frames: wanted 0 to {count - 1}, got {numbers_listed(outside)}")
     seeds = {str(i): seed for i in frames} if seed is not None else {}
@@ -50,6 +51,8 @@ def begin_redraw(
     if pending is None and not identity.changed(manifest) and not _other_noise(folder, noise, frames):
         return False
     folder.remove(_staged_files(folder))
+    if identity.appended(manifest):
+        folder.check_free({**manifest, "story": identity.record()})
     manifest["redraw"] = {**wanted, "pictures": {}}
     folder.trust_nothing()
     folder.save_manifest()
@@ -68,7 +71,7 @@ def give_up_redraw(folder: RunFolder) -> str:
 
 def end_redraw(folder: RunFolder, story: Story) -> None:
     """Move the new pictures in by one manifest update; the old ones go to history/."""
-    names = [p.name for p in folder.path.glob("history/*")]
+    names = [*(p.name for p in folder.path.glob("history/*")), *folder.manifest.get("history", {})]
     number = 1 + max((int(name) for name in names if name.isdecimal() and len(name) <= 6), default=0)
     moving = {"history": f"history/{number:03d}", "story": story.to_yaml(folder.path)}
     folder.manifest["redraw"]["moving"] = moving
@@ -113,8 +116,8 @@ def _move_pictures(folder: RunFolder, names: Sequence[str], kept_in: str) -> Non
         for name in names:
             new, now, old = folder.path / "redraw" / name, folder.path / name, folder.path / kept_in / name
             if new.exists():
-                files.make_folder(old.parent)
                 if now.exists() and not old.exists():
+                    files.make_folder(old.parent)
                     files.replace(now, old)
                 files.replace(new, now)
 
