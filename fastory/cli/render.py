@@ -20,6 +20,7 @@ def render(
     strip: Annotated[bool, option(OUTPUT, "--strip", help="A comic strip as one PNG.")] = False,
     webp: Annotated[bool, option(OUTPUT, "--webp", help="An animated WebP.")] = False,
     zip_: Annotated[bool, option(OUTPUT, "--zip", help="Every picture of every round.")] = False,
+    mp4: Annotated[bool, option(OUTPUT, "--mp4", help="A film, by the ffmpeg of this machine.")] = False,
     output: Annotated[
         Path | None,
         option(OUTPUT, "--output", "-o", help="The file (default: named as the run folder, here)."),
@@ -37,15 +38,15 @@ def render(
             help="Below a picture, in a box on it, or none (default below).",
         ),
     ] = "below",
-    seconds: Annotated[float, option(PICTURE, help="--webp: of a picture (default 1.5).")] = 1.5,
+    seconds: Annotated[float, option(PICTURE, help="--webp, --mp4: of a picture (default 1.5).")] = 1.5,
 ) -> None:
-    """Write a finished run as PDF, comic strip, animated WebP or zip."""
+    """Write a finished run as PDF, comic strip, animated WebP, MP4 or zip."""
     with reported():
         from fastory import door
         from fastory.runs.render import FORMS, Layout
         from fastory.runs.render import render as write
 
-        chosen = [name for name, wanted in zip(FORMS, (pdf, strip, webp, zip_), strict=True) if wanted]
+        chosen = [name for name, wanted in zip(FORMS, (pdf, strip, webp, zip_, mp4), strict=True) if wanted]
         if len(chosen) != 1:
             raise InputError(f"wanted one of {', '.join('--' + name for name in FORMS)}, got {len(chosen)}")
         door.check_paths({"RUN": run, "--output": output})

@@ -1,4 +1,4 @@
-"""A finished run in forms to print, send and keep: PDF, a comic strip, an animated WebP, a zip of its pictures.
+"""A finished run in forms to print, send and keep: PDF, a comic strip, an animated WebP or MP4, a zip of its pictures.
 
 They depend on pictures and captions alone, so the same run gives the same bytes. Pictures are read one at a time where the
 form allows it. Captions are drawn in Pillow's own font: what it lacks stands as an ellipsis, and the storybook has it.
@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw
 from fastory import files
 from fastory.errors import InputError
 from fastory.pictures import open_picture
+from fastory.runs.film import write_film
 from fastory.runs.lettering import font_of, inside, wrapped
 from fastory.runs.manifest import NAME, picture_name, read_manifest, rounds_of
 from fastory.runs.storybook import columns_of
@@ -204,6 +205,13 @@ def write_webp(run: FinishedRun, path: Path, layout: Layout) -> None:
     )
 
 
+def write_mp4(run: FinishedRun, path: Path, layout: Layout) -> None:
+    """The final pictures one after the other, once, as a film of ffmpeg's."""
+    with Image.open(run.final[0]) as image:
+        size = image.size
+    write_film((open_picture(file) for file in run.final), size, path, layout.seconds)
+
+
 def write_zip(run: FinishedRun, path: Path, layout: Layout) -> None:
     """Every picture of every round under its name in the run folder, and the story file."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
@@ -218,6 +226,7 @@ FORMS: Mapping[str, tuple[Write, str]] = {
     "strip": (write_strip, ".png"),
     "webp": (write_webp, ".webp"),
     "zip": (write_zip, ".zip"),
+    "mp4": (write_mp4, ".mp4"),
 }
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 
 from fastory import __version__
@@ -19,15 +20,26 @@ from fastory.documents import parse_json, validated
 from fastory.errors import FastoryError, InputError
 from fastory.serve import bodies
 from fastory.serve.checks import check_story, notices_of
-from fastory.serve.drawing import Drawing, check_redraw, check_take_back, replaced_by_redraw
+from fastory.serve.drawing import (
+    Drawing,
+    check_appended,
+    check_redraw,
+    check_take_back,
+    replaced_by_redraw,
+)
 from fastory.serve.gate import BodyRefused
-from fastory.serve.pictures import pictures_api
+from fastory.serve.pictures import pictures_api, takes_of
 from fastory.serve.shelf import InUse, NoSuchStory, Shelf, drawn
 from fastory.wording import last_words
 
 STATUS = ((NoSuchStory, 404), (InUse, 409), (InputError, 422), (FastoryError, 503))
 FAILURES: dict[int | str, dict[str, Any]] = {
     status: {"model": bodies.Failure} for status in (400, 401, 403, 404, 405, 408, 409, 413, 421, 422, 503)
+}
+
+STREAM: dict[str, Any] = {
+    "response_class": StreamingResponse,
+    "responses": {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
 }
 
 
@@ -68,8 +80,15 @@ def make_app(shelf: Shelf, drawing: Drawing) -> FastAPI:
         finally:
             drawing.close()
 
+    bearer = HTTPBearer(auto_error=False, description="The token of the printed address; gate.py looks at it")
     app = FastAPI(
-        title="fastory", version=__version__, lifespan=life, docs_url=None, redoc_url=None, responses=FAILURES
+        title="fastory",
+        version=__version__,
+        lifespan=life,
+        docs_url=None,
+        redoc_url=None,
+        responses=FAILURES,
+        dependencies=[Depends(bearer)],
     )
     app.include_router(stories_api(shelf, drawing))
     app.include_router(one_story_api(shelf, drawing))
@@ -173,7 +192,7 @@ def stories_api(shelf: Shelf, drawing: Drawing) -> APIRouter:
             return {"error": str(error), "notices": []}
         return {"error": None, "notices": notices_of(checked, drawing.model_name)}
 
-    @api.get("/events", summary="What happens to any story, as server-sent events")
+    @api.get("/events", **STREAM, summary="What happens to any story, as server-sent events")
     async def events() -> StreamingResponse:
         return StreamingResponse(drawing.listen(""), media_type="text/event-stream")
 
@@ -259,6 +278,8 @@ def shown(shelf: Shelf, drawing: Drawing, story: str) -> dict[str, Any]:
         "undoable": sorted(set(notes.get("before", {})) & set(names)),
         "locked": notes.get("locked", []),
         "redraw": (request or {}).get("frames"),
+        "appended": ((request or {}).get("appended") or {}).get("captions", []),
+        "takes": takes_of(manifest),
         "width": settings.get("width") if settings else None,
         "height": settings.get("height") if settings else None,
     }
@@ -288,8 +309,20 @@ def drawing_api(shelf: Shelf, drawing: Drawing) -> APIRouter:
         drawing.pause(shelf.known(story))
         return {"id": story}
 
+    @api.post(
+        "/stop",
+        status_code=202,
+        response_model=bodies.Created,
+        summary="End it: an unfinished redraw is forgotten, an unfinished story is a draft again, its pictures in the trash",
+    )
+    def stop(story: str) -> Any:
+        drawing.stop(shelf.known(story))
+        return {"id": story}
+
     @api.get(
-        "/events", summary="What happens to it, as server-sent events: the library's own, and StateChanged"
+        "/events",
+        **STREAM,
+        summary="What happens to it, as server-sent events: the library's own, and StateChanged",
     )
     async def events(story: str) -> StreamingResponse:
         return StreamingResponse(drawing.listen(shelf.known(story)), media_type="text/event-stream")
@@ -301,6 +334,7 @@ def redraw_api(shelf: Shelf, drawing: Drawing) -> APIRouter:
     """A finished story's changes."""
     api = APIRouter(prefix="/stories/{story}")
     redrawn, redrawn_schema = taken(bodies.Redraw)
+    more, more_schema = taken(bodies.Append)
     back, back_schema = taken(bodies.TakeBack)
 
     @api.post(
@@ -318,6 +352,19 @@ def redraw_api(shelf: Shelf, drawing: Drawing) -> APIRouter:
         changes = {str(i): change for i, change in frames.items()}
         replaced = replaced_by_redraw(shelf, story, frames)
         drawing.submit(story, {"kind": "redraw", "frames": changes, "seed": body.seed, "replaces": replaced})
+        return {"id": story}
+
+    @api.post(
+        "/append",
+        status_code=202,
+        response_model=bodies.Created,
+        openapi_extra=more_schema,
+        summary="Go on with the story: new frames are drawn against the rest, which stays as it is",
+    )
+    def append(story: str, body: bodies.Append = more) -> Any:
+        after = check_appended(shelf, shelf.known(story), body.captions)
+        appended = {"after": after, "captions": body.captions}
+        drawing.submit(story, {"kind": "redraw", "frames": {}, "appended": appended})
         return {"id": story}
 
     @api.post(
@@ -349,7 +396,7 @@ def what_goes_on(shelf: Shelf, story: str, state: str, body: bodies.Draw) -> dic
         return {"kind": "draw"}
     if (manifest or {}).get("redraw") and request.get("kind") not in ("redraw", "take_back"):
         raise InUse("a redraw begun elsewhere is not finished: finish it there, or give it up")
-    kept = ("kind", "frames", "seed", "number", "before", "replaces")
+    kept = ("kind", "frames", "seed", "number", "before", "replaces", "appended")
     return {"kind": "draw", **{name: request[name] for name in kept if name in request}}
 
 

@@ -59,6 +59,12 @@ class Redraw(_Strict):
     seed: Seed | None = None
 
 
+class Append(_Strict):
+    """captions: of frames that come after the last one, drawn against the rest."""
+
+    captions: Annotated[list[Text], Field(min_length=1, max_length=MAX_FRAMES)]
+
+
 class TakeBack(_Strict):
     """number: of a redraw in the story's history, such as 001."""
 
@@ -89,6 +95,13 @@ class Uploaded(BaseModel):
     """name: what `references:` or `first_frame:` of the story has to say."""
 
     name: str
+
+
+class DrawnFrom(BaseModel):
+    """What a picture was drawn from, as its PNG chunks say. values: prompt, seed and what its mode adds, such as the scale."""
+
+    values: dict[str, Any]
+    parameters: str
 
 
 class Pace(BaseModel):
@@ -122,7 +135,8 @@ class Shown(Summary):
     story: as its file says it. settings: as they are drawn with, of a run. pictures: a mapping a round, of frames to the first
     hex digits of their file's hash; redrawn: the same for pictures of a redraw that is not finished. history: frames of each
     redraw that replaced pictures, by its number; undoable: those that can be taken back.
-    redraw: what frames are to say after the redraw that is under way.
+    redraw: what frames are to say after the redraw that is under way; appended: captions that it adds.
+    takes: what can be taken along now, names for /take.
     """
 
     story: dict[str, Any]
@@ -133,5 +147,7 @@ class Shown(Summary):
     undoable: list[str]
     locked: list[int]
     redraw: dict[str, Any] | None
+    appended: list[str]
+    takes: list[str]
     width: int | None
     height: int | None

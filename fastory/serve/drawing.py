@@ -16,6 +16,7 @@ from typing import Any
 
 from fastory import files
 from fastory.errors import InputError
+from fastory.serve.checks import check_story
 from fastory.serve.shelf import InUse, Shelf, is_finished
 
 MOST_WAITING = 500  # events that a listener may be behind; then it is let go, and comes again
@@ -136,6 +137,30 @@ class Drawing:
                 self._tell({"kind": "stop"})
         self.publish(story, {"event": "StateChanged"})
 
+    def stop(self, story: str) -> None:
+        """End what is wanted of it: see give_up. Raises InUse where nothing is."""
+        with self._condition:
+            request, state = self.shelf.request(story), self.state(story)
+            if state in ("draft", "finished"):
+                raise InUse("the story is not being drawn: there is nothing to stop")
+            if state == "drawing" and request is not None:
+                self.shelf.write_request(story, {**request, "paused": True, "stopped": True})
+                self._tell({"kind": "stop"})
+            else:
+                self._give_up(story)
+        self.publish(story, {"event": "StateChanged"})
+
+    def _give_up(self, story: str) -> None:
+        """Forget the request: a finished run stays, an unfinished redraw of it is given up, another run is a draft again."""
+        manifest = self.shelf.manifest(story)
+        if manifest is not None and manifest.get("redraw"):
+            self.shelf.write_request(story, {"kind": "draw", "order": time.time_ns()})
+            self._condition.notify_all()
+            return
+        if manifest is not None and not is_finished(manifest):
+            self.shelf.back_to_draft(story)
+        self.shelf.write_request(story, None)
+
     # -- drawing -------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
@@ -184,6 +209,8 @@ class Drawing:
                     remember(self.shelf, story, request["replaces"])
                 self.shelf.write_request(story, None)
                 files.remove(self.shelf.draft(story))  # the run folder has the story and its pictures
+            case "RequestStopped" if request.get("stopped"):
+                self._give_up(story)
             case "RequestStopped":
                 self.shelf.write_request(story, {**request, "paused": True})
             case _:
@@ -284,6 +311,16 @@ def check_take_back(shelf: Shelf, story: str, number: str) -> dict[str, Any]:
         raise InputError(f"redraw {number} cannot be taken back: the page did not ask for it, or it is none")
     check_redraw(shelf, story, {int(frame): None for frame in before})
     return before
+
+
+def check_appended(shelf: Shelf, story: str, captions: list[str]) -> int:
+    """How many frames there are before these. Raises InUse for a run that is not finished, InputError for captions."""
+    manifest = shelf.manifest(story)
+    if manifest is None or not is_finished(manifest):
+        raise InUse("a finished story can go on: draw it to its end first")
+    said = shelf.said(story)
+    check_story({**said, "frames": [*said["frames"], *captions]})
+    return len(manifest["story"]["frames"])
 
 
 def check_redraw(shelf: Shelf, story: str, frames: Mapping[int, Any]) -> None:

@@ -11,8 +11,9 @@ from fastapi.responses import FileResponse
 
 from fastory.documents import read_json
 from fastory.model_names import user_path
+from fastory.presets import FAST, PRESETS
 from fastory.serve.shelf import NoSuchStory
-from fastory.settings import MODES, Settings, choices, foreign, resolve
+from fastory.settings import MODES, SCHEDULERS, Settings, choices, foreign, resolve
 from fastory.story import MAX_FRAMES, STYLES
 
 STATIC = Path(__file__).with_name("static")
@@ -66,6 +67,7 @@ def settings_tables(model: str) -> dict[str, Any]:
     with_first_frame = [mode for mode, traits in MODES.items() if traits.first_frame]
     return {
         "modes": modes,
+        "presets": presets_for(model),
         "styles": list(STYLES),
         "first_frame": with_first_frame,
         "most_frames": MAX_FRAMES,
@@ -73,12 +75,23 @@ def settings_tables(model: str) -> dict[str, Any]:
     }
 
 
+def presets_for(model: str) -> dict[str, dict[str, Any]]:
+    """Presets by their settings, `fast` once for each kind of checkpoint. The built-in model is not distilled."""
+    whole = {name: dict(values) for name, values in PRESETS.items() if name != "fast"}
+    if model == "builtin":
+        return {name: v for name, v in whole.items() if not SCHEDULERS[v["scheduler"]].distilled}
+    return {**whole, **{f"fast ({kind})": {**PRESETS["fast"], **values} for kind, values in FAST.items()}}
+
+
 def mode_table(mode: str, defaults: dict[str, Any]) -> list[dict[str, Any]]:
     """The settings that a mode reads, main ones first."""
     settings, _ = resolve({"mode": mode}, {}, None, defaults)
     others = foreign(mode)
     names = [field.name for field in fields(Settings) if field.name not in (*others, *ELSEWHERE)]
-    table = [_row(name, getattr(settings, name)) for name in names]
+    shown = {name: getattr(settings, name) for name in names}
+    if "bank" in shown:
+        shown["bank"] = settings.bank_size
+    table = [_row(name, value) for name, value in shown.items()]
     return sorted(table, key=lambda row: MAIN.index(row["name"]) if row["main"] else len(MAIN))
 
 

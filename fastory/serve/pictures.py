@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import FileResponse
+from fastapi.responses import FileResponse, Response
 from starlette.background import BackgroundTask
 from starlette.concurrency import run_in_threadpool
 
 from fastory import files
+from fastory.runs.film import ffmpeg
 from fastory.runs.manifest import picture_name, rounds_of
+from fastory.runs.provenance import chunks_of
 from fastory.runs.render import Layout, render
 from fastory.serve import bodies
 from fastory.serve.gate import MOST_PIXELS
@@ -41,27 +46,47 @@ def pictures_api(shelf: Shelf) -> APIRouter:
         data = await request.body()
         return {"name": await run_in_threadpool(shelf.add_picture, story, data, MOST_PIXELS)}
 
-    @api.get("/pictures/{name}", response_class=FileResponse, summary="A picture that was uploaded")
-    def uploaded(story: str, name: str) -> FileResponse:
+    def file_of(*kinds: str) -> dict[str, Any]:
+        content = {kind: {"schema": {"type": "string", "format": "binary"}} for kind in kinds}
+        return {"response_class": Response, "responses": {200: {"content": content}}}
+
+    @api.get("/pictures/{name}", **file_of("image/*"), summary="A picture that was uploaded")
+    def uploaded(story: str, name: str) -> Response:
         shelf.known(story)
-        file = shelf.draft(story) / "pictures" / name
-        if not PICTURE.fullmatch(f"pictures/{name}") or not file.is_file():
-            raise NoSuchStory("there is no such picture")
-        return FileResponse(file)
+        missing = NoSuchStory("there is no such picture")
+        if not PICTURE.fullmatch(f"pictures/{name}"):
+            raise missing
+        try:
+            data = (shelf.draft(story) / "pictures" / name).read_bytes()
+        except FileNotFoundError:
+            raise missing from None
+        return Response(data, media_type=f"image/{name.rpartition('.')[2].replace('jpg', 'jpeg')}")
 
     @api.get(
         "/frames/{frame}",
-        response_class=FileResponse,
+        **file_of("image/png"),
         summary="A picture as PNG: of a round, the last unless given",
     )
-    def picture(story: str, frame: int, round: int | None = None, take: str | None = None) -> FileResponse:
-        """take: `redraw` for the picture of a redraw that is not finished, or a number of the history."""
-        file = picture_file(shelf, shelf.known(story), frame, round, take)
-        return FileResponse(file, media_type="image/png", headers={"cache-control": "private, no-cache"})
+    def picture(story: str, frame: int, round: int | None = None, take: str | None = None) -> Response:
+        """take: `redraw` for the picture of a redraw, which may be on its way in, or a number of the history."""
+        data = picture_bytes(shelf, shelf.known(story), frame, round, take)
+        return Response(data, media_type="image/png", headers={"cache-control": "private, no-cache"})
 
-    @api.get("/take/{name}", response_class=FileResponse, summary="A finished story to print, send and keep")
+    @api.get(
+        "/frames/{frame}/drawn-from",
+        response_model=bodies.DrawnFrom,
+        summary="What a picture was drawn from: prompt, seed, scale, settings",
+    )
+    def drawn_from(story: str, frame: int, round: int | None = None, take: str | None = None) -> Any:
+        """round, take: as for the picture."""
+        chunks = chunks_of(picture_bytes(shelf, shelf.known(story), frame, round, take))
+        return {"values": json.loads(chunks["fastory"]), "parameters": chunks["parameters"]}
+
+    @api.get("/take/{name}", **file_of("*/*"), summary="A finished story to print, send and keep")
     def take(story: str, name: str) -> FileResponse:
-        """name: one of storybook.html, sheet.png, story.yaml, pictures.zip, pages.pdf, comic.pdf, strip.png, animated.webp."""
+        """name: one of storybook.html, sheet.png, story.yaml, pictures.zip, pages.pdf, comic.pdf, strip.png, animated.webp,
+        film.mp4; GET /stories/{story} says under takes which of them there are now.
+        """
         return taken_along(shelf, shelf.known(story), name)
 
     return api
@@ -74,7 +99,15 @@ RENDERED = {
     "comic.pdf": ("pdf", Layout(per_page=4)),
     "strip.png": ("strip", Layout(captions="box")),
     "animated.webp": ("webp", Layout()),
+    "film.mp4": ("mp4", Layout()),
 }
+
+
+def takes_of(manifest: Mapping[str, Any]) -> list[str]:
+    """What can be taken along of a story now: nothing before it is finished, and a film where ffmpeg is there."""
+    if not manifest or not is_finished(manifest):
+        return []
+    return [name for name in (*WHOLE_FILES, *RENDERED) if name != "film.mp4" or ffmpeg() is not None]
 
 
 def taken_along(shelf: Shelf, story: str, name: str) -> FileResponse:
@@ -84,20 +117,38 @@ def taken_along(shelf: Shelf, story: str, name: str) -> FileResponse:
     manifest, folder = shelf.manifest(story), shelf.run(story)
     if manifest is None or not is_finished(manifest):
         raise InUse("the story is not finished: draw it to its end first")
-    shown_name = f"{story}-{name}"
-    if name in WHOLE_FILES:
-        file = folder / name
-        if files.is_link_below(shelf.root, file) or not file.is_file():
-            raise NoSuchStory("there is no such file of a story")
-        return FileResponse(file, filename=shown_name)
-    form, layout = RENDERED[name]
-    made = Path(tempfile.mkdtemp(prefix="fastory-render-"))
+    made = Path(tempfile.mkdtemp(prefix="fastory-take-"))  # the story may go to the trash while it is sent
     try:
-        render(folder, form, made / name, layout)
+        if name in WHOLE_FILES:
+            _copy(shelf, folder / name, made / name)
+        else:
+            render(folder, RENDERED[name][0], made / name, RENDERED[name][1])
     except BaseException:
         files.remove(made)
         raise
-    return FileResponse(made / name, filename=shown_name, background=BackgroundTask(files.remove, made))
+    return FileResponse(
+        made / name, filename=f"{story}-{name}", background=BackgroundTask(files.remove, made)
+    )
+
+
+def _copy(shelf: Shelf, file: Path, to: Path) -> None:
+    missing = NoSuchStory("there is no such file of a story")
+    if files.is_link_below(shelf.root, file):
+        raise missing
+    try:
+        shutil.copyfile(file, to)
+    except FileNotFoundError:
+        raise missing from None
+
+
+def picture_bytes(shelf: Shelf, story: str, frame: int, round: int | None, take: str | None) -> bytes:
+    """A picture that the manifest lists. One that a redraw moves just now is looked for again, in its place."""
+    for _ in range(2):
+        try:
+            return picture_file(shelf, story, frame, round, take).read_bytes()
+        except FileNotFoundError:
+            continue
+    raise NoSuchStory("there is no such picture: it was moved")
 
 
 def picture_file(shelf: Shelf, story: str, frame: int, round: int | None, take: str | None) -> Path:
@@ -106,16 +157,16 @@ def picture_file(shelf: Shelf, story: str, frame: int, round: int | None, take: 
     manifest = shelf.manifest(story)
     if manifest is None:
         raise missing
-    pictures = manifest["pictures"]
-    if take == "redraw":
-        pictures = (manifest.get("redraw") or {}).get("pictures", {})
+    if take == "redraw" and not manifest.get("redraw"):
+        take = None  # it has moved in since it was asked for
+    pictures = manifest["pictures"] if take != "redraw" else manifest["redraw"]["pictures"]
     rounds = [k for k in range(rounds_of(manifest["settings"])) if str(frame) in pictures.get(str(k), {})]
     chosen = (rounds[-1] if rounds else -1) if round is None else round
     name = picture_name(chosen, frame) if chosen in rounds else ""
     if take is not None and take != "redraw":
         name = f"history/{take}/{name}" if name in manifest.get("history", {}).get(take, ()) else ""
-    elif take == "redraw" and name:
-        name = f"redraw/{name}"
+    elif take == "redraw" and (shelf.run(story) / "redraw" / name).is_file():
+        name = f"redraw/{name}"  # or in its place already: it is moving in
     file = shelf.run(story) / name
     if not name or files.is_link_below(shelf.root, file) or not file.is_file():
         raise missing

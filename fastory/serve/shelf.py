@@ -186,6 +186,27 @@ class Shelf:
 
     def duplicate(self, story: str) -> str:
         """A draft that says the same, settings included, with its own copies of the pictures. Returns its id."""
+        data = self._as_draft(story)
+        title = data.get("title")
+        data["title"] = f"{title if isinstance(title, str) else 'story'} (copy)"
+        copy = f"{story[:80]}-{secrets.token_hex(4)}"
+        self._copy_pictures(story, copy)
+        self.write_draft(copy, data)
+        return copy
+
+    def back_to_draft(self, story: str) -> None:
+        """A run is a draft again, what was drawn goes to the trash folder. Raises FastoryError where another process draws."""
+        files.check_unlocked(self.run(story), "draws into", "stop it later")
+        if not self._draft_file(story).is_file():  # a run of the command line
+            self._copy_pictures(story, story)
+            text = json.dumps(self._as_draft(story), ensure_ascii=False, indent=1)
+            files.atomic_write(self._draft_file(story), text.encode())
+        target = self._in_trash(story)
+        files.make_folder(target)
+        files.replace(self.run(story), target / "run")
+
+    def _as_draft(self, story: str) -> dict[str, Any]:
+        """What a draft has to say to be drawn as this story, settings that its run was given included."""
         data, manifest = dict(self.said(story)), self.manifest(story)
         if manifest is not None:
             own = {
@@ -197,25 +218,20 @@ class Shelf:
             data["settings"] = {
                 name: value for name, value in own.items() if name not in stated and value not in (None, "")
             }
-        title = data.get("title")
-        data["title"] = f"{title if isinstance(title, str) else 'story'} (copy)"
-        copy = f"{story[:80]}-{secrets.token_hex(4)}"
+        return data
+
+    def _copy_pictures(self, story: str, draft: str) -> None:
         folder = self.run(story) if self.has_run(story) else self.draft(story)
         for name in ("inputs", "pictures"):
             if (folder / name).is_dir() and not (folder / name).is_symlink():
-                files.make_folder(self.draft(copy))
-                shutil.copytree(folder / name, self.draft(copy) / name, symlinks=True)
-        self.write_draft(copy, data)
-        return copy
+                files.make_folder(self.draft(draft))
+                shutil.copytree(folder / name, self.draft(draft) / name, symlinks=True, dirs_exist_ok=True)
 
     def to_trash(self, story: str) -> None:
         """Move all of it to the trash folder. Raises FastoryError where another process draws into it."""
         if self.has_run(story):
             files.check_unlocked(self.run(story), "draws into", "delete it later")
-        number = 1
-        while (self.own / "trash" / f"{story}-{number}").exists():
-            number += 1
-        target = self.own / "trash" / f"{story}-{number}"
+        target = self._in_trash(story)
         files.make_folder(target)
         moved = (("run", self.run(story)), ("draft", self.draft(story)))
         for name, source in moved:
@@ -225,6 +241,13 @@ class Shelf:
             file = self._record_file(kind, story)
             if file.exists():
                 files.replace(file, target / f"{kind}.json")
+
+    def _in_trash(self, story: str) -> Path:
+        """A place for it there that is not taken."""
+        number = 1
+        while (self.own / "trash" / f"{story}-{number}").exists():
+            number += 1
+        return self.own / "trash" / f"{story}-{number}"
 
     # -- requests and notes --------------------------------------------------------------------------------------
 

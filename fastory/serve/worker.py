@@ -18,6 +18,7 @@ from typing import Any
 
 from fastory.errors import FastoryError
 from fastory.serve.shelf import Shelf
+from fastory.story import Frame
 from fastory.story.self_contained import with_pictures_inside
 from fastory.threads import wait_passively
 from fastory.wording import last_words
@@ -121,6 +122,10 @@ def generate_arguments(shelf: Shelf, request: Mapping[str, Any]) -> dict[str, An
     if request["kind"] == "redraw":
         changes = {int(frame): change for frame, change in request["frames"].items()}
         frames = tuple(_changed(frame, changes.get(i, {})) for i, frame in enumerate(story.frames))
+        if appended := request.get("appended"):  # once: story.yaml may have them already
+            after = appended["after"]
+            frames = (*frames[:after], *map(Frame, appended["captions"]))
+            changes |= dict.fromkeys(range(after, len(frames)))
         story = replace(story, frames=frames)
         arguments |= {"frames": sorted(changes), "redraw_seed": request.get("seed")}
     return {"stories": story, **arguments}
@@ -129,7 +134,6 @@ def generate_arguments(shelf: Shelf, request: Mapping[str, Any]) -> dict[str, An
 def take_back_as_requested(shelf: Shelf, request: Mapping[str, Any]) -> None:
     """Put the pictures of a redraw's history back; what is drawn after it makes sheet and storybook anew."""
     from fastory.runs.take_back import take_back
-    from fastory.story import Frame
     from fastory.story.schema import FrameEntry
 
     frames, seeds = {}, {}

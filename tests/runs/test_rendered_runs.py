@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from run_folders import contents, draw, edit_manifest
@@ -13,7 +15,17 @@ from typer.testing import CliRunner
 
 from fastory import InputError, Story, StoryModel
 from fastory.cli import app
-from fastory.runs.render import FORMS, MOST_SIDE, FinishedRun, Layout, render, write_pdf, write_strip
+from fastory.runs.film import ffmpeg
+from fastory.runs.render import (
+    FORMS,
+    MOST_SIDE,
+    FinishedRun,
+    Layout,
+    render,
+    write_mp4,
+    write_pdf,
+    write_strip,
+)
 
 HOSTILE = "a fox (is) \\ sleeping <b>) Tj ET \u202e in the snow ⵣ " + "x" * 500
 
@@ -32,11 +44,16 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+needs_ffmpeg = pytest.mark.skipif(ffmpeg() is None, reason="no ffmpeg on the PATH (apt install ffmpeg)")
+
+
 def pages(pdf: bytes) -> int:
     return len(re.findall(rb"/Type\s*/Page\b", pdf))
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "form", [pytest.param(form, marks=needs_ffmpeg if form == "mp4" else ()) for form in FORMS]
+)
 def test_the_same_run_gives_the_same_bytes_and_is_left_alone(run: Path, tmp_path: Path, form: str) -> None:
     before = contents(run)
     files = [render(run, form, tmp_path / f"{n}.out", Layout()) for n in (1, 2)]
@@ -87,6 +104,43 @@ def test_a_caption_is_drawn_where_its_layout_says(tmp_path: Path) -> None:
         (True, False),
         (False, False),
     )
+
+
+@needs_ffmpeg
+def test_a_film_shows_every_frame_as_long_as_it_is_told(tmp_path: Path) -> None:
+    """Decoded again: 25 pictures a second, of a size that loses its odd pixel."""
+    colours = [(200, 30, 30), (30, 200, 30), (30, 30, 200)]
+    for number, colour in enumerate(colours):
+        Image.new("RGB", (65, 48), colour).save(tmp_path / f"{number}.png")
+    final = tuple(tmp_path / f"{number}.png" for number in range(3))
+    write_mp4(FinishedRun("Three", ("",) * 3, final, (), tmp_path), tmp_path / "a.mp4", Layout(seconds=0.4))
+    command = [
+        ffmpeg(),
+        "-loglevel",
+        "error",
+        "-i",
+        tmp_path / "a.mp4",
+        "-f",
+        "rawvideo",
+        "-pix_fmt",
+        "rgb24",
+        "-",
+    ]
+    data = subprocess.run(command, capture_output=True, check=True).stdout
+    shown = np.frombuffer(data, np.uint8).reshape(-1, 48, 64, 3)
+    assert len(shown) == 30
+    for number, colour in enumerate(colours):
+        # H.264 in yuv420p: a few levels of 255 for the rounding of its colours, none for another picture's.
+        assert abs(shown[10 * number + 5].mean((0, 1)) - colour).max() < 8
+
+
+def test_without_ffmpeg_a_film_is_refused_and_nothing_is_written(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    result = CliRunner().invoke(app, ["render", str(run), "--mp4", "-o", str(tmp_path / "a.mp4")])
+    assert result.exit_code == 2 and "wanted ffmpeg on the PATH, got none" in " ".join(result.output.split())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_webp_plays_every_frame(run: Path, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -9,7 +11,9 @@ from typing import Any
 
 import pytest
 from chromium import needs_chromium, open_chromium, resize
+from PIL import Image
 from run_folders import contents
+from selenium.webdriver import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from served import STORY, Server
@@ -132,6 +136,69 @@ def test_a_story_is_written_drawn_locked_and_redrawn(page: Any, server: Server) 
         lambda: page.find_elements(By.CSS_SELECTOR, ".frame img")[1].get_attribute("alt").startswith("a cat")
     )
     assert [e for e in page.get_log("browser") if e["level"] == "SEVERE"] == []
+
+
+DROPPED = """
+    const [zone, bytes] = arguments, transfer = new DataTransfer();
+    const file = new File([Uint8Array.from(atob(bytes), (c) => c.charCodeAt(0))], "<b>x.png", { type: "image/png" });
+    transfer.items.add(file);
+    const event = (kind) => new DragEvent(kind, { dataTransfer: transfer, cancelable: true });
+    for (const kind of ["dragover", "drop"]) zone.dispatchEvent(event(kind));
+"""
+
+
+def test_captions_are_dragged_deleted_and_had_again_and_a_picture_is_dropped(
+    page: Any, server: Server
+) -> None:
+    captions = STORY["frames"]
+    story = server.create({"frames": captions, "characters": {"Mia": {"prompt": "a fox"}}}, draw=False)
+    go(page, server, story)
+
+    def written() -> list[str]:
+        return [e.get_attribute("value") for e in page.find_elements(By.CSS_SELECTOR, ".captions textarea")]
+
+    grip = page.find_elements(By.CSS_SELECTOR, ".grip")[2]
+    first = page.find_element(By.CSS_SELECTOR, ".caption-card")
+    ActionChains(page).click_and_hold(grip).move_to_element(first).pause(0.1).release().perform()
+    until(lambda: written() == [captions[2], captions[0], captions[1]])
+    button(page, "Delete").click()
+    page.find_element(By.CSS_SELECTOR, ".captions textarea").send_keys("!")
+    assert written() == [captions[0] + "!", captions[1]]
+    for left in ([captions[0], captions[1]], [captions[2], captions[0], captions[1]], captions):
+        page.find_element(By.ID, "undo").click()
+        assert written() == left
+    assert not page.find_element(By.ID, "undo").is_enabled()
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 40), "red").save(buffer, "PNG")
+    zone = page.find_element(By.CSS_SELECTOR, ".person .drop")
+    page.execute_script(DROPPED, zone, base64.b64encode(buffer.getvalue()).decode())
+    until(lambda: page.find_elements(By.CSS_SELECTOR, ".person .drop img"))
+    shown = until(
+        lambda: server.ask("GET", f"/stories/{story}").json["story"]["characters"]["Mia"].get("references")
+    )
+    assert len(shown) == 1 and server.ask("GET", f"/stories/{story}").json["story"]["frames"] == captions
+
+
+def test_nothing_moves_as_frames_arrive(page: Any, server: Server) -> None:
+    """By the Layout Instability API, from a story that waits in the queue to its last picture, and one that is appended."""
+    server.create({**STORY, "settings": {"steps": 8, "iterations": 1}})
+    story = server.create({**STORY, "frames": [*STORY["frames"], "a foxx is standing in the snow"]})
+    go(page, server, story)
+    observe = """
+        window.shifts = [];
+        new PerformanceObserver((list) => {
+            for (const entry of list.getEntries()) if (!entry.hadRecentInput) window.shifts.push(entry.value);
+        }).observe({ type: "layout-shift" });
+    """
+    page.execute_script(observe)
+    server.until(story, "finished")
+    until(lambda: state(page) == "finished" and len(shown(page)) == 4)
+    assert page.execute_script("return window.shifts") == []
+    assert page.find_element(By.CSS_SELECTOR, ".pace button").is_displayed(), "its note is told"
+    page.find_element(By.ID, "next").send_keys("a fox is sleeping in the house")
+    page.find_element(By.ID, "append").click()
+    until(lambda: len(shown(page)) == 5)
+    server.until(story, "finished")
 
 
 def test_reload_and_a_second_tab_show_the_same_state(page: Any, server: Server) -> None:

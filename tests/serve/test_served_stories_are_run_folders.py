@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from run_folders import contents
 from served import SETTINGS, STORY, Server
 
 from fastory import Story, StoryModel, generate
+from fastory.serve.shelf import Shelf
+from fastory.serve.worker import generate_arguments
 
 pytest.importorskip("fastapi", reason="the server's extra: pip install .[serve]")
 
@@ -87,6 +90,60 @@ def test_a_run_of_the_command_line_is_redrawn_with_its_settings(server: Server) 
         "frames/frame-001.png",
         "iteration-00/frame-001.png",
     }
+
+
+def test_a_story_goes_on_and_the_command_line_sees_the_same(server: Server, tmp_path: Path) -> None:
+    story = server.create({**STORY, "frames": STORY["frames"][:2]})
+    server.until(story, "finished")
+    before = pictures(server.folder / story)
+    for captions in ([], [""], ["x"] * 10_001):
+        assert server.ask("POST", f"/stories/{story}/append", {"captions": captions}).status == 422
+    assert server.ask("POST", f"/stories/{story}/append", {"captions": STORY["frames"][2:]}).status == 202
+    shown = server.until(story, "finished")
+    assert shown["story"]["frames"] == STORY["frames"] and shown["appended"] == [] and shown["undoable"] == []
+    after = pictures(server.folder / story)
+    assert {name for name in before if before[name] != after[name]} == {"sheet.png"}
+    short = Story.read(server.folder / story / "story.yaml")
+    short = replace(short, frames=short.frames[:2])
+    long = Story.read(server.folder / story / "story.yaml")
+    appended = {"after": 2, "captions": STORY["frames"][2:]}
+    again = {"story": story, "kind": "redraw", "frames": {}, "appended": appended}
+    # A kill after the new story.yaml was written and before the request was forgotten: nothing is appended twice.
+    assert generate_arguments(Shelf(server.folder), again)["stories"].frames == long.frames
+    for said, more in ((short, {}), (long, {"frames": [2]})):
+        list(generate(said, model=StoryModel.open("builtin"), output=tmp_path / "run", **more))
+    assert pictures(tmp_path / "run") == after
+
+
+def test_what_is_stopped_is_as_before(server: Server) -> None:
+    """A story that was never finished is a draft again, a redraw is forgotten; what was drawn is in the trash."""
+    slow = {**STORY, "title": "Stop", "settings": {"steps": 12, "iterations": 3}}
+    story = server.create(slow)
+    while not any(server.ask("GET", f"/stories/{story}").json["pictures"]):
+        assert server.process.poll() is None
+    assert server.ask("POST", f"/stories/{story}/stop").status == 202
+    shown = server.until(story, "draft")
+    assert shown["story"] == slow
+    trash = server.folder / ".fastory" / "trash" / f"{story}-1" / "run"
+    assert (trash / "iteration-00" / "frame-000.png").exists() and not (server.folder / story).exists()
+    assert server.ask("POST", f"/stories/{story}/stop").status == 409
+    assert server.ask("PUT", f"/stories/{story}", {"story": STORY}).status == 200
+    assert server.ask("POST", f"/stories/{story}/draw", {}).status == 202
+    server.until(story, "finished")
+    before = pictures(server.folder / story)
+    assert (
+        server.ask("POST", f"/stories/{story}/append", {"captions": ["a fox in the city"] * 3}).status == 202
+    )
+    assert server.ask("POST", f"/stories/{story}/stop").status == 202
+    shown = server.until(story, "finished")
+    assert shown["story"]["frames"] == STORY["frames"] and pictures(server.folder / story) == before
+
+
+def test_a_picture_says_what_it_was_drawn_from(server: Server, drawn: str) -> None:
+    said = server.ask("GET", f"/stories/{drawn}/frames/1/drawn-from?round=1").json
+    assert said["values"]["prompt"] == server.ask("GET", f"/stories/{drawn}").json["story"]["frames"][1]
+    assert said["values"]["round"] == 1 and f"Seed: {said['values']['seed']}," in said["parameters"]
+    assert server.ask("GET", f"/stories/{drawn}/frames/1/drawn-from?round=7").status == 404
 
 
 @pytest.mark.slow

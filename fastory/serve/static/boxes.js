@@ -16,6 +16,8 @@ export class Boxes {
     this.svg.addEventListener("pointerdown", (event) => this.begin(event));
     this.svg.addEventListener("pointermove", (event) => this.drag(event));
     this.svg.addEventListener("pointerup", () => this.end());
+    this.names = document.createElement("div"); // whose box it is; a text in the picture would be stretched with it
+    this.names.className = "names";
   }
 
   set(entries) {
@@ -58,6 +60,13 @@ export class Boxes {
   }
 
   show() {
+    this.names.replaceChildren(...[...this.boxes].map(([name, [left, top]]) => {
+      const label = document.createElement("span");
+      label.textContent = name;
+      label.style.left = `${100 * left}%`;
+      label.style.top = `${100 * top}%`;
+      return label;
+    }));
     this.svg.replaceChildren(...[...this.boxes].map(([name, [left, top, right, bottom]]) => {
       const rect = document.createElementNS(SVG, "rect");
       const title = document.createElementNS(SVG, "title");

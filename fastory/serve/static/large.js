@@ -1,6 +1,6 @@
 // A frame, large: its rounds, its text, what was there before, and what changes it.
 
-import { pictureAddress } from "./api.js";
+import { get, pictureAddress } from "./api.js";
 import { Boxes } from "./boxes.js";
 import { button, element } from "./element.js";
 import { captionOf } from "./run.js";
@@ -21,7 +21,7 @@ export class Large {
     this.image = element("img", { alt: "" });
     this.old = element("img", { className: "before", alt: "", hidden: true });
     this.boxes = new Boxes(() => this.showButtons());
-    this.sheet = element("div", { className: "sheet" }, [this.image, this.old, this.boxes.svg]);
+    this.sheet = element("div", { className: "sheet" }, [this.image, this.old, this.boxes.svg, this.boxes.names]);
     this.none = element("p", { className: "quiet", hidden: true }, ["Not drawn yet"]);
     this.strip = element("div", { className: "strip", role: "group", "aria-label": "Rounds" });
     this.cut = element("input", { type: "range", min: 0, max: 100, value: 50, "aria-label": "Before and after", hidden: true, oninput: () => this.sheet.style.setProperty("--cut", `${this.cut.value}%`) });
@@ -165,7 +165,7 @@ export class Large {
     this.backButton.hidden = !this.before || !run.story.undoable.includes(this.before);
     this.backButton.disabled = run.story.state !== "finished" || run.isLocked(index);
     this.showStrip(found?.round ?? round);
-    this.showFacts(found?.round ?? round);
+    this.showFacts(found, round);
     this.showButtons();
   }
 
@@ -180,13 +180,29 @@ export class Large {
     }));
   }
 
-  showFacts(round) {
-    const { settings } = this.run.story;
-    const scale = settings?.reference_scale;
+  /** What the picture itself says it was drawn from; asked for once a picture. */
+  async showFacts(found, round) {
     const last = this.run.story.pictures.length - 1;
-    const weight = scale && round > 0 ? scale[0] + (last > 1 ? (round - 1) / (last - 1) : 0) * (scale[1] - scale[0]) : null;
-    const facts = [["Round", `${round} of ${last}`], ["Reference scale", weight === null ? "none in this round" : weight.toFixed(2)], ["Steps", settings?.steps], ["Guidance", settings?.guidance_scale]];
-    this.facts.replaceChildren(...facts.filter(([, value]) => value !== undefined).flatMap(([name, value]) => [element("dt", {}, [name]), element("dd", {}, [String(value)])]));
+    const rows = (facts) => this.facts.replaceChildren(...facts.flatMap(([name, value]) => [element("dt", {}, [name]), element("dd", { className: "text" }, [String(value)])]));
+    if (this.factsOf === (found?.address ?? null)) return;
+    this.factsOf = found?.address ?? null;
+    if (!found) return rows([["Round", `${round} of ${last}`]]);
+    let said;
+    try {
+      said = await get(found.address.replace("?", "/drawn-from?"));
+    } catch {
+      return; // a newer picture has its place, and comes with its own
+    }
+    if (this.factsOf !== found.address) return;
+    const { prompt, reference_scale: scale, left_out: leftOut } = said.values;
+    const line = said.parameters.split("\n").at(-1); // it has the seed's digits; as a number they would be rounded
+    const seed = line.match(/Seed: (\d+)/)?.[1] ?? "";
+    const settings = line.replace(/, Seed: \d+/, "");
+    rows([
+      ["Round", `${found.round} of ${last}`], ["Prompt", prompt], ["Seed", seed],
+      ["Reference scale", scale ? scale.toFixed(2) : "none in this round"], ["Settings", settings],
+      ...(leftOut ? [["Not a reference", leftOut]] : []),
+    ]);
   }
 
   showButtons() {

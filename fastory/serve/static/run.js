@@ -11,6 +11,7 @@ export const captionOf = (frame) => (typeof frame === "string" ? frame : (frame?
 const TAKEN = [
   ["storybook.html", "Storybook"], ["sheet.png", "Contact sheet"], ["story.yaml", "Story file"], ["pictures.zip", "All pictures (zip)"],
   ["pages.pdf", "PDF, a picture a page"], ["comic.pdf", "PDF, four a page"], ["strip.png", "Comic strip"], ["animated.webp", "Animated WebP"],
+  ["film.mp4", "Film (MP4)"],
 ];
 
 function timeOf(seconds) {
@@ -33,9 +34,10 @@ export class Run {
     return `/stories/${this.story.id}`;
   }
 
+  /** What the frames say, those included that are being drawn to the end of the story. */
   get frames() {
     const said = this.story.story.frames;
-    return Array.isArray(said) ? said : [];
+    return [...(Array.isArray(said) ? said : []), ...this.story.appended];
   }
 
   caption(index) {
@@ -57,6 +59,10 @@ export class Run {
 
   /** The address of a picture of a round, of the newest one before it where it is not drawn yet, or null. */
   picture(index, round = this.shownRound) {
+    for (let k = round; k >= 0; k--) { // a redraw's pictures as they come, before they take the places of the old ones
+      const version = this.story.redrawn[k]?.[index];
+      if (version) return { address: pictureAddress(this.story.id, index, k, version, "redraw"), round: k, take: "redraw" };
+    }
     for (let k = round; k >= 0; k--) {
       const version = this.story.pictures[k]?.[index];
       if (version) return { address: pictureAddress(this.story.id, index, k, version), round: k };
@@ -72,7 +78,8 @@ export class Run {
     this.bar = element("progress", { max: 1, value: 0, "aria-label": "Drawn" });
     this.pace = element("p", { className: "quiet", id: "pace" });
     this.problem = element("p", { className: "note bad text", hidden: true });
-    this.notes = element("div", { className: "checks" });
+    this.notes = element("div", { className: "checks", hidden: true, id: "notes" });
+    this.notesButton = button("", () => ((this.notes.hidden = !this.notes.hidden), this.showNotes()), { className: "bare unseen", "aria-controls": "notes" });
     this.slider = element("input", { type: "range", min: 0, id: "round", "aria-label": "Round", oninput: () => this.choose(Number(this.slider.value)) });
     this.roundText = element("output", {});
     this.rounds = element("div", { className: "rounds" }, [element("label", { htmlFor: "round" }, ["Round"]), this.slider, this.roundText]);
@@ -80,11 +87,12 @@ export class Run {
     this.figures = [];
     this.main.replaceChildren(
       element("div", { className: "row spread" }, [element("div", {}, [this.heading, this.state]), this.actions]),
-      element("div", { className: "pace" }, [this.pace, this.bar, this.problem]),
+      element("div", { className: "pace" }, [element("div", { className: "row spread" }, [this.pace, this.notesButton]), this.bar, this.problem]),
       this.notes, this.rounds, this.grid,
-      element("div", { className: "side-by-side" }, [this.takeAlong(), this.continueStory()]),
+      element("div", { className: "side-by-side" }, [this.takeAlong(), this.continuing()]),
       this.large.dialog,
     );
+    this.showNotes();
     this.show();
   }
 
@@ -103,14 +111,24 @@ export class Run {
     this.showActions();
     this.showPace(story.progress);
     const last = Math.max(0, story.pictures.length - 1);
-    this.rounds.hidden = last === 0;
+    this.rounds.classList.toggle("unseen", last === 0); // its place is kept: how many rounds there are is known later
     this.slider.max = last;
     this.slider.value = this.shownRound;
     const followed = this.round === null && story.state !== "finished" ? " (newest)" : "";
     this.roundText.textContent = `${this.shownRound} of ${last}${followed}`;
     this.slider.setAttribute("aria-valuetext", `Round ${this.shownRound} of ${last}`);
     this.frames.forEach((_, index) => this.showFrame(index));
+    this.figures.splice(this.frames.length).forEach((parts) => parts.figure.remove()); // an append that was stopped
+    this.showTakes();
+    this.goOn.disabled = this.goOnAnew.disabled = story.state !== "finished";
     this.large.show();
+  }
+
+  /** What the user should know has a button in a place of its own: nothing moves when it comes. */
+  showNotes() {
+    this.notesButton.classList.toggle("unseen", !this.notes.childElementCount);
+    this.notesButton.textContent = counted(this.notes.childElementCount, "note");
+    this.notesButton.setAttribute("aria-expanded", String(!this.notes.hidden));
   }
 
   showActions() {
@@ -119,7 +137,7 @@ export class Run {
     const shown = [];
     if (state === "drawing" || state === "queued") shown.push(act("Pause", "cancel", {}, { id: "pause" }));
     if (state === "paused") shown.push(act("Go on", "draw", {}, { className: "main", id: "go-on" }));
-    if (state === "paused" && redraw) shown.push(act("Give the redraw up", "draw", { give_up_redraw: true }));
+    if (state !== "finished") shown.push(button("Stop", () => attempt(() => this.stop()), { id: "stop", title: redraw ? "The redraw is forgotten" : "It is a draft again; its pictures go to the trash folder" }));
     const key = `${state}${Boolean(redraw)}`;
     if (this.actions.dataset.key === key) return; // a button that is pressed stays what it is
     this.actions.dataset.key = key;
@@ -200,26 +218,55 @@ export class Run {
     await this.refresh();
   }
 
-  takeAlong() {
-    const links = TAKEN.map(([name, text]) => element("a", { className: "button", href: `${this.path}/take/${name}`, download: "" }, [text]));
-    return element("section", { className: "card stack" }, [element("h2", {}, ["Take along"]), element("div", { className: "row" }, links), element("p", { className: "quiet" }, ["Of a finished story. The command line: fastory render"])]);
+  /** End what is being drawn; a first drawing becomes a draft again, and the view with it. */
+  async stop() {
+    const { redraw } = this.story;
+    await send("POST", `${this.path}/stop`);
+    say(redraw ? "The redraw is forgotten; the story is as it was." : "The story is a draft again; what was drawn is in the trash folder.");
   }
 
-  continueStory() {
-    const text = element("textarea", { rows: 2, placeholder: "What happens next", "aria-label": "Next captions, one a line" });
-    const go = button("Continue in a new story", () => attempt(async () => {
-      const captions = text.value.split("\n").map((line) => line.trim()).filter(Boolean);
+  takeAlong() {
+    this.takes = TAKEN.map(([name, text]) => element("a", { className: "button", download: "", dataset: { name } }, [text]));
+    this.takesNote = element("p", { className: "quiet" });
+    return element("section", { className: "card stack" }, [element("h2", {}, ["Take along"]), element("div", { className: "row" }, this.takes), this.takesNote]);
+  }
+
+  showTakes() {
+    const { takes } = this.story;
+    for (const link of this.takes) {
+      const there = takes.includes(link.dataset.name);
+      if (there) link.href = `${this.path}/take/${link.dataset.name}`;
+      else link.removeAttribute("href");
+      link.toggleAttribute("aria-disabled", !there);
+    }
+    const film = takes.length && !takes.includes("film.mp4") ? " A film wants ffmpeg on this machine's PATH." : "";
+    this.takesNote.textContent = `${takes.length ? "" : "Once the story is finished. "}The command line: fastory render.${film}`;
+  }
+
+  continuing() {
+    const text = element("textarea", { rows: 2, placeholder: "What happens next", "aria-label": "Next captions, one a line", id: "next" });
+    const captions = () => text.value.split("\n").map((line) => line.trim()).filter(Boolean);
+    this.goOn = button("Draw these against the rest", () => attempt(async () => {
+      await send("POST", `${this.path}/append`, { captions: captions() });
+      text.value = "";
+      await this.refresh();
+    }), { id: "append" });
+    this.goOnAnew = button("All anew, in a new story", () => attempt(async () => {
       const { id } = await send("POST", `${this.path}/duplicate`);
       const copy = await get(`/stories/${id}`);
-      const story = { ...copy.story, frames: [...copy.story.frames, ...captions] };
+      const story = { ...copy.story, frames: [...copy.story.frames, ...captions()] };
       await send("PUT", `/stories/${id}`, { story });
       location.hash = `#/${id}`;
-    }));
-    return element("section", { className: "card stack" }, [element("h2", {}, ["Go on with the story"]), text, element("div", {}, [go]), element("p", { className: "quiet" }, ["A story of another length is another run: a draft with these captions and the same settings, drawn anew."])]);
+    }), { className: "bare" });
+    return element("section", { className: "card stack" }, [
+      element("h2", {}, ["Go on with the story"]), text, element("div", { className: "row" }, [this.goOn, this.goOnAnew]),
+      element("p", { className: "quiet" }, ["A caption a line. New frames see the others, which stay as they are; in a new story all see each other."]),
+    ]);
   }
 
   heard(event) {
-    if (event.event === "Notice") this.notes.append(element("p", { className: "note warn text" }, [event.message]));
+    if (event.event === "Notice") this.notes.append(element("p", { className: "note warn text" }, [event.message])), this.showNotes();
+    if (event.event === "StoryStarted") this.notes.replaceChildren(), this.showNotes();
     if (event.event === "StepDone" && event.progress) this.showPace(event.progress);
     if (["FrameDrawn", "StateChanged", "BatchHalved", "StoryStarted", "StoryFinished", "Listening"].includes(event.event)) this.ask();
   }

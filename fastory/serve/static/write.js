@@ -5,6 +5,7 @@ import { button, element } from "./element.js";
 import { attempt, say } from "./say.js";
 
 const WAIT = 350; // milliseconds after the last key
+const MOST_UNDONE = 50;
 
 const captionOf = (frame) => (typeof frame === "string" ? frame : (frame?.caption ?? ""));
 const withCaption = (frame, caption) => (typeof frame === "object" && frame ? { ...frame, caption } : caption);
@@ -28,6 +29,9 @@ class Draft {
     this.checks = element("div", { className: "checks", role: "status" });
     this.cards = element("ol", { className: "captions" });
     this.cast = element("div", { className: "stack" });
+    this.past = []; // captions before each change
+    this.typing = null; // the card whose text is being changed
+    this.undoButton = button("Undo", () => this.undo(), { id: "undo", disabled: true });
   }
 
   /** What a story file would say: nothing that is left empty. */
@@ -56,9 +60,29 @@ class Draft {
   // Captions.
 
   setFrames(frames) {
+    this.remember(null);
+    this.putFrames(frames);
+  }
+
+  putFrames(frames) {
     this.said.frames = frames.length ? frames : [""];
     this.drawCards();
     this.changed();
+  }
+
+  /** What the captions are now can be had again; of typing in one card, what was there before its first letter. */
+  remember(typing) {
+    if (typing !== null && this.typing === typing) return;
+    this.typing = typing;
+    this.past = [...this.past.slice(1 - MOST_UNDONE), [...this.said.frames]];
+    this.undoButton.disabled = false;
+  }
+
+  undo() {
+    const before = this.past.pop();
+    this.undoButton.disabled = !this.past.length;
+    this.typing = null;
+    if (before) this.putFrames(before);
   }
 
   move(from, to) {
@@ -69,9 +93,8 @@ class Draft {
   }
 
   remove(index) {
-    const before = [...this.said.frames];
-    this.setFrames(before.filter((_, i) => i !== index));
-    say(`Caption ${index} is gone.`, () => this.setFrames(before));
+    this.setFrames(this.said.frames.filter((_, i) => i !== index));
+    say(`Caption ${index} is gone.`, () => this.undo());
   }
 
   add(captions) {
@@ -89,7 +112,7 @@ class Draft {
     const last = this.said.frames.length - 1;
     const text = element("textarea", {
       value: captionOf(frame), rows: 2, "aria-label": `Caption ${index}`, placeholder: "What is to be seen",
-      oninput: () => ((this.said.frames[index] = withCaption(this.said.frames[index], text.value)), this.changed()),
+      oninput: () => (this.remember(index), (this.said.frames[index] = withCaption(this.said.frames[index], text.value)), this.changed()),
       onpaste: (event) => this.paste(event, text),
     });
     const bare = (label, name, action, disabled) => button(label, action, { className: "bare", "aria-label": `${name} caption ${index}`, title: name, disabled });
@@ -226,6 +249,7 @@ class Draft {
         button(name, () => (this.setMode(name), draw()), { "aria-pressed": String(name === mode) }));
       holder.replaceChildren(
         element("div", { className: "row", role: "group", "aria-label": "Mode" }, modes),
+        this.presets(draw),
         element("div", { className: "pair" }, [this.text("seed", "Seed", "0"), ...rows.filter((row) => row.main).map((row) => this.setting(row))]),
         ...(this.tables.first_frame.includes(mode) ? [this.firstFrame(draw)] : []),
         element("details", {}, [element("summary", {}, ["More settings"]), element("div", { className: "pair" }, rows.filter((row) => !row.main).map((row) => this.setting(row)))]),
@@ -233,6 +257,24 @@ class Draft {
     };
     draw();
     return holder;
+  }
+
+  /** A published method: its values are put into the fields, where they can be changed. */
+  presets(draw) {
+    const names = Object.keys(this.tables.presets);
+    const take = () => {
+      const before = this.said.settings;
+      const put = (settings) => ((this.said.settings = settings), this.changed(), draw());
+      put({ ...(before.seed === undefined ? {} : { seed: before.seed }), ...this.tables.presets[select.value] });
+      say(`Drawn as ${select.value}: its values are in the fields.`, () => put(before));
+    };
+    const options = names.map((name) => element("option", { value: name, selected: this.isPreset(name) }, [name]));
+    const select = element("select", { id: "preset", onchange: take }, [element("option", { value: "", disabled: true, selected: !names.some((name) => this.isPreset(name)) }, ["none"]), ...options]);
+    return element("label", {}, [element("span", {}, ["Preset"]), select]);
+  }
+
+  isPreset(name) {
+    return Object.entries(this.tables.presets[name]).every(([key, value]) => JSON.stringify(this.said.settings[key]) === JSON.stringify(value));
   }
 
   setMode(mode) {
@@ -305,7 +347,7 @@ export async function showDraft(main, story) {
     element("div", { className: "write" }, [
       element("div", { className: "stack" }, [
         title, failed, draft.cards,
-        element("div", { className: "row" }, [button("Add a caption", () => draft.add([""]), { id: "add" })]),
+        element("div", { className: "row" }, [button("Add a caption", () => draft.add([""]), { id: "add" }), draft.undoButton]),
         pasteBox(draft),
       ].filter(Boolean)),
       element("div", { className: "stack" }, [
