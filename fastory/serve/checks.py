@@ -45,6 +45,13 @@ def _without_pictures(said: dict[str, Any]) -> dict[str, Any]:
     """The same without the names of pictures, which are checked where the draft is drawn."""
     said.pop("first_frame", None)
     said.pop("initial_pictures", None)
+    if isinstance(said.get("frames"), list):
+        said["frames"] = [
+            {key: value for key, value in frame.items() if key != "masks"}
+            if isinstance(frame, dict)
+            else frame
+            for frame in said["frames"]
+        ]
     characters = said.get("characters")
     if isinstance(characters, dict):
         said["characters"] = {

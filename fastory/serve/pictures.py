@@ -24,9 +24,16 @@ from fastory.serve.gate import MOST_PIXELS
 from fastory.serve.shelf import PICTURE, InUse, NoSuchStory, Shelf, is_finished
 
 
+def file_of(kind: str) -> dict[str, Any]:
+    """A route's part of the OpenAPI document, for answers of this media type."""
+    content = {kind: {"schema": {"type": "string", "format": "binary"}}}
+    return {"response_class": Response, "responses": {200: {"content": content}}}
+
+
 def pictures_api(shelf: Shelf) -> APIRouter:
-    """A story's pictures: those that are drawn, and those that it is given."""
+    """A story's pictures: those that it is given, and those that are drawn."""
     api = APIRouter(prefix="/stories/{story}")
+    add_drawn(api, shelf)
     picture_schema = {
         "requestBody": {
             "required": True,
@@ -46,10 +53,6 @@ def pictures_api(shelf: Shelf) -> APIRouter:
         data = await request.body()
         return {"name": await run_in_threadpool(shelf.add_picture, story, data, MOST_PIXELS)}
 
-    def file_of(*kinds: str) -> dict[str, Any]:
-        content = {kind: {"schema": {"type": "string", "format": "binary"}} for kind in kinds}
-        return {"response_class": Response, "responses": {200: {"content": content}}}
-
     @api.get("/pictures/{name}", **file_of("image/*"), summary="A picture that was uploaded")
     def uploaded(story: str, name: str) -> Response:
         shelf.known(story)
@@ -61,6 +64,12 @@ def pictures_api(shelf: Shelf) -> APIRouter:
         except FileNotFoundError:
             raise missing from None
         return Response(data, media_type=f"image/{name.rpartition('.')[2].replace('jpg', 'jpeg')}")
+
+    return api
+
+
+def add_drawn(api: APIRouter, shelf: Shelf) -> None:
+    """Routes of what is drawn, and of what is taken along."""
 
     @api.get(
         "/frames/{frame}",
@@ -88,8 +97,6 @@ def pictures_api(shelf: Shelf) -> APIRouter:
         film.mp4; GET /stories/{story} says under takes which of them there are now.
         """
         return taken_along(shelf, shelf.known(story), name)
-
-    return api
 
 
 WHOLE_FILES = ("storybook.html", "sheet.png", "story.yaml")
