@@ -57,8 +57,10 @@ def candidates(cell: Cell, most: int) -> list[Launch]:
         for m, n, warps, stages in itertools.product(BLOCK_M, BLOCK_N, WARPS, STAGES)
         if m >= 16 * warps // 4 or m == 16  # a warp of a matrix product has 16 rows
     ]
+    # Blocks of 8 warps of which two fit a multiprocessor, where the compiler would take more registers.
+    grid += [{**launch, "maxnreg": 128} for launch in grid if launch["num_warps"] == 8]
     grid.sort(key=lambda launch: abs(launch["BLOCK_M"] * launch["BLOCK_N"] * cell.width - 64 * 32 * 64))
-    first = {name: shipped[name] for name in SIZES}
+    first = {name: shipped[name] for name in (*SIZES, "maxnreg") if name in shipped}
     return [first, *(launch for launch in grid if launch != first)][:most]
 
 

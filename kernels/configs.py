@@ -28,7 +28,8 @@ def lookup(
     """The launch settings of the first rule that fits, the architecture's file before default.json.
 
     capability: 80, 89, 90, ...; bits: of the element type; width: the head's; queries: L; groups: of references. A rule
-    may say bits, up_to_width, from_queries and from_groups; what it leaves out fits all. default.json has a rule for
+    may say bits, up_to_width, from_queries and from_groups; what it leaves out fits all. It may set maxnreg, the most registers
+    of a thread, of which more blocks fit a multiprocessor. default.json has a rule for
     everything.
     """
     for rule in _rules(folder, capability):
@@ -39,7 +40,7 @@ def lookup(
             and groups >= rule.get("from_groups", groups)
         ):
             # Triton 3.10 turns the fusion of multiply and add off unless asked; the exponents count on it.
-            sizes = {name: rule[name] for name in SIZES}
+            sizes = {name: rule[name] for name in (*SIZES, "maxnreg") if name in rule}
             return {**sizes, "PRECISION": rule.get("PRECISION", "ieee"), "enable_fp_fusion": True}
     raise LookupError(
         f"{folder}: no rule for {bits}-bit heads of {width}; default.json must have one for all"

@@ -95,7 +95,8 @@ def compile_for(capability: int, kernel: Any, arguments: list, constants: dict[s
 
     capability: 80, 89, 90, 100, ...; pointers are taken to be 16-byte aligned, as torch allocates them.
     """
-    launch = {name: constants[name] for name in ("num_warps", "num_stages", "enable_fp_fusion")}
+    options = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
+    launch = {name: constants[name] for name in options if name in constants}
     fixed = {name: value for name, value in constants.items() if name not in launch}
     names = kernel.arg_names[: len(arguments)]
     signature = {name: _kind(argument) for name, argument in zip(names, arguments, strict=True)}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ import torch
 triton = pytest.importorskip("triton")
 
 from fastory.kernels.banded import triton as banded  # noqa: E402
+from fastory.kernels.configs import lookup  # noqa: E402
 from fastory.kernels.grca import triton as grca  # noqa: E402
 from fastory.kernels.offline import ARCHITECTURES, SHARED_LIMIT, Compiled, compile_for  # noqa: E402
 
@@ -27,7 +30,13 @@ def _meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def compile_grca(
-    capability: int, dtype: torch.dtype, width: int, references: int, groups: int, queries: int = 1024
+    capability: int,
+    dtype: torch.dtype,
+    width: int,
+    references: int,
+    groups: int,
+    queries: int = 1024,
+    launch: dict[str, Any] | None = None,
 ) -> Compiled:
     """As the UNet calls it: K and V as views of one wide tensor, visibility, and for several groups their masks."""
     heads = 8
@@ -42,7 +51,7 @@ def compile_grca(
     visible = _meta(2, references // 4, dtype=torch.bool)
     scale = _meta(groups, dtype=torch.float32)
     arguments, piece = grca.arguments(q, kt, vt, kr, vr, scale, offsets, visible, mask, q)
-    launch = grca.settings(capability, 8 * dtype.itemsize, width, queries, groups)
+    launch = launch or grca.settings(capability, 8 * dtype.itemsize, width, queries, groups)
     slots = grca.slots(groups, dtype, launch["BLOCK_N"])
     fixed = grca.constants(width, 4, dtype, piece, slots)
     return compile_for(capability, grca.grca_kernel, arguments, fixed | launch)
@@ -122,6 +131,19 @@ def test_bfloat16_compiles_to_matrix_instructions() -> None:
     built = compile_grca(90, torch.bfloat16, 64, 4, 1)
     assert_fit(built, torch.bfloat16)
     assert "bf16" in built.ptx
+
+
+def test_a_limit_of_registers_is_a_setting(tmp_path: Path) -> None:
+    """As a rule names it, and as the compiler keeps it: two blocks of 8 warps on a multiprocessor in place of one."""
+    rule = {"BLOCK_M": 128, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2, "maxnreg": 128}
+    (tmp_path / "default.json").write_text(
+        json.dumps({"rules": [{"bits": 16, **rule}, {**rule, "maxnreg": 64}]})
+    )
+    assert lookup(tmp_path, 90, 16, 64, 1024)["maxnreg"] == 128
+    launch = lookup(tmp_path, 90, 16, 64, 1024)
+    built = compile_grca(90, torch.float16, 64, 80, 1, launch=launch)
+    assert built.registers <= 128 and built.blocks_per_multiprocessor == 2
+    assert "maxnreg" not in grca.settings(90, 16, 64, 1024)
 
 
 def _runtime_integers(kernel: Any) -> set[str]:
