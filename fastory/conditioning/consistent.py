@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -37,9 +38,9 @@ class ConsistentContext:
         """The same: what its self-attention reads goes by the number of query tokens, too."""
         return self
 
-    def attend_frames(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """query, keys, values (B, L, H, d) of self-attention -> (B, L, H, d)."""
-        return consistent_self_attention(query, keys, values, self.samples[query.shape[1]])
+    def self_attention(self, tokens: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """Of a layer of so many tokens: query, keys, values (B, L, H, d) -> (B, L, H, d)."""
+        return partial(consistent_self_attention, samples=self.samples[tokens])
 
     def last_rows(self, count: int) -> ConsistentContext:
         """The last `count` rows, in the same memory: the frames' conditional rows."""

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from fastory.conditioning.context import Context
 from fastory.conditioning.regions import Grid, layer_masks
-from fastory.processors.projected import Layer, attend_references
+from fastory.processors.projected import Layer, attend_apart, attend_references
 
 
 def count_blocks(pictures: Sequence[int]) -> int:
@@ -63,13 +64,14 @@ class Group:
 class ReferenceRow:
     """What one row of a UNet call attends to. text_kv (1, Lt, W); ref_visible (1, blocks) bool.
 
-    masks, text_bias: as of ReferenceContext, of one row.
+    masks, text_bias, self_bias: as of ReferenceContext, of one row.
     """
 
     text_kv: Tensor
     ref_visible: Tensor
     masks: dict[int, Tensor] | None = None
     text_bias: dict[int, Tensor] | None = None
+    self_bias: dict[int, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,11 @@ class LayerReferences:
     tokens_per_ref: int
     mask: Tensor | None
     text_bias: Tensor | None
+    self_bias: Tensor | None
+
+    def self_attention(self, tokens: int) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+        """As of ReferenceContext: of this layer's own number of tokens."""
+        return None if self.self_bias is None else partial(attend_apart, bias=self.self_bias)
 
     def attend(self, layer: Layer, query: Tensor) -> Tensor:
         """query (B, L, H, d) -> (B, L, H, d)."""
@@ -108,7 +115,8 @@ class ReferenceContext:
     text_kv: (B, Lt, W). ref_kv: (1, Lr, W), every row reads it without a copy; Lr = 0 in a call without references.
     scale: (G,) weight l_g of each group. ref_visible: (B, Lr / tokens_per_ref) bool. ref_offsets: (G + 1,) int32.
     masks: for a layer of L query tokens, masks[L] is (B or 1, G, L) in [0, 1]. text_bias: text_bias[L] is (B, L, Lt), added to
-    the scores of the text's tokens, where characters' words reach their own part alone.
+    the scores of the text's tokens, where characters' words reach their own part alone. self_bias: self_bias[L] is (B, L, L),
+    added to those of self-attention, where characters do not see each other.
     """
 
     text_kv: Tensor
@@ -119,6 +127,7 @@ class ReferenceContext:
     tokens_per_ref: int
     masks: dict[int, Tensor] | None = None
     text_bias: dict[int, Tensor] | None = None
+    self_bias: dict[int, Tensor] | None = None
 
     def put(self, index: int, row: ReferenceRow) -> None:
         """Write a row's text and which references it sees where row `index` of the buffers is."""
@@ -128,8 +137,14 @@ class ReferenceContext:
             assert row.masks is not None
             for tokens, mask in self.masks.items():
                 mask[index : index + 1] = row.masks[tokens]
-        for tokens, bias in (self.text_bias or {}).items():
-            bias[index : index + 1] = 0 if row.text_bias is None else row.text_bias[tokens]
+        for room, own in ((self.text_bias, row.text_bias), (self.self_bias, row.self_bias)):
+            for tokens, bias in (room or {}).items():
+                bias[index : index + 1] = 0 if own is None else own[tokens]
+
+    def self_attention(self, tokens: int) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+        """Of a layer of so many tokens: query, keys, values (B, L, H, d) -> (B, L, H, d); None where it is as ever."""
+        bias = (self.self_bias or {}).get(tokens)
+        return None if bias is None else partial(attend_apart, bias=bias)
 
     def attend(self, layer: Layer, query: Tensor) -> Tensor:
         """query (B, L, H, d) -> (B, L, H, d)."""
@@ -146,6 +161,7 @@ class ReferenceContext:
             self.tokens_per_ref,
             None if self.masks is None else self.masks[queries],
             None if self.text_bias is None else self.text_bias[queries],
+            (self.self_bias or {}).get(queries),
         )
 
     def last_rows(self, count: int) -> ReferenceContext:
@@ -153,9 +169,18 @@ class ReferenceContext:
         masks = self.masks and {
             L: mask if len(mask) == 1 else mask[-count:] for L, mask in self.masks.items()
         }
-        bias = self.text_bias and {L: bias[-count:] for L, bias in self.text_bias.items()}
-        text_kv, ref_visible = self.text_kv[-count:], self.ref_visible[-count:]
-        return replace(self, text_kv=text_kv, ref_visible=ref_visible, masks=masks, text_bias=bias)
+        text_bias, self_bias = (
+            biases and {L: bias[-count:] for L, bias in biases.items()}
+            for biases in (self.text_bias, self.self_bias)
+        )
+        return replace(
+            self,
+            text_kv=self.text_kv[-count:],
+            ref_visible=self.ref_visible[-count:],
+            masks=masks,
+            text_bias=text_bias,
+            self_bias=self_bias,
+        )
 
     def without_references(self) -> ReferenceContext:
         """The same rows, the text in the same memory, and no references."""
@@ -214,7 +239,7 @@ class References:
     """The references that all frames of a round share, made by `of`; contexts of any number of rows read them.
 
     ref_kv (1, Lr, W); scale (G,); offsets (G + 1,) int32, in tokens. text_tokens: Lt of the captions beside them. grid: of
-    the latents, where groups have masks; words: where rows have a text_bias.
+    the latents, where groups have masks; words: where rows have a text_bias and a self_bias.
     """
 
     groups: tuple[Group, ...]
@@ -244,7 +269,7 @@ class References:
         null: gives the tokens (1, T, C_x) of the unconditional reference; asked where there are groups. project: reference
         tokens (1, Lr, C_x) -> (1, Lr, W). like: text K/V (1, Lt, W), which gives text_tokens, W, device and type.
         grid: of the latents; without it the groups' masks are not read. words: of the latents; without it no row has a
-        text_bias. value_columns: (W,) bool, which of `project`'s are values; read where groups have weights.
+        text_bias or a self_bias. value_columns: (W,) bool, which of `project`'s are values; read where groups have weights.
         """
         bounds = [0]
         for group in groups:
@@ -271,15 +296,23 @@ class References:
             words,
         )
 
-    def row(self, frame: int, text_kv: Tensor, text_bias: dict[int, Tensor] | None = None) -> ReferenceRow:
+    def row(
+        self,
+        frame: int,
+        text_kv: Tensor,
+        text_bias: dict[int, Tensor] | None = None,
+        self_bias: dict[int, Tensor] | None = None,
+    ) -> ReferenceRow:
         """What the conditional row of `frame` attends to."""
         visible = _flags(group.visible(frame) for group in self.groups)
-        return ReferenceRow(text_kv, visible, self.masks(frame), text_bias)
+        return ReferenceRow(text_kv, visible, self.masks(frame), text_bias, self_bias)
 
-    def null_row(self, frame: int, text_kv: Tensor) -> ReferenceRow:
+    def null_row(
+        self, frame: int, text_kv: Tensor, self_bias: dict[int, Tensor] | None = None
+    ) -> ReferenceRow:
         """What its unconditional row attends to."""
         visible = _flags(group.null_visible(frame) for group in self.groups)
-        return ReferenceRow(text_kv, visible, self.masks(frame))
+        return ReferenceRow(text_kv, visible, self.masks(frame), self_bias=self_bias)
 
     def masks(self, frame: int) -> dict[int, Tensor] | None:
         """Where in `frame` each group reaches, (1, G, L) for every layer of L query tokens; None where all reach all."""
@@ -303,6 +336,7 @@ class References:
             tokens_per_ref=self.tokens_per_ref,
             masks=None if self.grid is None else self._room_for_masks(rows, self.grid),
             text_bias=None if self.words is None else self._room_for_bias(rows, self.words),
+            self_bias=None if self.words is None else self._room_between(rows, self.words),
         )
 
     def _room_for_masks(self, rows: int, grid: Grid) -> dict[int, Tensor]:
@@ -312,6 +346,10 @@ class References:
     def _room_for_bias(self, rows: int, grid: Grid) -> dict[int, Tensor]:
         device = self.ref_kv.device
         return {L: torch.zeros(rows, L, self.text_tokens, device=device) for L in grid.layers()}
+
+    def _room_between(self, rows: int, grid: Grid) -> dict[int, Tensor]:
+        device = self.ref_kv.device
+        return {L: torch.zeros(rows, L, L, device=device) for L in grid.bounded_layers()}
 
     def refill(self, context: Context) -> bool:
         """Other references of the same number, in the same buffers."""

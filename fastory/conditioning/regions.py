@@ -25,6 +25,9 @@ SMOOTH = 3 / 16  # of the picture: what a map is averaged over
 STEEP = 6  # how fast a mask rises at its edges
 DOWN = 8  # the deepest cross-attention of SD1.5 and SDXL has an eighth of the latents' side
 SILENT = 1e-4  # of a word's weight is what it keeps outside its mask
+BOUNDED = (
+    2048  # tokens: SD1.5 to 32 x 32 and SDXL to a quarter of its latents, other forms of these areas, too
+)
 MARGIN = 0.08  # of the picture, around a character that is cut out
 
 
@@ -49,6 +52,14 @@ class Grid:
         """Height and width of a layer by its number of query tokens, from the latents' own grid down to an eighth."""
         sides = [(-(-self.height // n), -(-self.width // n)) for n in (1, 2, 4, DOWN)]
         return {height * width: (height, width) for height, width in sides}
+
+    def bounded_layers(self) -> dict[int, tuple[int, int]]:
+        """Those of `layers` whose self-attention keeps characters apart: at a half and a quarter, where things have outlines.
+
+        Of at most BOUNDED tokens, as the bias has a number for each two of them.
+        """
+        sides = [(-(-self.height // n), -(-self.width // n)) for n in (2, 4)]
+        return {h * w: (h, w) for h, w in sides if h * w <= BOUNDED}
 
 
 def _edges(cells: int, first: float, last: float) -> Tensor:
@@ -116,6 +127,21 @@ def text_bias(
             for mask, name in zip(layer[0], names, strict=True):
                 biases[tokens][0, :, list(words[name])] = mask.clamp(min=SILENT).log()[:, None]
     return biases
+
+
+def self_bias(masks: Sequence[Tensor], grid: Grid) -> dict[int, Tensor]:
+    """(1, L, L) for every bounded layer: what is added to the scores of self-attention: characters do not see each other.
+
+    A character's pixels see its own and what nobody has (the denoising half of Bounded Attention, arXiv 2403.16990, section 4);
+    between soft masks as much is lost of a pixel's weight as the two belong to different characters.
+    """
+    found = {}
+    for tokens, size in grid.bounded_layers().items():
+        flat = functional.adaptive_avg_pool2d(torch.stack(list(masks))[None], size).flatten(2)[0]
+        whole = flat.sum(0)
+        foreign = whole[:, None] * whole[None] - flat.T @ flat
+        found[tokens] = (1 - foreign).clamp(min=SILENT).log()[None]
+    return found
 
 
 def cut_out(image: Image.Image, mask: Tensor, others: Tensor | None = None) -> Image.Image | None:

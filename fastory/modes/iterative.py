@@ -276,16 +276,17 @@ def references_of(run: IterativeRun, k: int, fresh: Mapping[int, Seen]) -> Refer
 
 def row_of(run: IterativeRun, references: References, k: int, frame: int) -> Row:
     """One frame's inputs in round k: the seed of its noise, what it begins from, its text K/V and which references it sees."""
-    caption, bias = run.captions[frame], None
+    caption, text_bias, self_bias = run.captions[frame], None, None
     if run.regions is not None:
-        bias = run.regions.text_bias(frame, references.text_tokens)
+        text_bias = run.regions.text_bias(frame, references.text_tokens)
+        self_bias = run.regions.self_bias(frame)
     return Row(
         frame=frame,
         seed=seed_of(run, frame),
         caption=caption,
         negative=run.negative,
-        conditional=references.row(frame, project(run.model, caption), bias),
-        unconditional=references.null_row(frame, run.negative_kv),
+        conditional=references.row(frame, project(run.model, caption), text_bias, self_bias),
+        unconditional=references.null_row(frame, run.negative_kv, self_bias),
         start=run.drawn.seen(k - 1, frame).latents if run.settings.restarts(k) else None,
     )
 

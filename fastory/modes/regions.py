@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from fastory.builtin.words import SPECIES_WORDS
 from fastory.conditioning.references import Group, ReferenceContext, References
-from fastory.conditioning.regions import Grid, apart, cut_out, from_maps, rest_of, text_bias
+from fastory.conditioning.regions import Grid, apart, cut_out, from_maps, rest_of, self_bias, text_bias
 from fastory.errors import InputError
 from fastory.models.protocol import Caption, Model, UnetInputs
 from fastory.models.text import token_places
@@ -291,6 +291,10 @@ class Regions:
         masks = apart(self.laid_out[i]) if self.laid_out[i] else {}
         words = token_places(self.model.tokenizer, self.prompts[i], self.casts[i])
         return text_bias(masks, words, count, self.grid)
+
+    def self_bias(self, i: int) -> dict[int, Tensor] | None:
+        """How far frame i's characters see each other, with boxes; None in a frame without."""
+        return self_bias(list(apart(self.laid_out[i]).values()), self.grid) if self.laid_out[i] else None
 
     def groups(self, k: int, last: Mapping[int, Seen]) -> Iterator[Group]:
         """A group for each character: its appearances in the last round."""

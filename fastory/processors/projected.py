@@ -92,6 +92,13 @@ def attend_references(
     return out if text is None else text + out
 
 
+def attend_apart(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+    """Self-attention whose scores have bias (B, L, L) added: query, keys, values (B, L, H, d) -> (B, L, H, d)."""
+    heads_first = (query.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2))
+    mask = bias[:, None].to(query.dtype)
+    return functional.scaled_dot_product_attention(*heads_first, attn_mask=mask).transpose(1, 2)
+
+
 def attend_window(
     layer: Layer, query: Tensor, *, kv: Tensor, padding: Tensor, caption_tokens: int, frame_tokens: int
 ) -> Tensor:
@@ -116,7 +123,7 @@ def attend_window(
 
 
 class SelfAttention(AttnProcessor2_0):
-    """diffusers' self-attention, but for a context in which frames see each other: cross_attention_kwargs reach attn1, too."""
+    """diffusers' self-attention, but for contexts that have their own: cross_attention_kwargs reach attn1, too."""
 
     def __call__(
         self,
@@ -127,11 +134,13 @@ class SelfAttention(AttnProcessor2_0):
         temb: Tensor | None = None,
         context: Context | None = None,
     ) -> Tensor:
-        # A context has it in which frames see each other: query, keys, values (B, L, H, d) -> (B, L, H, d).
-        attend_frames = getattr(context, "attend_frames", None)
-        if attend_frames is not None:
+        # Frames see each other, or characters do not: for a layer of L tokens what takes query, keys, values (B, L, H, d)
+        # to (B, L, H, d), or None.
+        own = getattr(context, "self_attention", None)
+        attend = None if own is None else own(hidden_states.shape[1])
+        if attend is not None:
             projected = (attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states))
-            out = attend_frames(*(tensor.unflatten(-1, (attn.heads, -1)) for tensor in projected))
+            out = attend(*(tensor.unflatten(-1, (attn.heads, -1)) for tensor in projected))
             return attn.to_out[1](attn.to_out[0](out.flatten(2)))
         return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastory import StoryModel
 from fastory.conditioning.references import Group, ReferenceContext, References
-from fastory.conditioning.regions import Grid, apart, cut_out, from_maps, rest_of, text_bias
+from fastory.conditioning.regions import Grid, apart, cut_out, from_maps, rest_of, self_bias, text_bias
 from fastory.models.protocol import UnetInputs
 
 GRID = Grid(16, 16)
@@ -205,3 +205,51 @@ def test_words_of_a_character_reach_its_box_and_words_of_nobody_reach_all(model:
     assert (out[:, :5] - without["b"][:, :5]).abs().max() < 1e-2
     assert (out[:, 11:] - without["a"][:, 11:]).abs().max() < 1e-2
     assert (out[:, :5] - plain.unflatten(0, (16, 16))[:, :5]).abs().max() > 0.1
+
+
+def bounded(masks: list[Tensor], frame: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, keys and values (1, 64, 2, 4) of a layer of 8 x 8, and what characters that keep apart make of them."""
+    text = torch.zeros(1, 7, 4)
+    shared = References.of((), lambda: text, lambda it: it, tokens_per_ref=4, like=text, words=GRID)
+    context = shared.context(2)
+    bias = self_bias(masks, GRID) if masks else None
+    context.put(0, shared.null_row(frame, text, bias))
+    context.put(1, shared.row(frame, text, None, bias))
+    attend = context.last_rows(1).self_attention(64)
+    assert attend is not None and context.self_attention(256) is None
+    query, keys, values = torch.randn(3, 1, 64, 2, 4, generator=torch.Generator().manual_seed(6))
+    return torch.stack([query, keys, values]), attend(query, keys, values), context.self_bias[64]  # type: ignore[index]
+
+
+def test_pixels_of_a_character_see_itself_and_what_nobody_has() -> None:
+    """Against a softmax in float64 over the pixels that are left."""
+    left, right = GRID.box((0, 0, 0.375, 1)), GRID.box((0.625, 0, 1, 1))
+    (query, keys, values), out, bias = bounded([left, right])
+    assert torch.equal(bias[0], bias[1])  # the unconditional row's, too
+    columns = torch.arange(64) % 8
+    scores = torch.einsum("lhd,khd->hlk", query[0].double(), keys[0].double()) / 2
+    for own, seen in (
+        (columns < 2, columns < 5),
+        (columns > 5, columns > 2),
+        ((columns > 2) & (columns < 5), columns >= 0),
+    ):
+        wanted = torch.einsum(
+            "hlk,khd->lhd", scores[:, own][:, :, seen].softmax(-1), values[0, seen].double()
+        )
+        # What is not seen keeps a ten-thousandth of its weight, and no column is softer than these.
+        assert (out[0, own] - wanted).abs().max() < 2e-2
+    plain = torch.einsum("hlk,khd->lhd", scores.softmax(-1), values[0].double())
+    assert (out[0] - plain).abs().max() > 0.1
+
+
+def test_without_boxes_self_attention_is_as_ever() -> None:
+    (query, keys, values), out, bias = bounded([])
+    assert not bias.any()
+    scores = torch.einsum("lhd,khd->hlk", query[0].double(), keys[0].double()) / 2
+    assert (out[0] - torch.einsum("hlk,khd->lhd", scores.softmax(-1), values[0].double())).abs().max() < 1e-5
+    one_alone = self_bias([GRID.box(LEFT)], GRID)
+    assert not any(bias.any() for bias in one_alone.values())
+    assert set(Grid(128, 128).bounded_layers()) == {1024} and set(Grid(64, 64).bounded_layers()) == {
+        1024,
+        256,
+    }
