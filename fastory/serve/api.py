@@ -51,8 +51,11 @@ def taken(model: type[Any]) -> tuple[Any, dict[str, Any]]:
         where, words = Path("the request"), {"what": "JSON as /docs describes it", "todo": "correct it"}
         return validated(model, parse_json(data or b"{}", where, **words), where, **words)
 
-    content = {"application/json": {"schema": _inlined(model.model_json_schema())}}
-    return Depends(body), {"requestBody": {"required": True, "content": content}}
+    schema = _inlined(model.model_json_schema())
+    wanted = bool(schema.get("required"))
+    return Depends(body), {
+        "requestBody": {"required": wanted, "content": {"application/json": {"schema": schema}}}
+    }
 
 
 def _inlined(schema: dict[str, Any]) -> Any:
@@ -103,7 +106,7 @@ def make_app(shelf: Shelf, drawing: Drawing) -> FastAPI:
 def failure(shelf: Shelf) -> Callable[[Request, Exception], JSONResponse]:
     """An error as an answer; paths are named from the server's folder on."""
 
-    def answer(_: Request, error: Exception) -> JSONResponse:
+    def answer(request: Request, error: Exception) -> JSONResponse:
         code = 2
         match error:
             case FastoryError():
@@ -118,10 +121,23 @@ def failure(shelf: Shelf) -> Callable[[Request, Exception], JSONResponse]:
                 status, said = error.status, str(error)
             case _:
                 status, code, said = 500, 1, last_words(error)
-        headers = getattr(error, "headers", None)
+        headers = {"allow": allowed(request)} if status == 405 else getattr(error, "headers", None)
         return JSONResponse({"error": said, "exit_code": code}, status, headers=headers)
 
     return answer
+
+
+def allowed(request: Request) -> str:
+    """Methods of this address, all of them: a route by itself knows its own alone."""
+    asked = request.url.path.split("/")
+    found: set[str] = set()
+    for path, methods in request.app.openapi()["paths"].items():
+        parts = path.split("/")
+        if len(parts) == len(asked) and all(
+            p == a or p.startswith("{") for p, a in zip(parts, asked, strict=True)
+        ):
+            found.update(method.upper() for method in methods)
+    return ", ".join(sorted(found or {"GET"}))
 
 
 def summary(shelf: Shelf, drawing: Drawing, story: str) -> dict[str, Any]:
