@@ -129,12 +129,12 @@ def failure(shelf: Shelf) -> Callable[[Request, Exception], JSONResponse]:
 
 def allowed(request: Request) -> str:
     """Methods of this address, all of them: a route by itself knows its own alone."""
-    asked = request.url.path.split("/")
+    segments = request.url.path.split("/")
     found: set[str] = set()
     for path, methods in request.app.openapi()["paths"].items():
         parts = path.split("/")
-        if len(parts) == len(asked) and all(
-            p == a or p.startswith("{") for p, a in zip(parts, asked, strict=True)
+        if len(parts) == len(segments) and all(
+            p == a or p.startswith("{") for p, a in zip(parts, segments, strict=True)
         ):
             found.update(method.upper() for method in methods)
     return ", ".join(sorted(found or {"GET"}))
