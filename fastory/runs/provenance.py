@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 
-from PIL import Image
-
 from fastory import __version__
-from fastory.errors import InputError
 from fastory.events import FrameDrawn
 from fastory.models.protocol import Model
 from fastory.modes.mode import mode_of
@@ -53,19 +49,6 @@ def png_chunks(
         values["converged"] = drawn.converged
     values |= mode_of(settings.mode).picture_values(settings, drawn.round)
     return {"parameters": "\n".join(lines), "fastory": json.dumps(values, ensure_ascii=False)}
-
-
-def chunks_of(data: bytes) -> dict[str, str]:
-    """The text chunks of a PNG of ours, as png_chunks makes them. Raises InputError where there are none."""
-    try:
-        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
-            chunks = {name: str(image.text[name]) for name in ("parameters", "fastory")}  # type: ignore[attr-defined]
-            json.loads(chunks["fastory"])
-            return chunks
-    except (OSError, KeyError, ValueError) as error:
-        raise InputError(
-            "the picture does not say what it was drawn from: it is damaged; draw it again"
-        ) from error
 
 
 def footer(model: Model, settings: Settings) -> dict[str, str]:

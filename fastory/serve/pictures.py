@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import tempfile
@@ -11,13 +12,14 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse, Response
+from PIL import Image
 from starlette.background import BackgroundTask
 from starlette.concurrency import run_in_threadpool
 
 from fastory import files
+from fastory.errors import InputError
 from fastory.runs.film import ffmpeg
 from fastory.runs.manifest import picture_name, rounds_of
-from fastory.runs.provenance import chunks_of
 from fastory.runs.render import Layout, render
 from fastory.serve import bodies
 from fastory.serve.gate import MOST_PIXELS
@@ -156,6 +158,19 @@ def picture_bytes(shelf: Shelf, story: str, frame: int, round: int | None, take:
         except FileNotFoundError:
             continue
     raise NoSuchStory("there is no such picture: it was moved")
+
+
+def chunks_of(data: bytes) -> dict[str, str]:
+    """The text chunks of a PNG of ours, as runs/provenance.py makes them. Raises InputError where there are none."""
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+            chunks = {name: str(image.text[name]) for name in ("parameters", "fastory")}  # type: ignore[attr-defined]
+            json.loads(chunks["fastory"])
+            return chunks
+    except (OSError, KeyError, ValueError) as error:
+        raise InputError(
+            "the picture does not say what it was drawn from: it is damaged; draw it again"
+        ) from error
 
 
 def picture_file(shelf: Shelf, story: str, frame: int, round: int | None, take: str | None) -> Path:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import fields
 
 import pytest
@@ -37,3 +39,9 @@ def test_every_preset_that_is_offered_is_a_story_files_settings(model: str) -> N
     assert offered.keys() - distilled == PRESETS.keys() - {"fast"} - (
         {"story-iter-fast"} if model == "builtin" else set()
     )
+
+
+def test_what_serves_the_page_imports_no_torch() -> None:
+    """It would begin seconds later and hold 480 MiB more: the process that draws has it."""
+    code = "import sys, fastory.serve.server; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
