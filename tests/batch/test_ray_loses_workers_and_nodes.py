@@ -64,6 +64,7 @@ def test_a_worker_and_a_node_are_killed(count: int, cluster: Cluster, tmp_path: 
     assert nothing_finished_was_drawn_again([*seen, *events_of(out, "BatchProgress", "StoryDone")])
 
 
+@pytest.mark.slow
 def test_an_actor_that_draws_frames_for_another_is_killed(cluster: Cluster, tmp_path: Path) -> None:
     address, *nodes = cluster
     stories = write_batch(tmp_path / "stories", 1, frames=8)
