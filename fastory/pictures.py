@@ -14,7 +14,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from fastory.errors import InputError
@@ -56,6 +55,8 @@ Picture = Path | MemoryPicture
 
 def noise_picture() -> MemoryPicture:
     """Uniform noise of a fixed seed, 256 x 256: a reference that shows nothing."""
+    import numpy as np  # heavy: commands are refused before it is needed
+
     pixels = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
     return MemoryPicture.of(Image.fromarray(pixels))
 
