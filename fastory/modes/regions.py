@@ -171,6 +171,7 @@ class Regions:
         self.names = list(dict.fromkeys(name for cast in self.casts for name in cast))
         self.sources = {name: self._sources(name) for name in self.names}
         self.prompts = prompts
+        self._encoded: dict[int, dict[str, Caption]] = {}
         self.grid = Grid(size[1] // model.vae_factor, size[0] // model.vae_factor)
         self.laid_out = [
             {
@@ -222,9 +223,8 @@ class Regions:
 
         The picture is noised once; a row reads the whole caption, and one a character the rest of it.
         """
-        model, spans_of = self.model, {name: spans for name, spans in self.casts[i].items() if spans}
-        captions = [self.captions[i]]
-        captions += [model.encode_caption(without(self.prompts[i], spans)) for spans in spans_of.values()]
+        model, left_out = self.model, self._left_out(i)
+        captions = [self.captions[i], *left_out.values()]
         scheduler = DDPMScheduler.from_config(dict(model.scheduler_config))
         step = torch.tensor(int(NOISE * scheduler.config.num_train_timesteps))
         latents = model.encode_picture(image)
@@ -234,7 +234,17 @@ class Regions:
             UnetInputs(noisy, step.to(latents.device), self._text_alone(i, captions), *self._beside(captions))
         )
         change = (predicted[1:] - predicted[:1]).float().abs().mean(1).cpu()
-        return dict(zip(spans_of, change, strict=True))
+        return dict(zip(left_out, change, strict=True))
+
+    def _left_out(self, i: int) -> dict[str, Caption]:
+        """The caption of frame i without the words of each character that it names; encoded once, for all rounds."""
+        if i not in self._encoded:
+            self._encoded[i] = {
+                name: self.model.encode_caption(without(self.prompts[i], spans))
+                for name, spans in self.casts[i].items()
+                if spans
+            }
+        return self._encoded[i]
 
     def _text_alone(self, i: int, captions: Sequence[Caption]) -> ReferenceContext:
         """A row a caption, without references."""
