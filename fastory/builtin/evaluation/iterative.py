@@ -39,6 +39,7 @@ from fastory.builtin.evaluation.quality import (
     restore,
 )
 from fastory.builtin.training.loop import stream
+from fastory.builtin.words import NAMES
 from fastory.builtin.world.captions import caption
 from fastory.builtin.world.corpus import sample_tale
 from fastory.builtin.world.drawing import ACTIONS, PLACES, SPECIES, Scene, Tale
@@ -48,6 +49,7 @@ from fastory.intervals import interval
 from fastory.modes.iterative import iterative
 from fastory.modes.mode import StoryPlan
 from fastory.settings import resolve
+from fastory.story import Character as StoryCharacter
 
 FRAMES = 8
 CASTS = ("mixed", "two", "alike")
@@ -58,22 +60,35 @@ Rounds = np.ndarray  # uint8 (rounds, frames, height, width, 3)
 class HeldOutStory:
     """A story to draw: its scenes, captions and noise seed. Of the cast's free attributes only what is said is used.
 
-    said: for each frame which attributes of each member the caption tells; empty where none tells any.
+    said: for each frame which attributes of each member the caption tells; empty where none tells any. names: of the cast,
+    where captions call it by name and the story tells who that is.
     """
 
     tale: Tale
     captions: tuple[str, ...]
     seed: int
     said: tuple[tuple[Said, ...], ...] = ()
+    names: tuple[str, ...] = ()
+
+    @property
+    def characters(self) -> tuple[StoryCharacter, ...]:
+        """Those that have names, each with its species as its prompt."""
+        pairs = zip(self.names, self.tale.cast, strict=False)
+        return tuple(StoryCharacter(name, f"a {character.species}") for name, character in pairs)
 
 
 def held_out_stories(
-    count: int, seed: int, frames: int = FRAMES, cast: str = "mixed", said: float = 0.0
+    count: int,
+    seed: int,
+    frames: int = FRAMES,
+    cast: str = "mixed",
+    said: float = 0.0,
+    named: bool = False,
 ) -> list[HeldOutStory]:
     """Stories of held-out scenes.
 
     cast: `mixed`, one and two characters in turn; `two`, of two species; `alike`, two of one species. said: the share of
-    captions that tell something of a look; then all looks are held out too.
+    captions that tell something of a look; then all looks are held out too. named: captions call everybody by name.
     """
     stories: list[HeldOutStory] = []
     index = 0
@@ -88,8 +103,11 @@ def held_out_stories(
             continue  # `across` is of two characters that are seen
         said_looks = tuple(sample_said(rng, size, said) for _ in tale.scenes) if said else ()
         pairs = zip(tale.scenes, said_looks or ((NOTHING,) * size,) * frames, strict=True)
-        texts = tuple(caption(rng, tale.cast, scene, said=named) for scene, named in pairs)
-        stories.append(HeldOutStory(tale, texts, 1000 * seed + index - 1, said_looks))
+        names = tuple(str(name) for name in rng.permutation(NAMES)[:size]) if named else ()
+        texts = tuple(
+            caption(rng, tale.cast, scene, names or None, say, described=not named) for scene, say in pairs
+        )
+        stories.append(HeldOutStory(tale, texts, 1000 * seed + index - 1, said_looks, names))
     return stories
 
 

@@ -89,16 +89,18 @@ def caption(
     scene: Scene,
     names: tuple[str | None, ...] | None = None,
     said: tuple[Said, ...] | None = None,
+    described: bool = True,
 ) -> str:
     """A sentence for a scene: species, place and action, who is on the left first.
 
     names: one per member of the cast, None for none; without names every character is called by its species. said:
     which attributes of each member the sentence tells; none unless given. It is told in other words where it would be
-    longer than the text encoder reads. Raises ValueError if no words are found that fit.
+    longer than the text encoder reads. described: whether the species of one with a name is told; not where the `characters`
+    of a story file tell it. Raises ValueError if no words are found that fit.
     """
     names, said = names or (None,) * len(cast), said or (NOTHING,) * len(cast)
     for _ in range(2000):
-        sentence = _sentence(rng, cast, scene, names, said)
+        sentence = _sentence(rng, cast, scene, names, said, described)
         if not any(said) or longest_count(sentence) <= TOKEN_LIMIT:
             return sentence
     raise ValueError(f"a caption of {names} that says {said} does not fit in {TOKEN_LIMIT} tokens")
@@ -116,9 +118,11 @@ def _sentence(
     scene: Scene,
     names: tuple[str | None, ...],
     said: tuple[Said, ...],
+    described: bool,
 ) -> str:
     place = _pick(rng, PLACE_PHRASES[scene.place])
-    subjects = [_subject(rng, cast[r.member], names[r.member], said[r.member]) for r in scene.roles]
+    who = [(cast[role.member], names[role.member], said[role.member]) for role in scene.roles]
+    subjects = [name if name and not described else _subject(rng, body, name, say) for body, name, say in who]
     actions = [role.action for role in scene.roles]
     if len(subjects) == 1:
         text = f"there is {subjects[0]} {place}" if actions == ["standing"] and rng.random() < 0.1 else ""

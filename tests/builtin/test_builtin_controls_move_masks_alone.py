@@ -1,0 +1,126 @@
+"""A control that does not move what it says it moves proves nothing: named stories, boxes, and where references reach."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fastory import Story, StoryModel
+from fastory.builtin.evaluation import held_out
+from fastory.builtin.evaluation.characters import (
+    Misplaced,
+    as_story,
+    drawn_boxes,
+    looks_in_frames_of_two,
+    of_another_frame,
+    swapped,
+)
+from fastory.builtin.evaluation.iterative import HeldOutStory, Judged, held_out_stories
+from fastory.builtin.training.encoders import label
+from fastory.modes.regions import Regions, Seen
+from fastory.settings import resolve
+
+FREE = ("colour", "hat", "scarf")
+
+
+@pytest.fixture(scope="module")
+def model() -> StoryModel:
+    return StoryModel.open("builtin")
+
+
+def perfectly_seen(story: HeldOutStory) -> Judged:
+    labels = [label(story.tale, scene) for scene in story.tale.scenes]
+    slots = np.maximum(np.stack([one.slots for one in labels]), 0)
+    two = np.array([len(scene.roles) == 2 for scene in story.tale.scenes])
+    place = np.array([one.place for one in labels])
+    free = {name: slots[:, :, 2 + column] for column, name in enumerate(FREE)}
+    return Judged(story, two, place, slots[:, :, 0], slots[:, :, 1], free)
+
+
+@pytest.mark.parametrize("cast", ["two", "alike"])
+def test_a_named_story_says_who_everybody_is_in_every_frame(cast: str) -> None:
+    for held in held_out_stories(8, seed=3, cast=cast, named=True):
+        story, species = as_story(held), [character.species for character in held.tale.cast]
+        assert (species[0] == species[1]) == (cast == "alike")
+        for i, scene in enumerate(held.tale.scenes):
+            names = [held.names[role.member] for role in scene.roles]
+            assert story.cast(i) == set(names)
+            for name, role in zip(names, scene.roles, strict=True):
+                assert f"{name}, a {species[role.member]}" in story.prompt(i)
+            assert not any(word in held.captions[i] for word in species)
+
+
+def test_stories_without_names_are_what_they_were() -> None:
+    """Figures of earlier weights are of these captions."""
+    assert [story.captions[0] for story in held_out_stories(2, seed=1)] == [
+        "The bear is jumping by the sea.",
+        "The kitten and a turtle are sleeping in the house",
+    ]
+
+
+def test_a_file_of_named_stories_is_read_with_its_boxes(tmp_path: Path) -> None:
+    file = tmp_path / "held.jsonl"
+    asked = ["--stories", "2", "--seed", "3", "--cast", "alike", "--named", "--boxes"]
+    held_out.main([*asked, "--output", str(file)])
+    for line, held in zip(
+        file.read_text().splitlines(), held_out_stories(2, 3, cast="alike", named=True), strict=True
+    ):
+        one = tmp_path / "one.json"
+        one.write_text(json.dumps({"version": 1, **json.loads(line)}))
+        assert Story.read(one).frames == as_story(held, boxes=True).frames
+        for scene, placed in zip(held.tale.scenes, drawn_boxes(held), strict=True):
+            assert [name for name, _ in placed] == [held.names[role.member] for role in scene.roles]
+            lefts = [box[0] for _, box in placed]
+            assert lefts == sorted(lefts)
+
+
+@pytest.mark.parametrize("asked", [["--boxes"], ["--cast", "alike"]])
+def test_what_wants_names_is_refused_without(asked: list[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as ended:
+        held_out.main([*asked, "--output", str(tmp_path / "held.jsonl")])
+    assert ended.value.code == 2 and not list(tmp_path.iterdir())
+
+
+def test_characters_that_took_each_others_looks_show_the_others() -> None:
+    (held,) = held_out_stories(1, seed=3, cast="alike", named=True)
+    true = perfectly_seen(held)
+    assert looks_in_frames_of_two(true, true) == {"own look": 1.0, "the other's": 0.0}
+    exchanged = {
+        name: np.where(true.two[:, None], values[:, ::-1], values) for name, values in true.free.items()
+    }
+    found = looks_in_frames_of_two(true, replace(true, free=exchanged))
+    assert found == {"own look": 0.0, "the other's": 1.0}
+
+
+def test_swapped_masks_move_where_references_reach_and_nothing_else(model: StoryModel) -> None:
+    held = next(
+        story
+        for story in held_out_stories(8, seed=3, cast="two", named=True)
+        if len(story.tale.scenes[0].roles) == 2
+    )
+    settings, _ = resolve({"iterations": 1}, {}, None, model.defaults)
+    story = as_story(held)
+    prompts = [story.prompt(i) for i in range(len(story.frames))]
+    own = Regions(model, story, settings, prompts, [], (128, 128))
+    left, right = torch.zeros(2, own.grid.height, own.grid.width)
+    left[:, :8], right[:, 8:] = 1, 1
+    last = {}
+    for i, scene in enumerate(held.tale.scenes):
+        names = [held.names[role.member] for role in scene.roles]
+        masks = dict(zip(names, (left, right), strict=True)) if len(names) == 2 else {}
+        last[i] = Seen(torch.zeros(1, 1, 1), dict.fromkeys(names, torch.zeros(1, 1, 1)), masks)
+
+    def reach(regions: Regions) -> list[torch.Tensor | None]:
+        return [regions.rest(0, last), *(group.mask(0) for group in regions.groups(1, last))]
+
+    as_is, exchanged, elsewhere = map(reach, (own, Misplaced(own, swapped), Misplaced(own, of_another_frame)))
+    assert len(as_is) == 3
+    torch.testing.assert_close(exchanged[0], as_is[0])  # what nobody has is the same
+    assert torch.equal(exchanged[1], as_is[2]) and torch.equal(exchanged[2], as_is[1])
+    later = next(seen.masks for i, seen in last.items() if i and seen.masks)
+    assert torch.equal(elsewhere[1], later[own.names[0]])
