@@ -178,7 +178,7 @@ SDXL = (("SDXL", 4096, 64, 10), ("SDXL", 1024, 64, 20))
 
 
 def gpu_matrix() -> list[Cell]:
-    """The table of the design: both UNets, 1, 20 and 100 references, one frame and five; masks; the band."""
+    """The table of the design: both UNets, 1, 20 and 100 references, one frame and five; masks; two characters; the band."""
     cells = [
         cell
         for references in (1, 20, 100)
@@ -190,6 +190,9 @@ def gpu_matrix() -> list[Cell]:
         cell for groups in (4, 20) for cell in _unet(SDXL, references=2 * groups, groups=groups, masked=True)
     ]
     cells += _unet(SDXL, references=8, groups=4)
+    # A story of 8 frames without characters, and with two: 8 pictures of each, in a group and a mask of their own.
+    cells += _unet((*SD15, *SDXL), references=8)
+    cells += _unet((*SD15, *SDXL), references=24, groups=3, masked=True)
     for window in (1, 4):
         history = 91 * window
         cells += [
