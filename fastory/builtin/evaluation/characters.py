@@ -132,7 +132,6 @@ def one_round_more(
         settings,
         seed=story.seed,
         iterations=1,
-        inner_steps=None,
         references_from="last",
         reference_scale=(last, last),
     )
