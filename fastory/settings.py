@@ -11,7 +11,7 @@ from typing import Any, get_args, get_type_hints
 
 from fastory import plugins
 from fastory.errors import InputError
-from fastory.presets import FAST, PRESETS
+from fastory.presets import FAST, PRESETS, in_steps
 from fastory.values import LEAST, MOST, WITHIN, as_float, interval, scale, window
 from fastory.wording import shown
 
@@ -47,6 +47,9 @@ SCHEDULERS: dict[str, Scheduler] = {
 }
 REFERENCES = ("all", "others", "cast")
 REFERENCES_FROM = ("last", "latest")
+# Frames in a micro-batch that sees the pictures of those before it, unless another size is asked for: fewer see more that is
+# fresh, more are drawn faster each.
+LATEST_AT_ONCE = 4
 REFERENCE_FITS = ("pad", "squash", "crop")
 REGIONS = ("auto", "on", "off")
 UNTIL = ("iterations", "converged")
@@ -288,9 +291,10 @@ def resolve(
     """
     check_preset(preset)
     general = {name: value for name, value in folder_defaults.items() if name not in MODES}
+    steps = check("steps", general.get("steps", Settings.steps), "model")
     origins: list[tuple[str, Mapping[str, Any]]] = [
         ("model", general),
-        (f"preset {preset}", preset_values(preset, distilled) if preset else {}),
+        (f"preset {preset}", preset_values(preset, distilled, steps) if preset else {}),
         ("story", story),
         ("settings", whole or {}),
         ("flag", flags),
@@ -359,13 +363,13 @@ def check_choice(name: str, value: str, what: str) -> None:
         raise InputError(f"{what}: wanted one of {', '.join(_CHOICES[name])}, got {shown(value)}")
 
 
-def preset_values(preset: str, distilled: str | None) -> Mapping[str, Any]:
+def preset_values(preset: str, distilled: str | None, steps: int) -> Mapping[str, Any]:
     """What a preset stands for; InputError for `fast` where the checkpoint was not distilled for few steps.
 
-    distilled: as of Model.
+    distilled: as of Model. steps: in which the model is drawn where nothing else is said.
     """
     if preset != "fast":
-        return PRESETS[preset]
+        return in_steps(preset, steps)
     if distilled is None or distilled not in FAST:
         raise InputError(
             "preset fast wants a checkpoint that was distilled for few steps: an LCM UNet (time_cond_proj_dim), a turbo model "

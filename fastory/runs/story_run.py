@@ -21,7 +21,7 @@ from fastory.runs.resolve import ResolvedStory
 from fastory.runtime import choose_batch, frame_bytes, release_memory
 from fastory.sampling.noise import frame_seed
 from fastory.sampling.sampler import is_guided, rows_per_frame
-from fastory.settings import Settings
+from fastory.settings import LATEST_AT_ONCE, Settings
 from fastory.story import Story
 from fastory.wording import counted
 
@@ -176,7 +176,8 @@ def _micro_batch(
 ) -> tuple[int, str]:
     """How many of `count` are denoised at once, frames of a round or stories side by side, and why.
 
-    Where nothing is requested, every process has a micro-batch to draw.
+    Where nothing is requested, every process has a micro-batch to draw, and one that sees the pictures of those before it is
+    of LATEST_AT_ONCE.
     """
     if requested is not None:
         size = min(requested, count)
@@ -187,7 +188,10 @@ def _micro_batch(
         model.sizes.first_channels, model.placement.dtype, width, height, is_guided(model, settings)
     )
     taken = None if model.most_rows is None else max(1, model.most_rows // rows_per_frame(model, settings))
-    if processes > 1:
+    if unit == "frame" and settings.references_from == "latest":
+        # What a frame sees depends on it, and one process draws them all: no matter of memory or of processes.
+        taken = min(LATEST_AT_ONCE, taken or LATEST_AT_ONCE)
+    elif processes > 1:
         share = -(-count // processes)
         taken = share if taken is None else min(taken, share)
     size, reason = choose_batch(model.placement, needed, count, unit, taken)

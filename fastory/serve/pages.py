@@ -11,7 +11,7 @@ from fastapi.responses import FileResponse
 
 from fastory.documents import read_json
 from fastory.model_names import user_path
-from fastory.presets import FAST, PRESETS
+from fastory.presets import FAST, PRESETS, in_steps
 from fastory.serve.shelf import NoSuchStory
 from fastory.settings import MODES, SCHEDULERS, Settings, choices, foreign, resolve
 from fastory.story import MAX_FRAMES, STYLES
@@ -77,7 +77,8 @@ def settings_tables(model: str) -> dict[str, Any]:
 
 def presets_for(model: str) -> dict[str, dict[str, Any]]:
     """Presets by their settings, `fast` once for each kind of checkpoint. The built-in model is not distilled."""
-    whole = {name: dict(values) for name, values in PRESETS.items() if name != "fast"}
+    steps = defaults_of(model).get("steps", Settings.steps)
+    whole = {name: dict(in_steps(name, steps)) for name in PRESETS if name != "fast"}
     if model == "builtin":
         return {name: v for name, v in whole.items() if not SCHEDULERS[v["scheduler"]].distilled}
     return {**whole, **{f"fast ({kind})": {**PRESETS["fast"], **values} for kind, values in FAST.items()}}
