@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +28,26 @@ from results import environment
 
 from fastory import Story, StoryModel, generate
 from fastory.builtin.evaluation.classifier import Classifier, load_classifier
-from fastory.builtin.evaluation.iterative import HeldOutStory, held_out_stories, judge, scores
+from fastory.builtin.evaluation.iterative import FRAMES, HeldOutStory, held_out_stories, judge, scores
 from fastory.builtin.evaluation.quality import calibrate, quality_scores, restore
 from fastory.events import FrameDrawn, StepDone
 from fastory.intervals import interval
 from fastory.modes.iterative import iterative
 from fastory.modes.mode import StoryPlan
-from fastory.settings import resolve
+from fastory.presets import PRESETS
+from fastory.settings import Settings, resolve
 
 REPORTED_SEEDS = (1, 5)
 PAPER, ONE_REFERENCE = "paper's rule", "one reference"
 AGREEMENT = ("colour", "hat", "scarf")
 CAPTIONS = ("species", "place", "action", "both right")
-COLUMNS = (*AGREEMENT, *CAPTIONS, "own colours", "distinct", "purity", "patched", "edge energy")
+COLUMNS = (*AGREEMENT, *CAPTIONS, "own colours", "distinct", "purity", "patched", "edge energy", "changed")
+SETTLED = 3  # the round after which no story should change its common colour
+# What of the preset `paper` is its schedule; guidance, noise and regions stay the model's own.
+SCHEDULE = (
+    *("iterations", "inner_steps", "reference_scale", "references_from", "scheduler", "until", "restart"),
+    *("reference_rise", "reference_momentum", "reference_weighting", "reference_ramp"),
+)
 CALIBRATED = 16  # stories, whose drawn pictures say from which purity on a body counts as patched
 BANDS = (
     16.5,
@@ -52,8 +60,9 @@ BANDS = (
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """A schedule. settings: of fastory, beside those of the model's folder. batch_size: frames at once, part of the rule where
-    references are the latest ones. one_reference: frame 0 of round 0 is the only reference, the Reference-Image paradigm.
+    """A schedule. settings: of fastory, beside the paper's rule in the steps of the model. batch_size: frames at once, part of
+    the rule where references are the latest ones. one_reference: frame 0 of round 0 is the only reference, the Reference-Image
+    paradigm.
     """
 
     name: str
@@ -116,7 +125,46 @@ def candidates() -> list[Candidate]:
         )
     ]
     weighted += [papers(reference_weighting="majority"), papers(reference_momentum=0.5)]
-    return [*compared, *few, *heavier, *more, *converged, *restarted, *risen, *weighted]
+    return [
+        *compared,
+        *few,
+        *heavier,
+        *more,
+        *converged,
+        *restarted,
+        *risen,
+        *weighted,
+        *solved(),
+        *as_many_calls(),
+    ]
+
+
+def solved() -> list[Candidate]:
+    """27 UNet calls by solvers of a higher order, which leave steps of the last round for further rounds."""
+    multistep = partial(schedule, seen="latest", scheduler="unipc")
+    few = [
+        schedule(3, 4, "latest", scheduler="dpm++"),
+        schedule(4, 4, "latest", scheduler="dpm++", steps=11),
+        schedule(4, 4, "latest", steps=11),
+        multistep(3, 4),
+        multistep(4, 4, steps=11),
+        multistep(5, 3, steps=12),
+        multistep(6, 3, steps=9),
+        multistep(6, 3, steps=9, scale=0.6),
+    ]
+    few += [multistep(5, 4, steps=7, scale=scale) for scale in (0.5, 0.6, 0.7)]
+    few += [
+        multistep(5, 4, steps=7, **more)
+        for more in ({"reference_momentum": 0.3}, {"reference_weighting": "majority"}, {"restart": 0.75})
+    ]
+    return [*few, schedule(5, 4, "last", scheduler="unipc", steps=7)]
+
+
+def as_many_calls() -> list[Candidate]:
+    """As many UNet calls as the paper's rule: its rounds with fresh references, and more of fewer steps."""
+    multistep = partial(schedule, seen="latest", scheduler="unipc")
+    chosen = [multistep(rounds, inner) for rounds, inner in ((10, 15), (16, 9), (30, 5))]
+    return [*chosen, multistep(16, 9, scale=0.6), papers(references_from="latest", scheduler="unipc")]
 
 
 @dataclass(frozen=True)
@@ -134,9 +182,9 @@ class OneReference:
 
 @dataclass(frozen=True)
 class Drawn:
-    """The final pictures (frames, H, W, 3), the UNet calls of a frame, mean over frames, and seconds."""
+    """The pictures (frames, H, W, 3) of every round, the UNet calls of a frame, mean over frames, and seconds."""
 
-    pictures: np.ndarray
+    rounds: Sequence[np.ndarray]
     calls: float
     seconds: float
 
@@ -144,27 +192,45 @@ class Drawn:
 def draw(model: StoryModel, story: HeldOutStory, candidate: Candidate) -> Drawn:
     """One story by one schedule. A call with two rows, conditional and unconditional, counts one."""
     started, calls = time.monotonic(), 0
-    final: dict[int, Image.Image] = {}
+    by_round: dict[int, dict[int, Image.Image]] = {}
     for event in events_of(model, story, candidate):
         if isinstance(event, StepDone):
             calls += len(event.frames)
         elif isinstance(event, FrameDrawn):
-            final[event.frame] = event.image
-    pictures = np.stack([np.asarray(final[i]) for i in sorted(final)])
-    return Drawn(pictures, calls / len(final), time.monotonic() - started)
+            by_round.setdefault(event.round, {})[event.frame] = event.image
+    seconds = time.monotonic() - started
+    rounds = [np.stack([np.asarray(of[i]) for i in sorted(of)]) for _, of in sorted(by_round.items())]
+    return Drawn(rounds, calls / len(rounds[-1]), seconds)
+
+
+def changed(classifier: Classifier, story: HeldOutStory, rounds: Sequence[np.ndarray]) -> bool:
+    """Whether a character's most frequent body colour is another one in a round after SETTLED than in the one before."""
+    common = [
+        [int(np.bincount(values).argmax()) for values in judge(classifier, story, pictures).shown("colour")]
+        for pictures in rounds[SETTLED:]
+    ]
+    return any(before != after for before, after in pairwise(common))
+
+
+def rule(model: StoryModel) -> dict[str, Any]:
+    """The paper's schedule in the model's own steps: what a candidate stands beside where it says nothing else."""
+    steps = model.defaults.get("steps", Settings.steps)
+    values = {name: PRESETS["paper"][name] for name in SCHEDULE}
+    return {**values, "steps": steps}
 
 
 def events_of(model: StoryModel, held_out: HeldOutStory, candidate: Candidate) -> Iterator[Any]:
     """The events of a story drawn by a schedule, without a folder."""
     story, size = Story.from_captions(held_out.captions), candidate.batch_size
-    settings = dict(candidate.settings) | ({"iterations": 0} if candidate.one_reference else {})
+    settings = {**rule(model), **candidate.settings} | ({"iterations": 0} if candidate.one_reference else {})
     first: dict[int, Image.Image] = {}
     for event in generate(story, model=model, seed=held_out.seed, batch_size=size, **settings):
         if isinstance(event, FrameDrawn):
             first[event.frame] = event.image
         yield event
     if candidate.one_reference:
-        chosen, _ = resolve({**candidate.settings, "seed": held_out.seed}, {}, None, model.defaults)
+        flags = {**rule(model), **candidate.settings, "seed": held_out.seed}
+        chosen, _ = resolve(flags, {}, None, model.defaults)
         last = chosen.reference_scale[1]
         chosen = replace(chosen, reference_scale=(last, last), references="all", regions="off")
         yield from iterative(
@@ -173,21 +239,25 @@ def events_of(model: StoryModel, held_out: HeldOutStory, candidate: Candidate) -
 
 
 class Rows:
-    """The file of rows: one a story and candidate. weights: of the model that is measured now."""
+    """The file of rows: one a story and candidate. weights: of the model that is measured now. frames: of its stories."""
 
-    def __init__(self, file: Path, weights: str) -> None:
-        self.file, self.weights = file, weights
+    def __init__(self, file: Path, weights: str, frames: int = FRAMES) -> None:
+        self.file, self.weights, self.frames = file, weights, frames
         lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
         self.rows = [json.loads(line) for line in lines]
 
     def of(self, candidate: Candidate, seed: int) -> dict[int, dict[str, Any]]:
         """Its rows by story."""
-        wanted = (self.weights, candidate.key, seed)
-        return {row["story"]: row for row in self.rows if (row["weights"], row["key"], row["seed"]) == wanted}
+        wanted = (self.weights, candidate.key, seed, self.frames)
+        return {
+            row["story"]: row
+            for row in self.rows
+            if (row["weights"], row["key"], row["seed"], row.get("frames", FRAMES)) == wanted
+        }
 
     def add(self, row: dict[str, Any]) -> None:
         """Append a row, on disk before the next story begins."""
-        row = {**row, "weights": self.weights}
+        row = {**row, "weights": self.weights, "frames": self.frames}
         self.rows.append(row)
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with self.file.open("a", encoding="utf-8") as file:
@@ -215,8 +285,9 @@ class Search:
             if time.monotonic() > self.until:
                 return False
             drawn = draw(self.model, story, candidate)
-            found = scores(judge(self.classifier, story, drawn.pictures))
-            found |= quality_scores(story, drawn.pictures, self.patched_below)
+            found = scores(judge(self.classifier, story, drawn.rounds[-1]))
+            found |= quality_scores(story, drawn.rounds[-1], self.patched_below)
+            found["changed"] = float(changed(self.classifier, story, drawn.rounds))
             self.rows.add(
                 {
                     "name": candidate.name,
@@ -331,6 +402,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", default="builtin")
     parser.add_argument("--seed", type=int, default=7, help="of the stories")
     parser.add_argument("--stories", type=int, nargs="+", default=[4, 8, 16], help="of each rung")
+    parser.add_argument("--frames", type=int, default=FRAMES, help="of a story")
     parser.add_argument("--minutes", type=float, default=1e6, help="no story is begun after them")
     parser.add_argument(
         "--only", nargs="+", metavar="NAME", help="measure these candidates, and halve nothing"
@@ -351,9 +423,9 @@ def main(arguments: list[str] | None = None) -> None:
     until = time.monotonic() + 60 * options.minutes
     model = StoryModel.open(options.model)
     several = [c for c in candidates() if options.only is None or c.name in options.only]
-    rows = Rows(options.out, weights_of(model))
+    rows = Rows(options.out, weights_of(model), options.frames)
     if not options.table:
-        stories = held_out_stories(max(options.stories), options.seed)
+        stories = held_out_stories(max(options.stories), options.seed, options.frames)
         few = held_out_stories(
             CALIBRATED, options.seed
         )  # always as many, so that rows of two calls can be compared

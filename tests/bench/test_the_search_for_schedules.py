@@ -7,9 +7,16 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import schedules
-from schedules import PAPER, Candidate, Rows, Search, candidates, main, merit, pareto, schedule
+from schedules import PAPER, Candidate, Rows, Search, candidates, changed, main, merit, pareto, rule, schedule
+
+from fastory.builtin.evaluation.classifier import load_classifier
+from fastory.builtin.evaluation.iterative import HeldOutStory
+from fastory.builtin.world.drawing import Character, Role, Scene, Tale, draw
+from fastory.models.torch_model import StoryModel
+from fastory.settings import Settings, resolve
 
 
 def row(candidate: Candidate, story: int, calls: float, colour: float) -> dict[str, Any]:
@@ -79,3 +86,25 @@ def test_a_story_without_two_characters_counts_in_what_it_has() -> None:
     alone, two = row(candidate, 0, 18, 0.5), row(candidate, 1, 18, 0.7)
     two["scores"]["distinct"] = 0.4
     assert merit([alone, two]) == pytest.approx((0.6 + 1 + 1) / 3 + 1.0 + 0.4)
+
+
+def test_a_colour_that_turns_late_is_counted_and_one_that_turns_early_is_not() -> None:
+    scenes = tuple(Scene(place, (Role(0, "ball"),)) for place in ("snow", "city", "forest"))
+
+    def shown(colour: str) -> np.ndarray:
+        cast = (Character("fox", colour, "none", "none"),)
+        return np.stack([np.asarray(draw(cast, scene, np.random.default_rng(0))) for scene in scenes])
+
+    story = HeldOutStory(Tale((Character("fox", "red", "none", "none"),), scenes), ("",) * 3, 0)
+    red, blue, classifier = shown("red"), shown("blue"), load_classifier()
+    assert not changed(classifier, story, [red, blue, blue, blue, blue, blue])
+    assert changed(classifier, story, [red, red, red, red, blue])
+    assert changed(classifier, story, [red, red, red, red, blue, red])
+
+
+def test_a_candidate_stands_beside_the_papers_rule_whatever_the_model_ships() -> None:
+    model = StoryModel.open("builtin")
+    told = resolve(rule(model), {}, None, model.defaults)[0]
+    paper = Settings(steps=15)
+    assert all(getattr(told, name) == getattr(paper, name) for name in rule(model))
+    assert told.guidance_scale == 3  # what is not about the schedule is the model's own
