@@ -313,6 +313,10 @@ def resolve(
     settings = replace(Settings(), **values)
     if settings.bank is None and settings.bank_size:
         settings = replace(settings, bank=settings.bank_size)
+    if settings.inner_steps > settings.steps and sources["inner_steps"] in ("model", f"preset {preset}"):
+        settings = replace(
+            settings, inner_steps=0
+        )  # asked for were fewer steps, not more of them in the rounds before
     return settings, sources
 
 

@@ -27,7 +27,14 @@ CAPTIONS = [
     "a fox on the beach",
     "a cat is reading a book",
 ]
-FEW = ["--steps=2", "--iterations=1", "--batch-size=2", "--noise=per-frame", "--json"]
+FEW = [
+    "--steps=2",
+    "--iterations=1",
+    "--references-from=last",
+    "--batch-size=2",
+    "--noise=per-frame",
+    "--json",
+]
 
 
 def story(folder: Path, frames: int, name: str = "story") -> Path:

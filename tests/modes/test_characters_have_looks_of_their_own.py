@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from counted_calls import calls
-from drawn_rounds import Kept, Pictures
+from drawn_rounds import PAPERS, Kept, Pictures
 from PIL import Image
 
 from fastory import InputError, Story, StoryModel, generate
@@ -59,7 +59,7 @@ def story(folder: Path, boxes: str = "") -> Story:
 
 
 def chosen(model: StoryModel, **values: object) -> Settings:
-    given = {"steps": 2, "iterations": 1, "reference_scale": 0.5, "references": "others", **values}
+    given = {**PAPERS, "steps": 2, "iterations": 1, "reference_scale": 0.5, "references": "others", **values}
     return resolve(given, {}, None, model.defaults)[0]
 
 

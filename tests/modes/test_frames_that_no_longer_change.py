@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from drawn_rounds import CAPTIONS, Pictures, draw
+from drawn_rounds import CAPTIONS, PAPERS, Pictures, draw
 from PIL import Image
 from ranks import run_alone_and_in_two
 from run_folders import contents, redraw_one
@@ -22,7 +22,10 @@ from fastory.settings import Settings, resolve
 SHORT = CAPTIONS[:4]
 LAST = 4
 # Four animals of one frame each have no references of their own, so that with regions nothing would move.
-GIVEN = {"iterations": LAST, "steps": 2, "reference_scale": 0.5, "regions": "off", "until": "converged"}
+GIVEN = {
+    **PAPERS,
+    **{"iterations": LAST, "steps": 2, "reference_scale": 0.5, "regions": "off", "until": "converged"},
+}
 FEWER = {**GIVEN, "iterations": 3}  # for runs in folders
 STORY = Story.from_captions(SHORT, title="converged")
 

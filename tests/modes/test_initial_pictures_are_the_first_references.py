@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from drawn_rounds import CAPTIONS
+from drawn_rounds import CAPTIONS, PAPERS
 from PIL import Image
 from run_folders import contents
 from typer.testing import CliRunner
@@ -17,7 +17,7 @@ from fastory import InputError, Story, StoryModel, draw, generate
 from fastory.cli import app
 from fastory.events import FrameDrawn, RoundStarted
 
-FEW: dict[str, Any] = {"steps": 2, "noise": "per-frame", "batch_size": 2, "regions": "off"}
+FEW: dict[str, Any] = {"steps": 2, "noise": "per-frame", "batch_size": 2, "regions": "off", **PAPERS}
 STORY = CAPTIONS[:3]
 
 

@@ -47,3 +47,10 @@ def test_how_many_processes_there_are_does_not_decide_what_a_frame_sees(
     resolved = resolve_story(builtin_model, story, {"references_from": "latest"})
     (run,) = begin_runs([(resolved, None)], None, processes)
     assert run.sizes == (LATEST_AT_ONCE,)
+
+
+def test_fewer_steps_are_not_more_in_the_rounds_before_the_last(builtin_model: StoryModel) -> None:
+    few = resolve({"steps": 2}, {}, None, builtin_model.defaults)[0]
+    assert {few.steps_of(k) for k in range(few.iterations + 1)} == {2}
+    asked = resolve({"steps": 2, "inner_steps": 3}, {}, None, builtin_model.defaults)[0]
+    assert asked.steps_of(0) == 3  # where both are the user's

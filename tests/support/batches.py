@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 CAPTIONS = ["a cat is sleeping in the snow", "a fox is jumping", "a bear", "a rabbit in the forest", "a fox"]
-FEW = ["--steps=2", "--iterations=1", "--batch-size=2", "--device=cpu"]
+FEW = ["--steps=2", "--iterations=1", "--references-from=last", "--batch-size=2", "--device=cpu"]
 
 
 def write_batch(folder: Path, count: int, frames: int = 2) -> list[Path]:
