@@ -30,10 +30,9 @@ _STORY_ADAPTER: Mapping[str, Any] = {
 }
 
 # What bench/schedules.py found, in place of Story-Adapter's 11 rounds of 50 steps: a model that is drawn in other steps has its
-# share of them. What is not about the schedule, guidance, noise and regions, stays the model's own.
+# share of them. What is not about the schedule, guidance, noise and weights, stays the model's own.
 _SEARCHED: Mapping[str, Any] = {
     "mode": "iterative",
-    "reference_scale": (0.5, 0.5),
     "references_from": "latest",
     "scheduler": "unipc",
     "until": "iterations",

@@ -55,7 +55,7 @@ DEFAULTS = {
         "steps": 7,
         "scheduler": "unipc",
         "references_from": "latest",
-        "reference_scale": [0.5, 0.5],
+        "reference_scale": [0.7, 0.7],
     },
     # A first frame between two colours is made up for by drafts, and by noise that is drawn anew at every step.
     "causal": {"scheduler": "euler-ancestral", "steps": 25, "guidance_scale": 2.0, "drafts": 6},
