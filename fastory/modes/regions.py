@@ -282,10 +282,15 @@ class Regions:
         return dict(last[i].masks) if i in last else {}
 
     def rest(self, i: int, last: Mapping[int, Seen]) -> Tensor | None:
-        """Where frame i sees the story's pictures; None for everywhere."""
+        """Where frame i sees the story's pictures; None for everywhere.
+
+        Nowhere before its first picture, where several characters are in it and nobody knows where: everywhere, each of them
+        would take over the looks of all.
+        """
         masks = self.places(i, last)
         if not masks:
-            return None
+            unknown = i not in last and len(self.casts[i]) > 1
+            return torch.zeros(self.grid.height, self.grid.width) if unknown else None
         return rest_of(
             [torch.ones(self.grid.height, self.grid.width) if m is None else m for m in masks.values()]
         )
