@@ -29,8 +29,8 @@ _STORY_ADAPTER: Mapping[str, Any] = {
     "reference_ramp": (1.0, 1.0),
 }
 
-# What bench/schedules.py found, a sixth and a third of the calls, in place of Story-Adapter's 11 rounds of 50 steps: a model that is drawn in other steps has its
-# share of them. What is not about the schedule, guidance, noise and weights, stays the model's own.
+# What bench/schedules.py found, a sixth and a third of the calls of Story-Adapter's 11 rounds of 50 steps: a model that is
+# drawn in other steps has its share of them. What is not about the schedule, guidance, noise and weights, stays its own.
 _SEARCHED: Mapping[str, Any] = {
     "mode": "iterative",
     "references_from": "latest",

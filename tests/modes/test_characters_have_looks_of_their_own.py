@@ -100,6 +100,17 @@ def test_each_frame_sees_the_pictures_of_its_own_characters_alone(model: StoryMo
         assert moved == seen_by
 
 
+def test_two_characters_do_not_take_over_all_looks_before_it_is_known_where_they_stand(
+    model: StoryModel,
+) -> None:
+    """With fresh references, in round 0: one that is alone has references already, two in a frame that is new have none."""
+    texts = ["a fox is jumping", "a bear is jumping", "a fox and a bear are standing", "a fox is reading"]
+    given = Story.from_captions(texts)
+    alone, fresh = (draw(model, given, references_from=rule) for rule in ("last", "latest"))
+    assert [same(fresh[0, i], alone[0, i]) for i in range(4)] == [True, True, True, False]
+    assert not same(fresh[1, 2], alone[1, 2])
+
+
 def test_two_pictures_of_a_character_do_not_swap_looks_and_three_see_each_other(model: StoryModel) -> None:
     """Under `others` each of two sees the other one alone, and both change into what the other was."""
     for alone, own_too in ((2, True), (3, False)):

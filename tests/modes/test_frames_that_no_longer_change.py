@@ -23,8 +23,12 @@ SHORT = CAPTIONS[:4]
 LAST = 4
 # Four animals of one frame each have no references of their own, so that with regions nothing would move.
 GIVEN = {
+    "iterations": LAST,
+    "steps": 2,
+    "reference_scale": 0.5,
+    "regions": "off",
+    "until": "converged",
     **PAPERS,
-    **{"iterations": LAST, "steps": 2, "reference_scale": 0.5, "regions": "off", "until": "converged"},
 }
 FEWER = {**GIVEN, "iterations": 3}  # for runs in folders
 STORY = Story.from_captions(SHORT, title="converged")
