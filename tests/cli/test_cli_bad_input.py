@@ -28,7 +28,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (
             ["--preset", "papre"],
-            "unknown preset 'papre'; wanted one of paper, story-iter, story-iter-fast, ar-ldm",
+            "unknown preset 'papre'; wanted one of paper, quick, best, story-iter, story-iter-fast, ar-ldm",
         ),
         (["--preset", "story-iter-fast"], "LCM"),
         (["--mode", "loop"], "wanted one of iterative, causal, plain, reference, consistent, got 'loop'"),

@@ -22,7 +22,7 @@ from fastory.runs.manifest import read_manifest, settings_of
 
 SHORT = Story.from_captions(CAPTIONS[:2], title="Fox")
 LONG = Story.from_captions(CAPTIONS, title="Fox")
-FEW: dict[str, Any] = {"steps": 1, "iterations": 1}
+FEW: dict[str, Any] = {"steps": 1, "iterations": 1, "references_from": "last"}
 
 
 def draw(story: Story, model: StoryModel, folder: Path, **options: Any) -> list[Event]:

@@ -17,7 +17,7 @@ CAPTIONS = [
     "a fox is jumping in the forest",
     "a fox is standing on the beach",
 ]
-FEW: dict[str, Any] = {"steps": 2, "iterations": 2}
+FEW: dict[str, Any] = {"steps": 2, "iterations": 2, "references_from": "last"}
 
 
 def draw(story: Story, model: StoryModel, folder: Path, **options: Any) -> list[Event]:
