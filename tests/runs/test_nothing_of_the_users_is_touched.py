@@ -13,7 +13,7 @@ from fastory import InputError, Story, StoryModel, generate
 from fastory.events import FrameDrawn, Notice
 from fastory.runs.folder import RunFolder
 
-ONE = {"steps": 1, "iterations": 1}
+ONE = {"steps": 1, "iterations": 1, "references_from": "last"}
 
 
 @pytest.fixture(scope="module")
