@@ -40,8 +40,9 @@ class Chip:
 # Multiprocessors and clock: NVIDIA's H100 SXM data sheet; the matrix rate is the 750 TFLOP/s of RATES; L2 is assumed.
 H100 = Chip("H100", 132, 1.755e9, 750e12 / 132 / 1.755e9, 5.5e12)
 # Cycles from a load to its use, when it misses L1: assumed. How many loads of a program wait for one another: read from the
-# machine code of grca at SDXL 4096x10x64; nobody has counted banded's, whose latency is left out.
-LATENCY, DEPENDENT_LOADS = 700, {"grca": 8}
+# machine code of grca at SDXL 4096x10x64, where ranges then took the place of offsets and flags, one load of two; nobody has
+# counted banded's, whose latency is left out.
+LATENCY, DEPENDENT_LOADS = 700, {"grca": 7}
 INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*)")
 MATRIX = ("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA", "IMMA")
 
@@ -162,14 +163,14 @@ def _columns(trips: list[int], block: int) -> int:
 def build_grca(cell: Cell, capability: int) -> tuple[Compiled, dict[str, Any], Trips, int]:
     """(kernel, launch settings, trips of its loops, columns of scores) of a row that sees every picture.
 
-    The call is the runtime's, as grca_inputs makes it: offsets, visibility and null blocks always.
+    The call is the runtime's, as grca_inputs makes it: offsets, visibility, ranges and null blocks always.
     """
     dtype, blocks = DTYPES[cell.dtype], group_bounds(cell)[-1]
     q = _empty(cell.rows, cell.queries, cell.heads, cell.width, dtype=dtype)
     text, refs = _views(cell, cell.rows, cell.text), _views(cell, 1, blocks * TOKENS)
     arguments, divisor = grca.arguments(
         q, *text, *refs, _empty(cell.groups, dtype=torch.float32), _empty(cell.groups + 1, dtype=torch.int32),
-        _empty(cell.rows, blocks, dtype=torch.bool),
+        _empty(cell.rows, blocks, dtype=torch.bool), _empty(cell.rows, cell.groups, 4, dtype=torch.int32),
         _empty(1, cell.groups, cell.queries, dtype=torch.float32) if cell.masked else None, q,
     )  # fmt: skip
     launch = grca.settings(capability, 8 * dtype.itemsize, cell.width, cell.queries, cell.groups)

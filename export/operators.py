@@ -70,8 +70,9 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     opset: Any = values.Opset(DOMAIN, VERSION)
 
     def grca(
-        q, k_text, v_text, k_ref, v_ref, scale, tokens_per_ref, ref_offsets, ref_visible, mask, backend=None
-    ):  # symbolic tensors
+        q, k_text, v_text, k_ref, v_ref, scale, tokens_per_ref, ref_offsets, ref_visible, mask,
+        ref_ranges=None, backend=None,
+    ):  # fmt: skip  # symbolic tensors; the body of a graph reads the flags
         if ref_offsets is None or ref_visible is None or mask is not None:
             raise ValueError("grca is exported with ref_offsets and ref_visible, and without mask")
         inputs = (q, k_text, v_text, k_ref, v_ref, scale, ref_offsets, ref_visible)

@@ -30,13 +30,15 @@ class Backend:
     """One way to compute the operators.
 
     why_not: the reason why it cannot run on a device, or None. takes: whether it computes a call with this query. run: by
-    operator, "grca" and "banded_causal_attention", a function of the operator's own arguments but `backend`.
+    operator, "grca" and "banded_causal_attention", a function of the operator's own arguments but `backend`, and but
+    ref_ranges where it does not say that it reads them: the flags say the same.
     """
 
     name: str
     why_not: Callable[[torch.device], str | None]
     takes: Callable[[Tensor], bool]
     run: Mapping[str, Run]
+    reads_ranges: bool = False
 
 
 BACKENDS: dict[str, Backend] = {}
@@ -220,5 +222,6 @@ register(
             "grca": _late("grca.triton", "grca_triton"),
             "banded_causal_attention": _late("banded.triton", "banded_triton"),
         },
+        reads_ranges=True,
     )
 )

@@ -230,20 +230,6 @@ def store_rows(rows, keep, x0, x1, D: tl.constexpr, D0: tl.constexpr, D1: tl.con
 
 
 @triton.jit
-def seen_ranges(flags, first, last, TOKENS: tl.constexpr):
-    """For each of n ranges of keys (n,): [from, to) from its first key to its last that has a flag; empty: to <= from."""
-    block, end = first // TOKENS, tl.cdiv(last, TOKENS)
-    lowest, highest = end, block
-    for start in range(0, tl.max(end - block, 0), 16):
-        index = block[:, None] + start + tl.arange(0, 16)[None, :]
-        inside = index < end[:, None]
-        seen = tl.load(flags + index, mask=inside, other=0).to(tl.int32) == 1
-        lowest = tl.minimum(lowest, tl.min(tl.where(seen, index, end[:, None]), 1))
-        highest = tl.maximum(highest, tl.max(tl.where(seen, index + 1, block[:, None]), 1))
-    return tl.maximum(first, lowest * TOKENS), tl.minimum(last, highest * TOKENS)
-
-
-@triton.jit
 def to_columns(x, SLOTS: tl.constexpr):
     """(SLOTS,) -> (8 * SLOTS,): a slot's value at each of its 8 columns; see by_slot."""
     wide = tl.reshape(x, (SLOTS // 4, 1, 4, 1))

@@ -7,7 +7,7 @@ of a group is the null block, the unconditional reference, which unconditional r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -62,13 +62,14 @@ class Group:
 
 @dataclass(frozen=True)
 class ReferenceRow:
-    """What one row of a UNet call attends to. text_kv (1, Lt, W); ref_visible (1, blocks) bool.
+    """What one row of a UNet call attends to. text_kv (1, Lt, W); ref_visible (1, blocks) bool; ref_ranges (1, G, 4).
 
-    masks, text_bias, self_bias: as of ReferenceContext, of one row.
+    ref_ranges, masks, text_bias, self_bias: as of ReferenceContext, of one row.
     """
 
     text_kv: Tensor
     ref_visible: Tensor
+    ref_ranges: Tensor
     masks: dict[int, Tensor] | None = None
     text_bias: dict[int, Tensor] | None = None
     self_bias: dict[int, Tensor] | None = None
@@ -83,6 +84,7 @@ class LayerReferences:
     scale: Tensor
     ref_visible: Tensor
     ref_offsets: Tensor
+    ref_ranges: Tensor | None
     tokens_per_ref: int
     mask: Tensor | None
     text_bias: Tensor | None
@@ -104,6 +106,7 @@ class LayerReferences:
             ref_offsets=self.ref_offsets,
             ref_visible=self.ref_visible,
             mask=self.mask,
+            ref_ranges=self.ref_ranges,
             text_bias=self.text_bias,
         )
 
@@ -114,6 +117,8 @@ class ReferenceContext:
 
     text_kv: (B, Lt, W). ref_kv: (1, Lr, W), every row reads it without a copy; Lr = 0 in a call without references.
     scale: (G,) weight l_g of each group. ref_visible: (B, Lr / tokens_per_ref) bool. ref_offsets: (G + 1,) int32.
+    ref_ranges: (B, G, 4) int32, of ref_visible, as fastory.kernels.grca.visible_ranges has it, so that no kernel has to look
+    for them; None in a graph that is exported.
     masks: for a layer of L query tokens, masks[L] is (B or 1, G, L) in [0, 1]. text_bias: text_bias[L] is (B, L, Lt), added to
     the scores of the text's tokens, where characters' words reach their own part alone. self_bias: self_bias[L] is (B, L, L),
     added to those of self-attention, where characters do not see each other.
@@ -128,11 +133,14 @@ class ReferenceContext:
     masks: dict[int, Tensor] | None = None
     text_bias: dict[int, Tensor] | None = None
     self_bias: dict[int, Tensor] | None = None
+    ref_ranges: Tensor | None = None
 
     def put(self, index: int, row: ReferenceRow) -> None:
         """Write a row's text and which references it sees where row `index` of the buffers is."""
         self.text_kv[index : index + 1] = row.text_kv
         self.ref_visible[index : index + 1] = row.ref_visible
+        if self.ref_ranges is not None:
+            self.ref_ranges[index : index + 1] = row.ref_ranges
         if self.masks is not None:
             assert row.masks is not None
             for tokens, mask in self.masks.items():
@@ -158,6 +166,7 @@ class ReferenceContext:
             self.scale,
             self.ref_visible,
             self.ref_offsets,
+            self.ref_ranges,
             self.tokens_per_ref,
             None if self.masks is None else self.masks[queries],
             None if self.text_bias is None else self.text_bias[queries],
@@ -177,6 +186,7 @@ class ReferenceContext:
             self,
             text_kv=self.text_kv[-count:],
             ref_visible=self.ref_visible[-count:],
+            ref_ranges=None if self.ref_ranges is None else self.ref_ranges[-count:],
             masks=masks,
             text_bias=text_bias,
             self_bias=self_bias,
@@ -190,6 +200,9 @@ class ReferenceContext:
             scale=self.scale.new_zeros(1),
             ref_visible=self.ref_visible[:, :0],
             ref_offsets=self.ref_offsets.new_zeros(2),
+            ref_ranges=None
+            if self.ref_ranges is None
+            else self.ref_ranges.new_zeros(len(self.ref_ranges), 1, 4),
             masks=None,
         )
 
@@ -198,11 +211,12 @@ class ReferenceContext:
         if self.ref_kv.shape[1]:
             return self
         rows, width = self.ref_visible.shape[0], self.ref_kv.shape[2]
+        bounds = torch.arange(2, dtype=torch.int32, device=self.ref_kv.device)  # made there: nothing is copied
         return replace(
             self,
             ref_kv=self.ref_kv.new_zeros(1, 2 * self.tokens_per_ref, width),
             ref_visible=self.ref_visible.new_zeros(rows, 2),
-            ref_offsets=self.ref_offsets + self.ref_offsets.new_tensor([0, 2 * self.tokens_per_ref]),
+            ref_offsets=bounds * 2 * self.tokens_per_ref,
         )
 
     def inputs(self) -> dict[str, Tensor]:
@@ -230,6 +244,7 @@ class ReferenceContext:
             ref_kv=ref_kv,
             ref_visible=visible,
             ref_offsets=torch.cat([self.ref_offsets, self.ref_offsets[-1:].expand(missing)]),
+            ref_ranges=None,
             scale=torch.cat([self.scale, self.scale.new_zeros(groups - len(self.scale))]),
         )
 
@@ -304,15 +319,21 @@ class References:
         self_bias: dict[int, Tensor] | None = None,
     ) -> ReferenceRow:
         """What the conditional row of `frame` attends to."""
-        visible = _flags(group.visible(frame) for group in self.groups)
-        return ReferenceRow(text_kv, visible, self.masks(frame), text_bias, self_bias)
+        seen = self._seen([group.visible(frame) for group in self.groups])
+        return ReferenceRow(text_kv, *seen, self.masks(frame), text_bias, self_bias)
 
     def null_row(
         self, frame: int, text_kv: Tensor, self_bias: dict[int, Tensor] | None = None
     ) -> ReferenceRow:
         """What its unconditional row attends to."""
-        visible = _flags(group.null_visible(frame) for group in self.groups)
-        return ReferenceRow(text_kv, visible, self.masks(frame), self_bias=self_bias)
+        seen = self._seen([group.null_visible(frame) for group in self.groups])
+        return ReferenceRow(text_kv, *seen, self.masks(frame), self_bias=self_bias)
+
+    def _seen(self, groups: list[list[bool]]) -> tuple[Tensor, Tensor]:
+        """ref_visible and ref_ranges of a row that sees these blocks of each group."""
+        flags = torch.tensor([[seen for group in groups for seen in group]], dtype=torch.bool)
+        blocks = torch.tensor([_ranges(groups or [[]])], dtype=torch.int32)
+        return flags, blocks * self.tokens_per_ref
 
     def masks(self, frame: int) -> dict[int, Tensor] | None:
         """Where in `frame` each group reaches, (1, G, L) for every layer of L query tokens; None where all reach all."""
@@ -333,6 +354,7 @@ class References:
             scale=self.scale.clone(),  # it may be written at every step
             ref_visible=torch.zeros(rows, blocks, dtype=torch.bool, device=self.ref_kv.device),
             ref_offsets=self.offsets,
+            ref_ranges=self.offsets.new_zeros(rows, len(self.scale), 4),
             tokens_per_ref=self.tokens_per_ref,
             masks=None if self.grid is None else self._room_for_masks(rows, self.grid),
             text_bias=None if self.words is None else self._room_for_bias(rows, self.words),
@@ -368,5 +390,15 @@ class References:
         return True
 
 
-def _flags(groups: Iterable[list[bool]]) -> Tensor:
-    return torch.tensor([[seen for group in groups for seen in group]], dtype=torch.bool)
+def _ranges(groups: Sequence[list[bool]]) -> list[tuple[int, int, int, int]]:
+    """Of each group: [from, to) around the blocks that are seen, and around those between them that are not."""
+    found, start = [], 0
+    for group in groups:
+        first, last = _extent([start + n for n, seen in enumerate(group) if seen])
+        found.append((first, last, *_extent([n for n in range(first, last) if not group[n - start]])))
+        start += len(group)
+    return found
+
+
+def _extent(ascending: Sequence[int]) -> tuple[int, int]:
+    return (ascending[0], ascending[-1] + 1) if ascending else (0, 0)

@@ -61,6 +61,7 @@ def attend_references(
     ref_offsets: Tensor,
     ref_visible: Tensor,
     mask: Tensor | None,
+    ref_ranges: Tensor | None = None,
     text_bias: Tensor | None = None,
 ) -> Tensor:
     """Global reference cross-attention of one layer (Story-Adapter, arXiv 2410.06244, eq. of GRCA).
@@ -88,6 +89,7 @@ def attend_references(
         ref_offsets=ref_offsets,
         ref_visible=ref_visible,
         mask=mask,
+        ref_ranges=ref_ranges,
     )
     return out if text is None else text + out
 

@@ -55,6 +55,17 @@ def _check_visible(q: Tensor, keys: int, tokens_per_ref: int, ref_visible: Tenso
     check_device("ref_visible", ref_visible, q)
 
 
+def _check_ranges(q: Tensor, groups: int, ref_visible: Tensor | None, ref_ranges: Tensor) -> None:
+    if ref_visible is None:
+        raise refusal("ref_visible", "the flags that ref_ranges sum up", None)
+    rows = q.shape[0]
+    if ref_ranges.dim() != 3 or tuple(ref_ranges.shape) != (rows, groups, 4):
+        raise refusal("ref_ranges", f"({rows}, {groups}, 4)", tuple(ref_ranges.shape))
+    if ref_ranges.dtype != torch.int32:
+        raise refusal("ref_ranges.dtype", "torch.int32", ref_ranges.dtype)
+    check_device("ref_ranges", ref_ranges, q)
+
+
 def _check_mask(q: Tensor, groups: int, mask: Tensor) -> None:
     rows, queries = q.shape[:2]
     fits = mask.dim() == 3 and mask.shape[1] == groups and mask.shape[2] == queries
@@ -77,6 +88,7 @@ def grca(
     ref_offsets: Tensor | None = None,
     ref_visible: Tensor | None = None,
     mask: Tensor | None = None,
+    ref_ranges: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Global reference cross-attention, grouped: text attention plus a weighted one per group of references.
@@ -93,6 +105,8 @@ def grca(
                     ref_offsets[g + 1]; None is one group. Its values are the caller's to check
     ref_visible     (B, Lr / tokens_per_ref) bool: the references a row sees; a group of which it sees none
                     adds exactly zero
+    ref_ranges      (B, G, 4) int32: what visible_ranges makes of ref_visible and ref_offsets, from who made these, so
+                    that it is done once and not in every layer. Its values are the caller's to check
     mask            (B or 1, G, L), values in [0, 1]: where in the picture a group applies
     backend         triton, sdpa, xformers, reference or one registered in backends.py; None is the device's own
 
@@ -107,11 +121,13 @@ def grca(
         raise refusal("tokens_per_ref", "1 or more", tokens_per_ref)
     if ref_visible is not None:
         _check_visible(q, k_ref.shape[1], tokens_per_ref, ref_visible)
+    if ref_ranges is not None:
+        _check_ranges(q, groups, ref_visible, ref_ranges)
     if mask is not None:
         _check_mask(q, groups, mask)
-    return _operator(
-        q, k_text, v_text, k_ref, v_ref, scale, tokens_per_ref, ref_offsets, ref_visible, mask, backend
-    )
+    keys = (k_text, v_text, k_ref, v_ref)
+    who = (tokens_per_ref, ref_offsets, ref_visible, mask, ref_ranges)
+    return _operator(q, *keys, scale, *who, backend)
 
 
 def _run(
@@ -125,6 +141,7 @@ def _run(
     ref_offsets: Tensor | None,
     ref_visible: Tensor | None,
     mask: Tensor | None,
+    ref_ranges: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     chosen = backends.pick(q, backend)
@@ -134,6 +151,8 @@ def _run(
         "ref_visible": ref_visible,
         "mask": mask,
     }
+    if chosen.reads_ranges:
+        options["ref_ranges"] = ref_ranges
     return chosen.run["grca"](q, k_text, v_text, k_ref, v_ref, scale, **options)
 
 
@@ -142,7 +161,7 @@ def _fake(q: Tensor, *_: object) -> Tensor:
 
 
 def _save_inputs(ctx, inputs: tuple, output: Tensor) -> None:
-    *tensors, tokens_per_ref, ref_offsets, ref_visible, mask, _ = inputs
+    *tensors, tokens_per_ref, ref_offsets, ref_visible, mask, _, _ = inputs
     ctx.tokens_per_ref = tokens_per_ref
     ctx.save_for_backward(*tensors, ref_offsets, ref_visible, mask)
 
@@ -173,14 +192,15 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         wanted = [x for x, n in zip(leaves, needs, strict=True) if n]
         grads = iter(torch.autograd.grad(out, wanted, grad, allow_unused=True))
     *first, last = [next(grads) if n else None for n in needs]
-    return *first, None, None, None, last, None
+    return *first, None, None, None, last, None, None
 
 
 # Library.define and not custom_op: half the cost per call, and the small model's layers are all call cost.
 _library = torch.library.Library("fastory", "FRAGMENT")
 _library.define(
     "grca(Tensor q, Tensor k_text, Tensor v_text, Tensor k_ref, Tensor v_ref, Tensor scale, "
-    "SymInt tokens_per_ref, Tensor? ref_offsets, Tensor? ref_visible, Tensor? mask, str? backend=None) -> Tensor",
+    "SymInt tokens_per_ref, Tensor? ref_offsets, Tensor? ref_visible, Tensor? mask, "
+    "Tensor? ref_ranges=None, str? backend=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.impl("grca", _run, "CPU")

@@ -4,9 +4,9 @@
 
 Story-Adapter (arXiv 2410.06244). A program computes BLOCK_M queries of one head of one row: the text by online softmax,
 then each group's references, added with its gate. In a group it reads the keys from the first to the last that its row
-sees: an unconditional row, which sees one null block, does not pay for the references. Groups of which that leaves at
-most 8 keys share a tile, because a tile for each would cost the same for 8 keys as for 16, and a rescaling besides; a
-longer group has online softmax into a second accumulator.
+sees (ref_ranges): an unconditional row, which sees one null block, does not pay for the references. Groups of which that
+leaves at most 8 keys share a tile, because a tile for each would cost the same for 8 keys as for 16, and a rescaling
+besides; a longer group has online softmax into a second accumulator.
 """
 
 from __future__ import annotations
@@ -23,18 +23,16 @@ from torch import Tensor
 
 from fastory.kernels import backends
 from fastory.kernels.configs import capability, lookup
+from fastory.kernels.grca.ranges import visible_ranges
 from fastory.kernels.tiles import (
     SLOT,
     attend_keys,
     attend_slots,
     empty_softmax,
     load_rows,
-    seen_range,
-    seen_ranges,
     split,
     store_rows,
     stride_divisor,
-    unseen_range,
 )
 
 CONFIGS = Path(__file__).with_name("configs")
@@ -43,18 +41,35 @@ RUNTIME = [
     *("queries", "text_keys", "ref_keys", "ref_rows", "groups"),
     *("q_row", "q_token", "q_head", "kt_row", "kt_token", "kt_head", "vt_row", "vt_token", "vt_head"),
     *("kr_row", "kr_token", "kr_head", "vr_row", "vr_token", "vr_head", "out_row", "out_token"),
-    *("scale_row", "scale_group", "visible_row", "mask_row", "mask_group", "mask_query"),
+    *("scale_row", "scale_group", "visible_row", "range_row", "mask_row", "mask_group", "mask_query"),
 ]
 
 
 @triton.jit
-def _group_bounds(ref_offsets, group, ref_keys):
-    """Keys [from, to) of a group."""
-    if ref_offsets is None:
-        first, last = ref_keys * 0, ref_keys
-    else:
+def _group_bounds(ref_offsets, ref_ranges, group, ref_keys):
+    """Keys [from, to) that a row reads of a group, and the part of them in which some are unseen."""
+    first, last = ref_keys * 0, ref_keys
+    gap, gap_end = ref_keys, ref_keys
+    if ref_ranges is not None:
+        first = tl.load(ref_ranges + 4 * group)
+        last = tl.load(ref_ranges + 4 * group + 1)
+        gap = tl.load(ref_ranges + 4 * group + 2)
+        gap_end = tl.load(ref_ranges + 4 * group + 3)
+    elif ref_offsets is not None:
         first = tl.load(ref_offsets + group).to(tl.int32)
         last = tl.load(ref_offsets + group + 1).to(tl.int32)
+    return first, last, gap, gap_end
+
+
+@triton.jit
+def _short_bounds(ref_offsets, ref_ranges, group, there):
+    """Keys [from, to) that a row reads of several groups (n,), those `there`."""
+    if ref_ranges is not None:
+        first = tl.load(ref_ranges + 4 * group, mask=there, other=0)
+        last = tl.load(ref_ranges + 4 * group + 1, mask=there, other=0)
+    else:
+        first = tl.load(ref_offsets + group, mask=there, other=0).to(tl.int32)
+        last = tl.load(ref_offsets + group + 1, mask=there, other=0).to(tl.int32)
     return first, last
 
 
@@ -82,7 +97,7 @@ def _gates(scale, mask, group, there, query, keep, scale_group, mask_group, mask
 
 @triton.jit
 def _add_short_groups(
-    q0, q1, k_ref, v_ref, scale, ref_offsets, ref_visible, mask, query, keep, groups, kr_token, vr_token,
+    q0, q1, k_ref, v_ref, scale, ref_offsets, ref_visible, ref_ranges, mask, query, keep, groups, kr_token, vr_token,
     scale_group, mask_group, mask_query, out0, out1,
     TOKENS: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, SCALE: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, SLOTS: tl.constexpr,
@@ -92,10 +107,7 @@ def _add_short_groups(
     for chunk in range(0, groups, SLOTS):
         group = chunk + tl.arange(0, SLOTS)
         there = group < groups
-        first = tl.load(ref_offsets + group, mask=there, other=0).to(tl.int32)
-        last = tl.load(ref_offsets + group + 1, mask=there, other=0).to(tl.int32)
-        if ref_visible is not None:
-            first, last = seen_ranges(ref_visible, first, last, TOKENS)
+        first, last = _short_bounds(ref_offsets, ref_ranges, group, there)
         short = last - first <= SLOT
         longer = tl.minimum(longer, tl.min(tl.where(short, groups, group), 0))
         beyond = tl.maximum(beyond, tl.max(tl.where(short, 0, group + 1), 0))
@@ -111,24 +123,13 @@ def _add_short_groups(
 
 @triton.jit
 def _add_group(
-    q0, q1, k_ref, v_ref, scale, ref_offsets, ref_visible, mask, query, keep, group, ref_keys, kr_token, vr_token,
-    scale_group, mask_group, mask_query, out0, out1,
+    q0, q1, k_ref, v_ref, scale, ref_offsets, ref_visible, ref_ranges, mask, query, keep, group, ref_keys,
+    kr_token, vr_token, scale_group, mask_group, mask_query, out0, out1,
     TOKENS: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, SCALE: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Both parts of out with one group added, or, where SLOTS is not 0, with one that _add_short_groups left out."""
-    first, last = _group_bounds(ref_offsets, group, ref_keys)
-    gap, gap_end = None, None
-    if ref_visible is not None:
-        block, after = seen_range(ref_visible, first // TOKENS, tl.cdiv(last, TOKENS), 1, 128)
-        first = tl.maximum(first, block * TOKENS)
-        last = tl.minimum(last, after * TOKENS)
-        if BLOCK_N > 16:
-            gap, gap_end = last, last
-            if last - first >= BLOCK_N:
-                gap, gap_end = unseen_range(ref_visible, block, after, 1, BLOCK_N)
-                gap *= TOKENS
-                gap_end *= TOKENS
+    first, last, gap, gap_end = _group_bounds(ref_offsets, ref_ranges, group, ref_keys)
     if SLOTS == 0 or last - first > SLOT:
         top, total, acc0, acc1 = empty_softmax(BLOCK_M, D0, D1)
         top, total, acc0, acc1 = attend_keys(
@@ -145,11 +146,11 @@ def _add_group(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def grca_kernel(
-    q, k_text, v_text, k_ref, v_ref, scale, ref_offsets, ref_visible, mask, out,
+    q, k_text, v_text, k_ref, v_ref, scale, ref_offsets, ref_visible, ref_ranges, mask, out,
     queries, text_keys, ref_keys, ref_rows, groups,
     q_row, q_token, q_head, kt_row, kt_token, kt_head, vt_row, vt_token, vt_head,
     kr_row, kr_token, kr_head, vr_row, vr_token, vr_head, out_row, out_token,
-    scale_row, scale_group, visible_row, mask_row, mask_group, mask_query,
+    scale_row, scale_group, visible_row, range_row, mask_row, mask_group, mask_query,
     TOKENS: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, SCALE: tl.constexpr,
     STRIDE_DIVISOR: tl.constexpr, SLOTS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -176,6 +177,8 @@ def grca_kernel(
     scale += row * scale_row
     if ref_visible is not None:
         ref_visible += row * visible_row
+    if ref_ranges is not None:
+        ref_ranges += row * range_row
     if mask is not None:
         mask += row * mask_row
     q0, q1 = load_rows(q + step * q_token, keep, D, D0, D1)
@@ -190,14 +193,14 @@ def grca_kernel(
     longer, end = groups * 0, groups
     if SLOTS > 0:
         longer, end, out0, out1 = _add_short_groups(
-            q0, q1, k_ref, v_ref, scale, ref_offsets, ref_visible, mask, query, keep, groups, kr_token, vr_token,
+            q0, q1, k_ref, v_ref, scale, ref_offsets, ref_visible, ref_ranges, mask, query, keep, groups, kr_token, vr_token,
             scale_group, mask_group, mask_query, out0, out1,
             TOKENS, D, D0, D1, SCALE, PRECISION, UPCAST, SLOTS,
         )  # fmt: skip
     for group in range(longer, end):
         out0, out1 = _add_group(
-            q0, q1, k_ref, v_ref, scale, ref_offsets, ref_visible, mask, query, keep, group, ref_keys, kr_token, vr_token,
-            scale_group, mask_group, mask_query, out0, out1,
+            q0, q1, k_ref, v_ref, scale, ref_offsets, ref_visible, ref_ranges, mask, query, keep, group, ref_keys,
+            kr_token, vr_token, scale_group, mask_group, mask_query, out0, out1,
             TOKENS, D, D0, D1, SCALE, PRECISION, UPCAST, SLOTS, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     out += row * out_row * STRIDE_DIVISOR + start * out_token + head * D
@@ -219,6 +222,7 @@ def arguments(
     scale: Tensor,
     ref_offsets: Tensor | None,
     ref_visible: Tensor | None,
+    ref_ranges: Tensor | None,
     mask: Tensor | None,
     out: Tensor,
 ) -> tuple[list, int]:
@@ -232,10 +236,12 @@ def arguments(
     if ref_visible is not None:
         ref_visible = ref_visible.contiguous()
     visible_row = 0 if ref_visible is None else ref_visible.shape[1]
+    if ref_ranges is not None:
+        ref_ranges = ref_ranges.contiguous()
     if ref_offsets is not None:
         ref_offsets = ref_offsets.contiguous()
     mask_strides = (0, 0, 0) if mask is None else mask.expand(rows, -1, -1).stride()
-    pointers = [q, k_text, v_text, k_ref, v_ref, scale, ref_offsets, ref_visible, mask, out]
+    pointers = [q, k_text, v_text, k_ref, v_ref, scale, ref_offsets, ref_visible, ref_ranges, mask, out]
     sizes = [queries, k_text.shape[1], k_ref.shape[1], k_ref.shape[0], groups]
     return [
         *pointers,
@@ -243,6 +249,7 @@ def arguments(
         *(stride // divisor for stride in strides),
         *weights.stride(),
         visible_row,
+        4 * groups,
         *mask_strides,
     ], divisor
 
@@ -283,16 +290,22 @@ def grca_triton(
     ref_offsets: Tensor | None = None,
     ref_visible: Tensor | None = None,
     mask: Tensor | None = None,
+    ref_ranges: Tensor | None = None,
 ) -> Tensor:
     """Launches the kernel. Arguments, shapes and result as `fastory.kernels.grca.grca`, which validates them.
 
-    d is a multiple of 8 up to 256; float16, bfloat16 or float32. On a CPU it runs in Triton's interpreter.
+    d is a multiple of 8 up to 256; float16, bfloat16 or float32. On a CPU it runs in Triton's interpreter. Without
+    ref_ranges they are computed from ref_visible, in some twenty launches more.
     """
     rows, queries, heads, width = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if out.numel() == 0:
         return out
-    passed, divisor = arguments(q, k_text, v_text, k_ref, v_ref, scale, ref_offsets, ref_visible, mask, out)
+    if ref_visible is not None and ref_ranges is None:
+        ref_ranges = visible_ranges(ref_visible, ref_offsets, tokens_per_ref)
+    passed, divisor = arguments(
+        q, k_text, v_text, k_ref, v_ref, scale, ref_offsets, ref_visible, ref_ranges, mask, out
+    )
     groups = 1 if ref_offsets is None else ref_offsets.shape[0] - 1
     launch = settings(capability(q.device), 8 * q.element_size(), width, queries, groups)
     together = slots(groups, q.dtype, launch["BLOCK_N"])

@@ -50,7 +50,8 @@ def compile_grca(
     mask = _meta(1, groups, queries, dtype=torch.float32) if groups > 1 else None
     visible = _meta(2, references // 4, dtype=torch.bool)
     scale = _meta(groups, dtype=torch.float32)
-    arguments, piece = grca.arguments(q, kt, vt, kr, vr, scale, offsets, visible, mask, q)
+    ranges = _meta(2, groups, 4, dtype=torch.int32)
+    arguments, piece = grca.arguments(q, kt, vt, kr, vr, scale, offsets, visible, ranges, mask, q)
     launch = launch or grca.settings(capability, 8 * dtype.itemsize, width, queries, groups)
     slots = grca.slots(groups, dtype, launch["BLOCK_N"])
     fixed = grca.constants(width, 4, dtype, piece, slots)
@@ -159,6 +160,7 @@ def _runtime_integers(kernel: Any) -> set[str]:
         "scale",
         "ref_offsets",
         "ref_visible",
+        "ref_ranges",
         "mask",
     }
     names = {parameter.name for parameter in kernel.params if not parameter.is_constexpr}

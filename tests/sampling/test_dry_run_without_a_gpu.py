@@ -263,7 +263,10 @@ def test_launches_of_a_step_around_the_call(
     """The most of any step: first and last ones may be of another order. copies: to the device, of all steps."""
     sampler = sampler_of(small, Settings(scheduler=scheduler, steps=6, guidance_scale=guidance), references=0)
     assert isinstance(sampler.context, ReferenceContext)
-    inputs = ReferenceRow(sampler.context.text_kv[:1].clone(), sampler.context.ref_visible[:1].clone())
+    context = sampler.context
+    assert context.ref_ranges is not None
+    parts = (context.text_kv, context.ref_visible, context.ref_ranges)
+    inputs = ReferenceRow(*(part[:1].clone() for part in parts))
     caption = small.encode_caption("a fox")
     sampler.denoiser = Unchanged()
     with ShapesAlone() as device:

@@ -84,7 +84,10 @@ def elsewhere(sd15_folder: Path) -> StoryModel:
 
 def row(model: StoryModel, sampler: Sampler, seed: int) -> Row:
     assert isinstance(sampler.context, ReferenceContext)
-    inputs = ReferenceRow(sampler.context.text_kv[:1].clone(), sampler.context.ref_visible[:1].clone())
+    context = sampler.context
+    assert context.ref_ranges is not None
+    parts = (context.text_kv, context.ref_visible, context.ref_ranges)
+    inputs = ReferenceRow(*(part[:1].clone() for part in parts))
     caption = model.encode_caption("a fox")
     return Row(seed, seed, caption, caption, inputs, inputs)
 

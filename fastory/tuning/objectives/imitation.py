@@ -62,7 +62,7 @@ class Teacher:
             tokens_per_ref=self.tokens_per_ref,
             like=text,
         )
-        context = replace(shared.context(len(text)), text_kv=text, ref_visible=visible)
+        context = replace(shared.context(len(text)), text_kv=text, ref_visible=visible, ref_ranges=None)
         seen: dict[str, tuple[Tensor, Tensor]] = {}
         hooks = [
             layer.attn.register_forward_hook(
