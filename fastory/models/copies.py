@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fastory.processors.compiled import channels_last
+from fastory.processors.fused import fuse_self_attention
 from fastory.processors.projected import CrossAttentionLayers
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ def causal_copy(model: StoryModel) -> StoryModel:
     for name, update in updates.items():
         weight = made.unet.get_submodule(name).weight
         weight.data.add_(update.to(weight.device))
+    if model.device.type != "cpu":  # their joined weights are those of before
+        fuse_self_attention(made.unet, {name.rpartition(".")[0] for name in updates})
     made.layers = CrossAttentionLayers(made.unet)
     return made
 

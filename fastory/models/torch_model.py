@@ -33,6 +33,7 @@ from fastory.models.row_by_row import embed_row_by_row
 from fastory.models.text import guidance_embedding, history_ids, lost_words, padding_of
 from fastory.processors.compiled import CompiledBlocks
 from fastory.processors.consistent import self_attention_levels
+from fastory.processors.fused import fuse_self_attention
 from fastory.processors.projected import CrossAttentionLayers, check_kernels
 from fastory.processors.reused import DeepFeatures
 from fastory.runtime import Placement, choose_placement
@@ -68,9 +69,7 @@ class StoryModel:
         self.family, self.world = checkpoint.family, world_of(checkpoint.defaults)
         self.placement = placement
         self.device, self.dtype = placement.device, placement.dtype
-        self.pipeline: Any = (
-            checkpoint.pipeline
-        )  # of either family; encode_prompt has another signature in each
+        self.pipeline: Any = checkpoint.pipeline  # of either family, each with an encode_prompt of its own
         self.pipeline.to(self.device)  # open_checkpoint has loaded it in its type
         self.pipeline.set_progress_bar_config(disable=True)
         self.unet, self.vae = self.pipeline.unet, self.pipeline.vae
@@ -79,6 +78,8 @@ class StoryModel:
             self.vae.to(vae_dtype)
         if self.device.type == "cpu":
             embed_row_by_row(self.unet)
+        else:
+            fuse_self_attention(self.unet)
         self._place_references(checkpoint.adapter)
         if checkpoint.history is not None:
             checkpoint.history.encoder.to(self.device)
@@ -132,9 +133,10 @@ class StoryModel:
         """A model of a loaded StableDiffusionPipeline or StableDiffusionXLPipeline, with its LoRAs and IP-Adapter.
 
         It draws on the pipeline's device and in the type of its UNet, over the same memory; the pipeline itself never
-        changes and can draw between stories. Copies are: weights under a LoRA, merged as it is weighted now, and SDXL's
-        VAE where the UNet is in float16. The scale of references is the settings', not that of set_ip_adapter_scale.
-        While the model is in use, leave the pipeline's weights as they are. Raises InputError for what cannot be used.
+        changes and can draw between stories. Copies are: weights under a LoRA, merged as it is weighted now, SDXL's VAE
+        where the UNet is in float16, and on CUDA those of self-attention's Q, K and V. The scale of references is the
+        settings', not that of set_ip_adapter_scale. While the model is in use, leave the pipeline's weights as they are.
+        Raises InputError for what cannot be used.
         """
         checkpoint = checkpoint_of(pipe)
         unet = checkpoint.pipeline.unet

@@ -21,6 +21,7 @@ from fastory.errors import InputError
 from fastory.kernels import backends
 from fastory.kernels.banded import banded_causal_attention
 from fastory.kernels.grca import grca
+from fastory.processors.fused import is_fused
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,12 @@ def attend_references(
     return out if text is None else text + out
 
 
+def attend_all(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Self-attention: query, keys, values (B, L, H, d) -> (B, L, H, d)."""
+    heads_first = (query.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2))
+    return functional.scaled_dot_product_attention(*heads_first).transpose(1, 2)
+
+
 def attend_apart(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
     """Self-attention whose scores have bias (B, L, L) added: query, keys, values (B, L, H, d) -> (B, L, H, d)."""
     heads_first = (query.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2))
@@ -125,7 +132,10 @@ def attend_window(
 
 
 class SelfAttention(AttnProcessor2_0):
-    """diffusers' self-attention, but for contexts that have their own: cross_attention_kwargs reach attn1, too."""
+    """diffusers' self-attention, but where Q, K and V are one product, and for contexts that have attention of their own.
+
+    cross_attention_kwargs reach attn1, too.
+    """
 
     def __call__(
         self,
@@ -140,11 +150,15 @@ class SelfAttention(AttnProcessor2_0):
         # to (B, L, H, d), or None.
         own = getattr(context, "self_attention", None)
         attend = None if own is None else own(hidden_states.shape[1])
-        if attend is not None:
+        fused = is_fused(attn)
+        if attend is None and not fused:
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        if fused:
+            projected = attn.to_qkv(hidden_states).chunk(3, -1)
+        else:
             projected = (attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states))
-            out = attend(*(tensor.unflatten(-1, (attn.heads, -1)) for tensor in projected))
-            return attn.to_out[1](attn.to_out[0](out.flatten(2)))
-        return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        out = (attend or attend_all)(*(tensor.unflatten(-1, (attn.heads, -1)) for tensor in projected))
+        return attn.to_out[1](attn.to_out[0](out.flatten(2)))
 
 
 class CrossAttention:
