@@ -211,7 +211,7 @@ class ReferenceContext:
         if self.ref_kv.shape[1]:
             return self
         rows, width = self.ref_visible.shape[0], self.ref_kv.shape[2]
-        bounds = torch.arange(2, dtype=torch.int32, device=self.ref_kv.device)  # made there: nothing is copied
+        bounds = torch.arange(2, dtype=torch.int32, device=self.ref_kv.device)  # no copy
         return replace(
             self,
             ref_kv=self.ref_kv.new_zeros(1, 2 * self.tokens_per_ref, width),

@@ -124,6 +124,28 @@ class TestDryRun:
         launches = [part.launches.total() for part in (found.captures if graphs else found.steps)]
         assert launches[1] < launches[0] and launches[3] < launches[2]
 
+    def test_with_compiled_blocks(
+        self, dry_run: Any, sd15_folder: Path, sd15_adapter_base: Path, graphs: bool
+    ) -> None:
+        """torch traces nothing on a device of shapes: blocks run as they are, within the code that calls them compiled."""
+        make, made = from_folder(sd15_folder, ip_adapter=str(sd15_adapter_base)), list[StoryModel]()
+
+        def compiled(placement: Placement) -> StoryModel:
+            made.append(make(placement))
+            made[0].requested["compile"] = "on"
+            return made[0]
+
+        with torch.compiler.set_stance("force_eager"):
+            found = dry_run(compiled, graphs, iterations=1, batch_size=2)
+        check(found, pictures=4, steps=4, captures=2 * graphs)
+        assert made[0].compiled.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+        calls = list(found.captures if graphs else found.steps)  # before others are counted
+        # Nothing was copied to the device but what each row brings: inputs that no picture is in are made there.
+        eager = dry_run(make, graphs, iterations=1, batch_size=2)
+        assert found.whole.copies == eager.whole.copies
+        for ours, theirs in zip(calls, eager.captures if graphs else eager.steps, strict=True):
+            assert ours.launches == theirs.launches
+
     @pytest.mark.slow
     @pytest.mark.parametrize("name", ["sd15", "sdxl"])
     def test_full_size(self, dry_run: Any, name: str, graphs: bool) -> None:
