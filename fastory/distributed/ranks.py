@@ -30,6 +30,7 @@ from fastory.distributed.messages import (
     Snapshot,
     Stop,
 )
+from fastory.distributed.side_by_side import draw_side_by_side, taken_in
 from fastory.errors import FastoryError, InputError
 from fastory.events import Event
 from fastory.models.protocol import Model
@@ -38,7 +39,6 @@ from fastory.modes.iterative import IterativeRun
 from fastory.modes.mode import StoryPlan
 from fastory.modes.regions import Seen
 from fastory.pictures import as_picture, open_picture
-from fastory.runtime import is_out_of_memory
 from fastory.story import Story
 
 PAUSE = 0.002  # seconds between two looks at the others, while rank 0 has nothing to draw
@@ -104,66 +104,63 @@ class Ranks:
 
     def frames(self, run: IterativeRun, round: Round, draw: Draw) -> Iterator[Event]:
         """The micro-batches dealt over the ranks; rank 0, which writes, has no more of them than another."""
-        *shares, own = deal(round.batches, self.processes)
-        drawing = self._send(run, round, shares)
-        here: Iterator[Event] | None = draw(own)
-        failure: Exception | None = None
-        while here is not None or drawing:
-            heard = False
-            try:
-                if here is not None:
-                    event = next(here, None)
-                    here = here if event is not None else None
-                    heard = event is not None
-                    if event is not None:
-                        yield event
-                for event in self._arrived(run, round, drawing):
-                    heard = True
-                    if failure is None:
-                        yield event
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                here, failure = None, error  # the others draw their shares to the end, in vain
-            if not heard:
-                time.sleep(PAUSE)
-        if failure is not None:
-            raise failure
+        return draw_side_by_side(Shares(self.ranks, run, round, draw))
 
-    def _send(self, run: IterativeRun, round: Round, shares: Sequence[Sequence[Batch]]) -> list[Rank]:
-        """Give the other ranks their shares, those that have one; returns these ranks."""
-        lent = [(rank, share) for rank, share in zip(self.ranks, shares, strict=True) if share]
-        if not lent:
-            return []
-        sent = references_sent(run, round)
+
+class Shares:
+    """A round dealt over the ranks at once."""
+
+    def __init__(self, ranks: Sequence[Rank], run: IterativeRun, round: Round, draw: Draw) -> None:
+        """ranks: all but this one."""
+        self._run, self._round = run, round
+        *shares, own = deal(round.batches, 1 + len(ranks))
+        self._to_lend = [(rank, share) for rank, share in zip(ranks, shares, strict=True) if share]
+        self._own: Iterator[Event] | None = draw(own)
+        self._drawing: list[Rank] = []
+
+    @property
+    def is_drawn_elsewhere(self) -> bool:
+        """Whether a rank still draws its share."""
+        return bool(self._drawing)
+
+    def lend(self) -> None:
+        """Give the other ranks their shares, those that have one; once."""
+        lent, self._to_lend = self._to_lend, []
+        sent = references_sent(self._run, self._round) if lent else {}
         for rank, share in lent:
-            self._begin(rank, run)
-            rank.channel.send(DrawFrames(round, share, sent))
-        return [rank for rank, _ in lent]
+            self._begin(rank)
+            rank.channel.send(DrawFrames(self._round, share, sent))
+            self._drawing.append(rank)
 
-    def _arrived(self, run: IterativeRun, round: Round, drawing: list[Rank]) -> Iterator[Event]:
-        """What the ranks that draw have said. Those that are done leave `drawing`. Raises MemoryError where memory ran out."""
-        for rank in list(drawing):
+    def take(self) -> Iterator[Event] | None:
+        """The share of rank 0; once."""
+        own, self._own = self._own, None
+        return own
+
+    def heard(self, *, waiting: bool) -> Iterator[Event]:
+        """What the ranks that draw have said. Raises MemoryError where memory ran out."""
+        was_silent = True
+        for rank in list(self._drawing):
             while (message := rank.message()) is not None:
+                was_silent = False
                 match message:
                     case Done():
-                        drawing.remove(rank)
+                        self._drawing.remove(rank)
                         break
                     case OutOfMemory():
-                        drawing.remove(rank)
+                        self._drawing.remove(rank)
                         raise MemoryError(f"{rank.name}: {message.needed}")
                     case Drawn():
-                        if message.seen is not None:
-                            device = run.model.placement.device
-                            run.drawn.put(round.number, message.event.frame, message.seen.to(device))
-                        yield message.restored()
+                        yield taken_in(self._run, self._round, message)
                     case _:
                         yield message
+        if waiting and was_silent:
+            time.sleep(PAUSE)
 
-    def _begin(self, rank: Rank, run: IterativeRun) -> None:
-        if rank.story is not run:
-            rank.channel.send(begin_story(run))
-            rank.story = run
+    def _begin(self, rank: Rank) -> None:
+        if rank.story is not self._run:
+            rank.channel.send(begin_story(self._run))
+            rank.story = self._run
 
 
 def begin_story(run: IterativeRun) -> BeginStory:
