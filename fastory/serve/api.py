@@ -18,15 +18,9 @@ from starlette.exceptions import HTTPException
 from fastory import __version__
 from fastory.documents import parse_json, validated
 from fastory.errors import FastoryError, InputError
-from fastory.serve import bodies
+from fastory.serve import bodies, changes
 from fastory.serve.checks import check_story, notices_of
-from fastory.serve.drawing import (
-    Drawing,
-    check_appended,
-    check_redraw,
-    check_take_back,
-    replaced_by_redraw,
-)
+from fastory.serve.drawing import Drawing
 from fastory.serve.gate import BodyRefused
 from fastory.serve.pictures import pictures_api, takes_of
 from fastory.serve.shelf import InUse, NoSuchStory, Shelf, drawn
@@ -96,7 +90,7 @@ def make_app(shelf: Shelf, drawing: Drawing) -> FastAPI:
     app.include_router(stories_api(shelf, drawing))
     app.include_router(one_story_api(shelf, drawing))
     app.include_router(drawing_api(shelf, drawing))
-    app.include_router(redraw_api(shelf, drawing))
+    app.include_router(changes_api(shelf, drawing))
     app.include_router(pictures_api(shelf))
     for kind in (FastoryError, RequestValidationError, HTTPException, BodyRefused, Exception):
         app.add_exception_handler(kind, failure(shelf))
@@ -346,58 +340,50 @@ def drawing_api(shelf: Shelf, drawing: Drawing) -> APIRouter:
     return api
 
 
-def redraw_api(shelf: Shelf, drawing: Drawing) -> APIRouter:
-    """A finished story's changes."""
+CHANGES: tuple[tuple[str, type[Any], Callable[[Shelf, str, Any], dict[str, Any]], str], ...] = (
+    (
+        "redraw",
+        bodies.Redraw,
+        changes.redraw,
+        "Draw some frames again, with other captions or seeds; all others stay as they are",
+    ),
+    (
+        "append",
+        bodies.Append,
+        changes.append,
+        "Go on with the story: new frames are drawn against the rest, which stays as it is",
+    ),
+    (
+        "take-back",
+        bodies.TakeBack,
+        changes.take_back,
+        "Put the pictures back that a redraw replaced, and what the frames said",
+    ),
+)
+
+
+def changes_api(shelf: Shelf, drawing: Drawing) -> APIRouter:
+    """A finished story's changes: each body becomes a request of the queue."""
     api = APIRouter(prefix="/stories/{story}")
-    redrawn, redrawn_schema = taken(bodies.Redraw)
-    more, more_schema = taken(bodies.Append)
-    back, back_schema = taken(bodies.TakeBack)
 
-    @api.post(
-        "/redraw",
-        status_code=202,
-        response_model=bodies.Created,
-        openapi_extra=redrawn_schema,
-        summary="Draw some frames again, with other captions or seeds; all others stay as they are",
-    )
-    def redraw(story: str, body: bodies.Redraw = redrawn) -> Any:
-        frames = {
-            change.frame: change.model_dump(exclude={"frame"}, exclude_none=True) for change in body.frames
-        }
-        check_redraw(shelf, shelf.known(story), frames)
-        changes = {str(i): change for i, change in frames.items()}
-        replaced = replaced_by_redraw(shelf, story, frames)
-        drawing.submit(story, {"kind": "redraw", "frames": changes, "seed": body.seed, "replaces": replaced})
-        return {"id": story}
+    def add(name: str, model: type[Any], request_of: Callable[..., dict[str, Any]], summary: str) -> None:
+        change, schema = taken(model)
 
-    @api.post(
-        "/append",
-        status_code=202,
-        response_model=bodies.Created,
-        openapi_extra=more_schema,
-        summary="Go on with the story: new frames are drawn against the rest, which stays as it is",
-    )
-    def append(story: str, body: bodies.Append = more) -> Any:
-        after = check_appended(shelf, shelf.known(story), body.captions)
-        appended = {"after": after, "captions": body.captions}
-        drawing.submit(story, {"kind": "redraw", "frames": {}, "appended": appended})
-        return {"id": story}
+        def submit(story: str, body: Any = change) -> Any:
+            drawing.submit(story, request_of(shelf, shelf.known(story), body))
+            return {"id": story}
 
-    @api.post(
-        "/take-back",
-        status_code=202,
-        response_model=bodies.Created,
-        openapi_extra=back_schema,
-        summary="Put the pictures back that a redraw replaced, and what the frames said",
-    )
-    def take_back(story: str, body: bodies.TakeBack = back) -> Any:
-        before = check_take_back(shelf, shelf.known(story), body.number)
-        replaced = replaced_by_redraw(shelf, story, map(int, before))
-        drawing.submit(
-            story, {"kind": "take_back", "number": body.number, "before": before, "replaces": replaced}
-        )
-        return {"id": story}
+        api.post(
+            f"/{name}",
+            name=name,
+            status_code=202,
+            response_model=bodies.Created,
+            openapi_extra=schema,
+            summary=summary,
+        )(submit)
 
+    for row in CHANGES:
+        add(*row)
     return api
 
 

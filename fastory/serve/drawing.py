@@ -10,13 +10,11 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from fastory import files
-from fastory.errors import InputError
-from fastory.serve.checks import check_story
 from fastory.serve.shelf import InUse, Shelf, is_finished
 
 MOST_WAITING = 500  # events that a listener may be behind; then it is let go, and comes again
@@ -286,13 +284,6 @@ class Drawing:
                 del self._listeners[story]
 
 
-def replaced_by_redraw(shelf: Shelf, story: str, frames: Iterable[int]) -> dict[str, Any]:
-    """before: what these frames say, and their redraw seeds; after: the number of the last redraw before this one."""
-    said, manifest = shelf.said(story)["frames"], shelf.manifest(story) or {}
-    before = {str(i): {"frame": said[i], "seed": manifest["seeds"].get(str(i))} for i in frames}
-    return {"before": before, "after": max(map(int, manifest.get("history", {})), default=0)}
-
-
 def remember(shelf: Shelf, story: str, replaced: Mapping[str, Any]) -> None:
     """Keep what the frames of a redraw said before it under its number in the run folder's history; it may have drawn none."""
     history = (shelf.manifest(story) or {}).get("history", {})
@@ -301,38 +292,3 @@ def remember(shelf: Shelf, story: str, replaced: Mapping[str, Any]) -> None:
         notes = shelf.notes(story)
         notes.setdefault("before", {})[number] = replaced["before"]
         shelf.write_notes(story, notes)
-
-
-def check_take_back(shelf: Shelf, story: str, number: str) -> dict[str, Any]:
-    """What the frames of this redraw said before it. Raises InputError where that is not known, or one of them is locked."""
-    before: dict[str, Any] | None = shelf.notes(story).get("before", {}).get(number)
-    manifest = shelf.manifest(story) or {}
-    if before is None or number not in manifest.get("history", {}):
-        raise InputError(f"redraw {number} cannot be taken back: the page did not ask for it, or it is none")
-    check_redraw(shelf, story, {int(frame): None for frame in before})
-    return before
-
-
-def check_appended(shelf: Shelf, story: str, captions: list[str]) -> int:
-    """How many frames there are before these. Raises InUse for a run that is not finished, InputError for captions."""
-    manifest = shelf.manifest(story)
-    if manifest is None or not is_finished(manifest):
-        raise InUse("a finished story can go on: draw it to its end first")
-    said = shelf.said(story)
-    check_story({**said, "frames": [*said["frames"], *captions]})
-    return len(manifest["story"]["frames"])
-
-
-def check_redraw(shelf: Shelf, story: str, frames: Mapping[int, Any]) -> None:
-    """InputError for a redraw of frames that are locked or not there, and of a run that is not finished."""
-    manifest = shelf.manifest(story)
-    if manifest is None or not is_finished(manifest):
-        raise InUse("frames of a finished story can be redrawn: draw it to its end first")
-    count = len(manifest["story"]["frames"])
-    if not frames:
-        raise InputError("frames: wanted at least one frame to redraw, got none")
-    for frame in frames:
-        if not 0 <= frame < count:
-            raise InputError(f"frames: wanted 0 to {count - 1}, got {frame}")
-    if locked := sorted(set(frames) & set(shelf.notes(story).get("locked", ()))):
-        raise InUse(f"frame {locked[0]} is locked: unlock it to redraw it")

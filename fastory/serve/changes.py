@@ -1,0 +1,70 @@
+"""Changes of a finished story: what is asked is checked, and becomes a request of the queue."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import Any
+
+from fastory.errors import InputError
+from fastory.serve import bodies
+from fastory.serve.checks import check_story
+from fastory.serve.shelf import InUse, Shelf, is_finished
+
+
+def redraw(shelf: Shelf, story: str, body: bodies.Redraw) -> dict[str, Any]:
+    """The request. Raises InputError, or InUse for a locked frame or a story that is not finished, as all here."""
+    frames = {change.frame: change.model_dump(exclude={"frame"}, exclude_none=True) for change in body.frames}
+    _check_frames(shelf, story, frames)
+    changes = {str(i): change for i, change in frames.items()}
+    return {
+        "kind": "redraw",
+        "frames": changes,
+        "seed": body.seed,
+        "replaces": _replaced(shelf, story, frames),
+    }
+
+
+def append(shelf: Shelf, story: str, body: bodies.Append) -> dict[str, Any]:
+    """The request: frames after those that there are."""
+    manifest = _finished(shelf, story, "a finished story can go on")
+    said = shelf.said(story)
+    check_story({**said, "frames": [*said["frames"], *body.captions]})
+    after = len(manifest["story"]["frames"])
+    return {"kind": "redraw", "frames": {}, "appended": {"after": after, "captions": body.captions}}
+
+
+def take_back(shelf: Shelf, story: str, body: bodies.TakeBack) -> dict[str, Any]:
+    """The request, with what the frames of that redraw said before it, where that is known."""
+    before: dict[str, Any] | None = shelf.notes(story).get("before", {}).get(body.number)
+    manifest = shelf.manifest(story) or {}
+    if before is None or body.number not in manifest.get("history", {}):
+        raise InputError(
+            f"redraw {body.number} cannot be taken back: the page did not ask for it, or it is none"
+        )
+    _check_frames(shelf, story, list(map(int, before)))
+    replaced = _replaced(shelf, story, map(int, before))
+    return {"kind": "take_back", "number": body.number, "before": before, "replaces": replaced}
+
+
+def _finished(shelf: Shelf, story: str, what: str) -> dict[str, Any]:
+    manifest = shelf.manifest(story)
+    if manifest is None or not is_finished(manifest):
+        raise InUse(f"{what}: draw it to its end first")
+    return manifest
+
+
+def _check_frames(shelf: Shelf, story: str, frames: Collection[int]) -> None:
+    """Frames that may change: those of a finished run that are there and not locked."""
+    manifest = _finished(shelf, story, "frames of a finished story can be redrawn")
+    count = len(manifest["story"]["frames"])
+    if outside := [frame for frame in frames if not 0 <= frame < count]:
+        raise InputError(f"frames: wanted 0 to {count - 1}, got {outside[0]}")
+    if locked := sorted(set(frames) & set(shelf.notes(story).get("locked", ()))):
+        raise InUse(f"frame {locked[0]} is locked: unlock it to redraw it")
+
+
+def _replaced(shelf: Shelf, story: str, frames: Iterable[int]) -> dict[str, Any]:
+    """before: what these frames say, and their redraw seeds; after: the number of the last redraw before this one."""
+    said, manifest = shelf.said(story)["frames"], shelf.manifest(story) or {}
+    before = {str(i): {"frame": said[i], "seed": manifest["seeds"].get(str(i))} for i in frames}
+    return {"before": before, "after": max(map(int, manifest.get("history", {})), default=0)}
