@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from fastory.threads import allowed_cores, wait_passively
 
@@ -27,11 +29,26 @@ from small_history import write_causal_folder
 import fastory
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One worker runs a file, whose tests share fixtures; one runs all that take the export, which costs a minute."""
-    for item in items:
-        shares_export = "export_folder" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("export" if shares_export else item.path.stem))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """One worker runs a file, whose tests share fixtures; one runs all files that take the export, which costs a minute.
+
+    By the names of tests alone: groups by xdist's own mark are silently none with pytest 9.2.
+    """
+    if config.getoption("dist") != "loadgroup":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    @cache
+    def takes_the_export(file: str) -> bool:
+        return "export_folder" in (config.rootpath / file).read_text(encoding="utf-8")
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "the export" if takes_the_export(file) else file
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")
