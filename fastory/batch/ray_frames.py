@@ -13,11 +13,11 @@ from typing import Any
 
 from fastory.distributed.messages import Done, Drawn, Failed, Hello, OutOfMemory
 from fastory.distributed.ranks import begin_story, check_same, error_of, hello_of, references_sent
+from fastory.distributed.side_by_side import draw_side_by_side, taken_in
 from fastory.errors import FastoryError
 from fastory.events import Event, FrameDrawn, Notice
 from fastory.modes.executor import HERE, Batch, Draw, Round, Worker
 from fastory.modes.iterative import IterativeRun, draw_batches
-from fastory.runtime import is_out_of_memory
 
 ATTEMPTS = 3  # of a micro-batch: that many actors may end with it
 PAUSE = 0.05  # seconds to wait for the others, where nothing is left to be drawn here
@@ -118,8 +118,8 @@ class FrameActors:
         """actors: with what each was asked first, to open its model (`frame_actors`)."""
         import ray
 
-        self._ray = ray
-        self._others = [Other(actor, opening) for actor, opening in actors]
+        self.ray = ray
+        self.others = [Other(actor, opening) for actor, opening in actors]
         self._run: IterativeRun | None = None
         self._story: Any = None
         self._stories = 0
@@ -128,7 +128,7 @@ class FrameActors:
     @property
     def processes(self) -> int:
         """This one too."""
-        return 1 + len(self._others)
+        return 1 + len(self.others)
 
     @property
     def workers(self) -> Sequence[Worker]:
@@ -138,69 +138,71 @@ class FrameActors:
     def frames(self, run: IterativeRun, round: Round, draw: Draw) -> Iterator[Event]:
         """The micro-batches of a round, each to whoever is free."""
         self.was_asked = True
-        shares = Shares(round, self.processes)
-        here: Iterator[Event] | None = None
-        failure: Exception | None = None
-        self._lend(run, shares, kept=1)
-        while True:
-            if failure is None:
-                if here is None and shares.are_left:
-                    here = draw_batches(run, shares.left(), shares.here())
-                self._lend(run, shares)
-            if here is None and not any(other.shares is shares for other in self._others):
-                break
-            try:
-                if here is not None:
-                    event = next(here, None)
-                    here = here if event is not None else None
-                    if isinstance(event, FrameDrawn):
-                        shares.drawn(event.frame)
-                    if event is not None:
-                        yield event
-                for event in self._arrived(run, shares, PAUSE if here is None else 0.0):
-                    if failure is None:
-                        yield event
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                here, failure = None, error  # the others draw their shares to the end, in vain
-        if failure is not None:
-            raise failure
+        return draw_side_by_side(SharedRound(self, run, round))
 
-    def _lend(self, run: IterativeRun, shares: Shares, kept: int = 0) -> None:
-        """Give actors that are free something of what waits. kept: micro-batches that are left."""
+    def story_of(self, run: IterativeRun) -> tuple[int, Any]:
+        """The number of this story, and it where all actors find it, sent once."""
+        if self._run is not run:
+            self._run, self._stories = run, self._stories + 1
+            self._story = self.ray.put(begin_story(run))
+        return self._stories, self._story
+
+
+class SharedRound:
+    """A round of which every actor that is free takes some."""
+
+    def __init__(self, actors: FrameActors, run: IterativeRun, round: Round) -> None:
+        """actors: all others."""
+        self._actors, self._run = actors, run
+        self._ray, self._others = actors.ray, actors.others
+        self._shares = Shares(round, actors.processes)
+        self._kept = 1  # for this process, until it has taken its first
+
+    @property
+    def is_drawn_elsewhere(self) -> bool:
+        """Whether an actor still draws some of it."""
+        return any(other.shares is self._shares for other in self._others)
+
+    def lend(self) -> None:
+        """Give actors that are free something of what waits."""
+        run, shares = self._run, self._shares
         for other in self._others:
-            if other.is_idle and (batches := shares.lent(kept)):
+            if other.is_idle and (batches := shares.lent(self._kept)):
                 if shares.references is None:
                     shares.references = self._ray.put(references_sent(run, shares.round))
                 other.shares, other.batches = shares, batches
                 sent = (shares.left(), batches, shares.references)
-                other.pending = other.actor.draw.remote(*self._story_of(run), *sent)
+                other.pending = other.actor.draw.remote(*self._actors.story_of(run), *sent)
+        self._kept = 0
 
-    def _story_of(self, run: IterativeRun) -> tuple[int, Any]:
-        """The number of this story, and it where all actors find it, sent once."""
-        if self._run is not run:
-            self._run, self._stories = run, self._stories + 1
-            self._story = self._ray.put(begin_story(run))
-        return self._stories, self._story
+    def take(self) -> Iterator[Event] | None:
+        """Draws what waits, micro-batch after micro-batch, or all that was lost with an actor."""
+        return self._drawn_here() if self._shares.are_left else None
 
-    def _arrived(self, run: IterativeRun, shares: Shares, timeout: float) -> Iterator[Event]:
-        """What the others have said, after at most `timeout` seconds. Raises MemoryError where memory ran out."""
+    def _drawn_here(self) -> Iterator[Event]:
+        shares = self._shares
+        for event in draw_batches(self._run, shares.left(), shares.here()):
+            if isinstance(event, FrameDrawn):
+                shares.drawn(event.frame)
+            yield event
+
+    def heard(self, *, waiting: bool) -> Iterator[Event]:
+        """What the others have said. Raises MemoryError where memory ran out."""
         pending = [other.pending for other in self._others if other.pending is not None]
-        ready = pending and self._ray.wait(pending, num_returns=1, timeout=timeout)[0]
+        ready = pending and self._ray.wait(pending, num_returns=1, timeout=PAUSE if waiting else 0.0)[0]
         if ready:
             ready, _ = self._ray.wait(pending, num_returns=len(pending), timeout=0)
         for other in self._others:
             if other.pending is not None and other.pending in ready:
-                yield from self._heard(run, shares, other)
+                yield from self._said_by(other)
 
-    def _heard(self, run: IterativeRun, shares: Shares, other: Other) -> Iterator[Event]:
-        is_this, opening = other.shares is shares, not other.is_open
+    def _said_by(self, other: Other) -> Iterator[Event]:
+        is_this, opening = other.shares is self._shares, not other.is_open
         try:
             message = self._ray.get(other.pending if opening else next(other.pending))
         except (self._ray.exceptions.RayError, StopIteration):
             other.lost()
-            notice = shares.give_back(other.batches) if is_this else None
+            notice = self._shares.give_back(other.batches) if is_this else None
             if notice is not None:
                 yield notice
             return
@@ -209,7 +211,8 @@ class FrameActors:
                 other.shares, other.pending = None, None
                 raise error_of("an actor", message)
             case Hello():
-                check_same(f"an actor on {message.host}", message, hello_of(run.model), "the one that leads")
+                own = hello_of(self._run.model)
+                check_same(f"an actor on {message.host}", message, own, "the one that leads")
                 other.is_open, other.pending = True, None
             case Done():
                 other.shares, other.pending = None, None
@@ -218,13 +221,7 @@ class FrameActors:
                 if is_this:
                     raise MemoryError(f"an actor: {message.needed}")
             case Drawn() if is_this:
-                yield self._restored(run, shares, message)
+                self._shares.drawn(message.event.frame)
+                yield taken_in(self._run, self._shares.round, message)
             case _ if is_this:
                 yield message
-
-    def _restored(self, run: IterativeRun, shares: Shares, message: Drawn) -> Event:
-        if message.seen is not None:
-            seen = message.seen.to(run.model.placement.device)
-            run.drawn.put(shares.round.number, message.event.frame, seen)
-        shares.drawn(message.event.frame)
-        return message.restored()
