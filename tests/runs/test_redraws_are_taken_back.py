@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from killed import check_every_operation
-from run_folders import CAPTIONS, contents, draw, drawn, edit_manifest
+from run_folders import CAPTIONS, FEW, contents, draw, drawn, edit_manifest
 
 from fastory import Frame, InputError, Story, StoryModel, generate
 from fastory.runs.take_back import take_back
@@ -104,8 +104,7 @@ def test_killed_at_any_operation(redrawn: Path, model: StoryModel, tmp_path: Pat
                 model=model,
                 output=folder / "run",
                 batch_size=2,
-                steps=2,
-                iterations=2,
+                **FEW,
             )
         )
 
