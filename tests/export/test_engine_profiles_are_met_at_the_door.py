@@ -62,6 +62,7 @@ def test_a_story_beyond_the_profile_is_refused_before_its_folder_is_made(
     ):
         quick = {"iterations": 0, "steps": 1} if "iterations" not in settings else {"steps": 1}
         with pytest.raises(InputError, match=said):
+            quick |= {"references_from": "last"}  # so that round 0 has none
             list(generate(story(), model=model, output=tmp_path / "out", **quick, **settings))
         assert not (tmp_path / "out").exists()
 

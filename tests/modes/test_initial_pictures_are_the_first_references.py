@@ -120,6 +120,10 @@ def test_a_folder_of_pictures_is_read_in_the_order_of_names(
         image.save(f"start/frame-{i:03d}.png")
     Path("start/notes.txt").write_text("not a picture")
     few = [
+        "--references-from",
+        "last",
+        "--scheduler",
+        "ddim",
         "--regions",
         "off",
         "--iterations",

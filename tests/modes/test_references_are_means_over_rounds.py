@@ -117,7 +117,8 @@ def test_the_paper_has_none_and_what_it_takes_is_said(model: StoryModel) -> None
     assert "reference_momentum" not in settings().identity()
     with pytest.raises(InputError, match=r"reference_momentum .*wanted 0 to 0.99, got 1"):
         generate(STORY, model=model, reference_momentum=1)
-    events = generate(STORY, model=model, iterations=1, steps=1, reference_momentum=0.5)
+    once = {"iterations": 1, "steps": 1, "references_from": "last"}
+    events = generate(STORY, model=model, reference_momentum=0.5, **once)  # type: ignore[arg-type]
     assert any("`reference_momentum` is not used" in str(event) for event in events)
 
 

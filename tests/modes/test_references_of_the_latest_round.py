@@ -141,9 +141,9 @@ def test_a_round_that_begins_again_forgets_what_it_drew(model: StoryModel) -> No
 def test_the_papers_rule_is_the_run_that_it_was_and_the_other_says_so(
     model: StoryModel, tmp_path: Path
 ) -> None:
-    given = {"model": model, "steps": 1, "iterations": 1}
+    given = {"model": model, "steps": 1, "iterations": 1, "reference_scale": (0.3, 0.5)}
     story = Story.from_captions(CAPTIONS[:2])
-    list(generate(story, output=tmp_path / "last", **given))
+    list(generate(story, output=tmp_path / "last", **given, references_from="last"))
     manifest = json.loads((tmp_path / "last/manifest.json").read_text())
     assert "references_from" not in manifest["settings"]
     with Image.open(tmp_path / "last/iteration-01/frame-000.png") as picture:

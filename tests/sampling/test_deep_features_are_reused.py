@@ -81,7 +81,13 @@ def test_every_third_step_is_whole_and_so_is_the_first_of_every_kind(model: Stor
 
 
 def pictures(model: StoryModel, **values: Any) -> list[np.ndarray]:
-    given: dict[str, Any] = {"steps": 4, "iterations": 1, "regions": "off", **values}
+    given: dict[str, Any] = {
+        "steps": 4,
+        "iterations": 1,
+        "regions": "off",
+        "references_from": "last",
+        **values,
+    }
     events = generate(Story.from_captions(CAPTIONS), model=model, **given)
     return [np.asarray(event.image) for event in events if isinstance(event, FrameDrawn)]
 
