@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastory.kernels.grca import visible_ranges
-
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TOKENS = 4
 
@@ -139,7 +137,10 @@ def grca_inputs(cell: Cell, device: str, seed: int = 0) -> dict[str, Any]:
         "ref_offsets": offsets.to(device),
         "ref_visible": visible_blocks(cell).to(device),
     }
-    inputs["ref_ranges"] = visible_ranges(inputs["ref_visible"], inputs["ref_offsets"], TOKENS)
+    from fastory.kernels import grca  # not at the top: bench/compare.py says first which version it is
+
+    if hasattr(grca, "visible_ranges"):  # the versions before look for the ranges themselves
+        inputs["ref_ranges"] = grca.visible_ranges(inputs["ref_visible"], inputs["ref_offsets"], TOKENS)
     if cell.masked:
         inputs["mask"] = torch.rand(1, cell.groups, cell.queries, generator=generator).to(device)
     return inputs

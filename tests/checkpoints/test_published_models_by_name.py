@@ -109,6 +109,9 @@ def test_the_builtin_model_as_the_hubs(hub: Path, builtin_folder: Path) -> None:
         "per-frame",
         "--references",
         "others",
+        "--references-from=last",
+        "--scheduler=ddim",
+        "--reference-scale=0.3:0.5",
     ]
     for name, folder in (("builtin", "one"), ("sd15", "two")):
         done = CliRunner().invoke(

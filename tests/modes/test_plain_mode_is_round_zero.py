@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from drawn_rounds import CAPTIONS
+from drawn_rounds import CAPTIONS, PAPERS
 from PIL import Image
 
 from fastory import Character, Story, StoryModel, draw, generate
@@ -23,7 +23,8 @@ def model() -> StoryModel:
 def test_plain_mode_draws_the_bytes_of_round_zero(model: StoryModel) -> None:
     events = generate(Story.from_captions(CAPTIONS[:3]), model=model, mode="plain", batch_size=2, **FEW)
     plain = [(e.round, e.frame, e.image.tobytes()) for e in events if isinstance(e, FrameDrawn)]
-    iterative = draw(CAPTIONS[:3], model=model, iterations=1, regions="off", batch_size=2, **FEW)
+    how = {**FEW, **PAPERS, "iterations": 1, "regions": "off", "batch_size": 2}
+    iterative = draw(CAPTIONS[:3], model=model, **how)
     assert plain == [(0, i, image.tobytes()) for i, image in enumerate(iterative.rounds[0])]
     # the check can fail: references change every picture
     assert plain[0][2] != iterative.images[0].tobytes()
