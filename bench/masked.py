@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from statistics import median
 
 import results
-from PIL import Image
 
 from fastory import Story, StoryModel, generate
-from fastory.events import FrameDrawn
+from fastory.builtin.evaluation.iterative import FirstRound, by_round
 from fastory.modes.iterative import prepare_round
 from fastory.modes.mode import StoryPlan
 from fastory.settings import resolve
@@ -36,19 +35,6 @@ CAPTIONS = (
 TWO = (2, 4, 6, 7)
 BOXES = (("Bo", (0.0, 0.1, 0.5, 1.0)), ("Pip", (0.5, 0.1, 1.0, 1.0)))
 STEPS = 5
-
-
-@dataclass(frozen=True)
-class First:
-    """Round 0 as drawn."""
-
-    pictures: dict[int, Image.Image]
-
-    def has(self, round: int, frame: int) -> bool:
-        return round == 0
-
-    def load(self, round: int, frame: int) -> tuple[Image.Image, str | None]:
-        return self.pictures[frame], None
 
 
 def measured(model: StoryModel, plan: StoryPlan) -> tuple[float, float]:
@@ -74,8 +60,7 @@ def main() -> None:
     )
     frames = [replace(frame, boxes=BOXES if i in TWO else ()) for i, frame in enumerate(story.frames)]
     boxed = replace(story, frames=tuple(frames))
-    events = generate(story, model=model, seed=0, iterations=0)
-    first = First({event.frame: event.image for event in events if isinstance(event, FrameDrawn)})
+    first = FirstRound(by_round(generate(story, model=model, seed=0, iterations=0))[0])
     plans = {}
     for name, drawn, regions in (("off", story, "off"), ("auto", story, "auto"), ("boxes", boxed, "auto")):
         settings = resolve({"iterations": 1, "steps": STEPS, "regions": regions}, {}, None, model.defaults)[0]

@@ -28,14 +28,22 @@ from results import environment
 
 from fastory import Story, StoryModel, generate
 from fastory.builtin.evaluation.classifier import Classifier, load_classifier
-from fastory.builtin.evaluation.iterative import FRAMES, HeldOutStory, held_out_stories, judge, scores
+from fastory.builtin.evaluation.iterative import (
+    FRAMES,
+    HeldOutStory,
+    Rounds,
+    by_round,
+    held_out_stories,
+    judge,
+    scores,
+)
 from fastory.builtin.evaluation.quality import calibrate, quality_scores, restore
 from fastory.events import FrameDrawn, StepDone
 from fastory.intervals import interval
 from fastory.modes.iterative import iterative
 from fastory.modes.mode import StoryPlan
 from fastory.presets import PRESETS
-from fastory.settings import Settings, resolve
+from fastory.settings import own_steps, resolve
 
 REPORTED_SEEDS = (1, 5)
 PAPER, ONE_REFERENCE = "paper's rule", "one reference"
@@ -181,9 +189,9 @@ class OneReference:
 
 @dataclass(frozen=True)
 class Drawn:
-    """The pictures (frames, H, W, 3) of every round, the UNet calls of a frame, mean over frames, and seconds."""
+    """The pictures (rounds, frames, H, W, 3), the UNet calls of a frame, mean over frames, and seconds."""
 
-    rounds: Sequence[np.ndarray]
+    rounds: Rounds
     calls: float
     seconds: float
 
@@ -191,14 +199,13 @@ class Drawn:
 def draw(model: StoryModel, story: HeldOutStory, candidate: Candidate) -> Drawn:
     """One story by one schedule. A call with two rows, conditional and unconditional, counts one."""
     started, calls = time.monotonic(), 0
-    by_round: dict[int, dict[int, Image.Image]] = {}
+    pictures: list[FrameDrawn] = []
     for event in events_of(model, story, candidate):
         if isinstance(event, StepDone):
             calls += len(event.frames)
         elif isinstance(event, FrameDrawn):
-            by_round.setdefault(event.round, {})[event.frame] = event.image
-    seconds = time.monotonic() - started
-    rounds = [np.stack([np.asarray(of[i]) for i in sorted(of)]) for _, of in sorted(by_round.items())]
+            pictures.append(event)
+    seconds, rounds = time.monotonic() - started, by_round(pictures)
     return Drawn(rounds, calls / len(rounds[-1]), seconds)
 
 
@@ -213,9 +220,7 @@ def changed(classifier: Classifier, story: HeldOutStory, rounds: Sequence[np.nda
 
 def rule(model: StoryModel) -> dict[str, Any]:
     """The paper's schedule in the model's own steps: what a candidate stands beside where it says nothing else."""
-    steps = model.defaults.get("steps", Settings.steps)
-    values = {name: PRESETS["paper"][name] for name in SCHEDULE}
-    return {**values, "steps": steps}
+    return {name: PRESETS["paper"][name] for name in SCHEDULE} | {"steps": own_steps(model.defaults)}
 
 
 def events_of(model: StoryModel, held_out: HeldOutStory, candidate: Candidate) -> Iterator[Any]:

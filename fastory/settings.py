@@ -291,10 +291,9 @@ def resolve(
     """
     check_preset(preset)
     general = {name: value for name, value in folder_defaults.items() if name not in MODES}
-    steps = check("steps", general.get("steps", Settings.steps), "model")
     origins: list[tuple[str, Mapping[str, Any]]] = [
         ("model", general),
-        (f"preset {preset}", preset_values(preset, distilled, steps) if preset else {}),
+        (f"preset {preset}", preset_values(preset, distilled, own_steps(general)) if preset else {}),
         ("story", story),
         ("settings", whole or {}),
         ("flag", flags),
@@ -314,9 +313,8 @@ def resolve(
     if settings.bank is None and settings.bank_size:
         settings = replace(settings, bank=settings.bank_size)
     if settings.inner_steps > settings.steps and sources["inner_steps"] in ("model", f"preset {preset}"):
-        settings = replace(
-            settings, inner_steps=0
-        )  # asked for were fewer steps, not more of them in the rounds before
+        # Asked for were fewer steps, not more of them in the rounds before.
+        settings = replace(settings, inner_steps=0)
     return settings, sources
 
 
@@ -365,6 +363,11 @@ def check_choice(name: str, value: str, what: str) -> None:
         plugins.load()
     if value not in _CHOICES[name]:
         raise InputError(f"{what}: wanted one of {', '.join(_CHOICES[name])}, got {shown(value)}")
+
+
+def own_steps(folder_defaults: Mapping[str, Any]) -> int:
+    """Steps in which a model is drawn where nothing else is said. Raises InputError for what can be no number of steps."""
+    return int(check("steps", folder_defaults.get("steps", Settings.steps), "model"))
 
 
 def preset_values(preset: str, distilled: str | None, steps: int) -> Mapping[str, Any]:

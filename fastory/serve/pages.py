@@ -13,7 +13,7 @@ from fastory.documents import read_json
 from fastory.model_names import user_path
 from fastory.presets import FAST, PRESETS, in_steps
 from fastory.serve.shelf import NoSuchStory
-from fastory.settings import MODES, SCHEDULERS, Settings, choices, foreign, resolve
+from fastory.settings import MODES, SCHEDULERS, Settings, choices, foreign, own_steps, resolve
 from fastory.story import MAX_FRAMES, STYLES
 
 STATIC = Path(__file__).with_name("static")
@@ -77,7 +77,7 @@ def settings_tables(model: str) -> dict[str, Any]:
 
 def presets_for(model: str) -> dict[str, dict[str, Any]]:
     """Presets by their settings, `fast` once for each kind of checkpoint. The built-in model is not distilled."""
-    steps = defaults_of(model).get("steps", Settings.steps)
+    steps = own_steps(defaults_of(model))
     whole = {name: dict(in_steps(name, steps)) for name in PRESETS if name != "fast"}
     if model == "builtin":
         return {name: v for name, v in whole.items() if not SCHEDULERS[v["scheduler"]].distilled}

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from killed import contents
-from ranks import run_ranks
+from ranks import FEW, run_ranks
 
 from fastory.distributed import share
 from fastory.distributed.channel import Channel
@@ -26,14 +26,6 @@ CAPTIONS = [
     "a rabbit in the forest",
     "a fox on the beach",
     "a cat is reading a book",
-]
-FEW = [
-    "--steps=2",
-    "--iterations=1",
-    "--references-from=last",
-    "--batch-size=2",
-    "--noise=per-frame",
-    "--json",
 ]
 
 

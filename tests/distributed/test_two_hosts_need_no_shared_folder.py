@@ -12,17 +12,9 @@ from pathlib import Path
 
 import pytest
 from killed import contents
-from ranks import run_ranks
+from ranks import FEW, run_ranks
 
 CAPTIONS = ["a cat is jumping", "a fox in the snow", "a bear", "a rabbit in the forest", "a fox"]
-FEW = [
-    "--steps=2",
-    "--iterations=1",
-    "--references-from=last",
-    "--batch-size=2",
-    "--noise=per-frame",
-    "--json",
-]
 LIMIT = 400.0  # seconds: four processes import PyTorch
 
 

@@ -20,6 +20,15 @@ import pytest
 import torch
 from run_folders import contents
 
+# Frames that can be dealt: with references from the latest round one process draws them all.
+FEW = [
+    "--steps=2",
+    "--iterations=1",
+    "--references-from=last",
+    "--batch-size=2",
+    "--noise=per-frame",
+    "--json",
+]
 LIMIT = 240.0  # seconds for all processes of a run, a machine that does other work included
 
 Prepare = Callable[[int], object]

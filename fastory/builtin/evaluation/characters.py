@@ -9,7 +9,7 @@ Intervals are 95 % bootstrap intervals over stories.
 import argparse
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,11 @@ from fastory import Story, StoryModel, generate
 from fastory.builtin.evaluation.classifier import FILE, Classifier, load_classifier
 from fastory.builtin.evaluation.distinct import FREE
 from fastory.builtin.evaluation.iterative import (
+    FirstRound,
     HeldOutStory,
     Judged,
     Rounds,
+    by_round,
     held_out_stories,
     judge,
     print_rounds,
@@ -32,7 +34,6 @@ from fastory.builtin.evaluation.iterative import (
 )
 from fastory.builtin.training.loop import stream
 from fastory.builtin.world.drawing import Box, draw_with_boxes
-from fastory.events import FrameDrawn
 from fastory.modes.iterative import IterativeRun, draw_round
 from fastory.modes.mode import StoryPlan
 from fastory.modes.regions import Regions, Seen
@@ -69,8 +70,7 @@ def as_story(story: HeldOutStory, boxes: bool = False) -> Story:
 def draw(model: StoryModel, story: HeldOutStory, boxes: bool, settings: Mapping[str, Any]) -> np.ndarray:
     """The pictures (frames, H, W, 3) of the last round."""
     events = generate(as_story(story, boxes), model=model, seed=story.seed, batch_size=BATCH, **settings)
-    last = {event.frame: np.asarray(event.image) for event in events if isinstance(event, FrameDrawn)}
-    return np.stack([last[i] for i in sorted(last)])
+    return by_round(events)[-1]
 
 
 class Misplaced(Regions):
@@ -106,19 +106,6 @@ def of_another_frame(i: int, places: list[Places]) -> Places:
 RULES = {"own": own, "swapped": swapped, "another frame's": of_another_frame}
 
 
-@dataclass(frozen=True)
-class _Given:
-    """The round before, as it was drawn."""
-
-    pictures: np.ndarray
-
-    def has(self, round: int, frame: int) -> bool:
-        return round == 0
-
-    def load(self, round: int, frame: int) -> tuple[Image.Image, str | None]:
-        return Image.fromarray(self.pictures[frame]), None
-
-
 def one_round_more(
     model: StoryModel,
     story: HeldOutStory,
@@ -135,13 +122,11 @@ def one_round_more(
         references_from="last",
         reference_scale=(last, last),
     )
-    plan = StoryPlan(as_story(story), chosen, finished=_Given(pictures))
+    plan = StoryPlan(as_story(story), chosen, finished=FirstRound(pictures))
     run = IterativeRun.of(model, plan, [BATCH])
     assert run.regions is not None
     run.regions = run.drawn.regions = Misplaced(run.regions, rule)
-    events = draw_round(run, 1, BATCH)
-    drawn = {event.frame: np.asarray(event.image) for event in events if isinstance(event, FrameDrawn)}
-    return np.stack([drawn[i] for i in sorted(drawn)])
+    return by_round(draw_round(run, 1, BATCH))[-1]
 
 
 def looks_in_frames_of_two(before: Judged, after: Judged) -> dict[str, float]:
@@ -191,14 +176,14 @@ def controls(
     settings: Settings,
 ) -> Iterator[tuple[str, list[np.ndarray], dict[str, tuple[float, float, float]]]]:
     """By rule: one round more from the drawn pictures, and whose look the characters show in it."""
+    before = [judge(classifier, *pair) for pair in zip(stories, drawn, strict=True)]
     for name, rule in RULES.items():
         pictures, rows = [], []
-        for story, before in zip(stories, drawn, strict=True):
-            pictures.append(one_round_more(model, story, before, rule, settings))
+        for story, first, seen in zip(stories, drawn, before, strict=True):
+            pictures.append(one_round_more(model, story, first, rule, settings))
             judged = judge(classifier, story, pictures[-1])
-            looks = looks_in_frames_of_two(judge(classifier, story, before), judged)
-            rows.append({**looks, "both right": scores(judged).get("both right", float("nan"))})
-        rows = [{key: value for key, value in row.items() if not np.isnan(value)} for row in rows]
+            right = {key: value for key, value in scores(judged).items() if key == "both right"}
+            rows.append({**looks_in_frames_of_two(seen, judged), **right})
         found = summary(rows)
         print_rounds(f"control, masks: {name}", [found])
         yield name, pictures, found

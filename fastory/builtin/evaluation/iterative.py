@@ -7,7 +7,7 @@ Half of the stories have two characters. Intervals are 95 % bootstrap intervals 
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -113,16 +113,21 @@ def held_out_stories(
 
 def draw_rounds(model: StoryModel, captions: Sequence[str], seed: int, **settings: Any) -> Rounds:
     """Every round of a story, drawn by the runtime without writing anything."""
+    return by_round(generate(Story.from_captions(captions), model=model, seed=seed, **settings))
+
+
+def by_round(events: Iterable[object]) -> Rounds:
+    """The pictures among events, in the order of rounds and frames: (rounds, frames, H, W, 3)."""
     pictures: dict[int, dict[int, np.ndarray]] = {}
-    for event in generate(Story.from_captions(captions), model=model, seed=seed, **settings):
+    for event in events:
         if isinstance(event, FrameDrawn):
             pictures.setdefault(event.round, {})[event.frame] = np.asarray(event.image)
     return np.stack([np.stack([frames[i] for i in sorted(frames)]) for _, frames in sorted(pictures.items())])
 
 
 @dataclass(frozen=True)
-class _FirstRound:
-    """Round 0 as given: what the control with another story's frames starts from."""
+class FirstRound:
+    """Round 0 as given (frames, H, W, 3): what one round more starts from."""
 
     pictures: np.ndarray
 
@@ -140,10 +145,8 @@ def draw_with_foreign_references(model: StoryModel, story: HeldOutStory, picture
     )
     last = settings.reference_scale[1]
     settings = replace(settings, reference_scale=(last, last))
-    plan = StoryPlan(Story.from_captions(story.captions), settings, finished=_FirstRound(pictures))
-    events = iterative(model, plan, batch_sizes=[4])
-    drawn = {event.frame: np.asarray(event.image) for event in events if isinstance(event, FrameDrawn)}
-    return np.stack([drawn[i] for i in sorted(drawn)])
+    plan = StoryPlan(Story.from_captions(story.captions), settings, finished=FirstRound(pictures))
+    return by_round(iterative(model, plan, batch_sizes=[4]))[-1]
 
 
 @dataclass(frozen=True)
