@@ -140,9 +140,8 @@ class FirstRound:
 
 def draw_with_foreign_references(model: StoryModel, story: HeldOutStory, pictures: np.ndarray) -> np.ndarray:
     """One round at the last round's scale with another story's pictures (8, H, W, 3) as the only references."""
-    settings, _ = resolve(
-        {"seed": story.seed, "references": "all", "iterations": 1}, {}, None, model.defaults
-    )
+    alone = {"references": "all", "references_from": "last", "iterations": 1}
+    settings, _ = resolve({"seed": story.seed, **alone}, {}, None, model.defaults)
     last = settings.reference_scale[1]
     settings = replace(settings, reference_scale=(last, last))
     plan = StoryPlan(Story.from_captions(story.captions), settings, finished=FirstRound(pictures))
