@@ -7,7 +7,7 @@ torchmetrics is imported where it is used: the extra `eval`.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +28,7 @@ from fastory.evaluation.choices import ENCODER, INCEPTION
 from fastory.evaluation.clip import Encoder, parts
 from fastory.evaluation.rows import Measured, Source
 from fastory.files import folder_for
+from fastory.intervals import GROUPS, jackknife
 from fastory.pictures import open_picture
 
 SIDE = 299  # px, Inception's
@@ -133,7 +134,7 @@ def frechet(features: Features, generated: Sequence[Image.Image], real: Sequence
 
 
 class SetDistance:
-    """FID or KID of all stories' pictures together and of true ones: one figure, without an interval over stories."""
+    """FID or KID of all stories' pictures together and of true ones, with a jackknife's interval over stories."""
 
     def __init__(self, features: Features, truth: Sequence[Path], metric: str) -> None:
         """truth: picture files. metric: `fid` or `kid`."""
@@ -147,23 +148,44 @@ class SetDistance:
             said |= {"subsets": SUBSETS, "subset size at most": SUBSET_SIZE, "seed": KID_SEED}
         return Source(self.features.name, self.features.sha256, said)
 
-    def rows(self, pictures: Sequence[Path]) -> Iterator[Measured]:
+    def rows(self, stories: Sequence[Sequence[Path]]) -> Iterator[Measured]:
         """Of generated pictures; those that cannot be read are left out and counted: a measure of stories tells why."""
-        generated = []
+        generated = [found for story in stories if (found := self._readable(story))]
+        count = sum(map(len, generated))
+        notes: dict[str, Any] = {"pictures": count}
+        counts: dict[str, Any] = {"count": count, "of": sum(map(len, stories))}
+        if min(count, len(self.truth)) < 2:
+            why = "fewer than two pictures in a set"
+            yield Measured(self.metric, None, self.source, missing=why, notes=notes, **counts)
+            return
+        value = DISTANCES[self.metric](torch.cat([row for story in generated for row in story]), self._real)
+        low, high = self._interval(value, generated)
+        if low is not None:
+            notes["interval"] = "by the jackknife over stories"
+        yield Measured(self.metric, value, self.source, low=low, high=high, notes=notes, **counts)
+
+    def _interval(
+        self, value: float, stories: Sequence[Sequence[Tensor]]
+    ) -> tuple[float | None, float | None]:
+        """None where a group of stories has all but one of the pictures."""
+        groups = min(len(stories), GROUPS)
+        dealt = [[row for story in stories[n::groups] for row in story] for n in range(groups)]
+        others = [[row for m, group in enumerate(dealt) if m != n for row in group] for n in range(groups)]
+        if groups < 2 or min(map(len, others)) < 2:
+            return None, None
+        left_out = LEFT_OUT[self.metric](self._real)
+        low, high = jackknife(value, [left_out(torch.cat(rows)) for rows in others])
+        return (max(0.0, low) if self.metric == "fid" else low), high
+
+    def _readable(self, pictures: Sequence[Path]) -> list[Tensor]:
+        """The features (1, D) of a story's pictures."""
+        found = []
         for path in pictures:
             try:
-                generated.append(self._features(path))
+                found.append(self._features(path))
             except InputError:
                 continue
-        count = len(generated)
-        counts: dict[str, Any] = {"count": count, "of": len(pictures), "notes": {"pictures": count}}
-        if min(count, len(self.truth)) < 2:
-            yield Measured(
-                self.metric, None, self.source, missing="fewer than two pictures in a set", **counts
-            )
-            return
-        value = DISTANCES[self.metric](torch.cat(generated), self._real)
-        yield Measured(self.metric, value, self.source, **counts)
+        return found
 
     @cached_property
     def _real(self) -> Tensor:
@@ -208,6 +230,53 @@ def kid_of(generated: Tensor, real: Tensor) -> float:
 
 
 DISTANCES = {"fid": fid_of, "kid": kid_of}
+
+
+def fid_to(real: Tensor) -> Callable[[Tensor], float]:
+    """The Fréchet distance to features (m, D), for many sets (n, D).
+
+    As `fid_of`, in the time of n and m, which are mostly less than D: the trace of the root of the covariances' product is the
+    sum of the singular values of A B', where A'A and B'B are the covariances.
+    """
+    mean, root = _moments(real)
+
+    def distance(generated: Tensor) -> float:
+        mean_of_them, root_of_them = _moments(generated)
+        common = torch.linalg.svdvals(root_of_them @ root.T).sum()
+        spread = (root_of_them**2).sum() + (root**2).sum() - 2 * common
+        return max(0.0, float(((mean_of_them - mean) ** 2).sum() + spread))
+
+    return distance
+
+
+def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean (D,) and an R of at most D rows with R'R the covariance, float64."""
+    mean = features.double().mean(0)
+    upper = torch.linalg.qr(features.double() - mean, mode="r").R
+    return mean, upper / (len(features) - 1) ** 0.5
+
+
+def kid_to(real: Tensor) -> Callable[[Tensor], float]:
+    """The kernel distance to features (m, D), for many sets (n, D): the unbiased estimate of Binkowski et al., equation 4.
+
+    Of whole sets, as the chance of subsets would look like spread.
+    """
+
+    def kernel(x: Tensor, y: Tensor) -> Tensor:
+        return (x @ y.T / x.shape[1] + 1) ** 3
+
+    def within(x: Tensor) -> float:
+        of_pairs = kernel(x, x)
+        return float(of_pairs.sum() - of_pairs.diagonal().sum()) / (len(x) * (len(x) - 1))
+
+    true = real.double()
+    within_true = within(true)
+    return lambda generated: (
+        within(generated.double()) + within_true - 2 * float(kernel(generated.double(), true).mean())
+    )
+
+
+LEFT_OUT = {"fid": fid_to, "kid": kid_to}
 
 
 @contextmanager

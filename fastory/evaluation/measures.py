@@ -66,8 +66,8 @@ class Measure(Protocol):
 class SetMeasure(Protocol):
     """What gives rows of all stories' pictures together."""
 
-    def rows(self, pictures: Sequence[Path]) -> Iterator[Measured]:
-        """One a metric."""
+    def rows(self, stories: Sequence[Sequence[Path]]) -> Iterator[Measured]:
+        """One a metric. stories: the pictures of each."""
 
 
 def measure(
@@ -95,9 +95,8 @@ def measure(
             found += rows
             yield from rows
     yield from means(found)
-    pictures = [path for story in stories for path in story.pictures]
     for measure_ in of_all:
-        yield from measure_.rows(pictures)
+        yield from measure_.rows([story.pictures for story in stories])
 
 
 def _of_this_folder(row: Measured, story: DrawnStory) -> Measured:

@@ -129,13 +129,13 @@ def as_json(rows: Sequence[Measured], **more: Any) -> str:
 
 
 def as_markdown(rows: Sequence[Measured], **_: Any) -> str:
-    """The means, with 95 % bootstrap intervals over stories."""
+    """The means, with 95 % intervals over stories."""
     table = Table.of(rows)
     lines = [["", *table.heads()], ["---"] * (len(table.metrics) + 1)]
     lines += [[line_title(line), *table.texts(line)] for line in table.lines]
     text = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
     notes = "".join(f"\n- {note}" for note in [*sources(rows), *table.notes()])
-    return f"{text}\n\nMeans over stories; in brackets 95 % bootstrap intervals.\n{notes}\n"
+    return f"{text}\n\nMeans over stories; in brackets 95 % bootstrap intervals over stories unless said.\n{notes}\n"
 
 
 def as_latex(rows: Sequence[Measured], **_: Any) -> str:

@@ -25,7 +25,16 @@ from fastory.evaluation.vistory import VistoryMeasure
 pytest.importorskip("torchmetrics", reason="the distances: pip install .[eval]")
 sqrtm = pytest.importorskip("scipy.linalg", reason="the oracle: pip install .[eval]").sqrtm
 
-from fastory.evaluation.distances import EncoderFeatures, features_of, fid_of, kid_of, prepared  # noqa: E402
+from fastory.evaluation.distances import (  # noqa: E402
+    EncoderFeatures,
+    SetDistance,
+    features_of,
+    fid_of,
+    fid_to,
+    kid_of,
+    kid_to,
+    prepared,
+)
 
 RED, GREEN, YELLOW = (255, 0, 0), (0, 255, 0), (255, 255, 0)  # cosines: red, green 0; red, yellow 1 / sqrt(2)
 HALF = 0.5**0.5
@@ -159,6 +168,49 @@ def test_kid_is_the_unbiased_kernel_distance_of_its_subset() -> None:
     before = torch.random.get_rng_state()
     assert kid_of(torch.from_numpy(a), torch.from_numpy(b)) == pytest.approx(wanted, rel=1e-5)
     assert torch.equal(torch.random.get_rng_state(), before)
+    assert kid_to(torch.from_numpy(b))(torch.from_numpy(a)) == pytest.approx(wanted, rel=1e-12)
+
+
+@pytest.mark.parametrize(("count", "true", "width"), [(40, 30, 5), (4, 9, 16), (30, 6, 16)])
+def test_what_the_jackknife_leaves_out_has_the_distance_of_torchmetrics(
+    count: int, true: int, width: int
+) -> None:
+    """Of more and of fewer pictures than features, where the root of a covariance has fewer rows."""
+    noise = torch.Generator().manual_seed(count)
+    generated, real = (
+        torch.randn(count, width, generator=noise),
+        2 * torch.randn(true, width, generator=noise) + 1,
+    )
+    # torchmetrics takes the root of eigenvalues that are zero but for rounding: half of the digits
+    assert fid_to(real)(generated) == pytest.approx(fid_of(generated, real), rel=1e-6)
+
+
+def test_an_interval_of_fid_and_kid_is_over_stories(tmp_path: Path) -> None:
+    """By hand: each of three stories left out in turn. Pictures of one story alone say nothing of another one."""
+
+    def save(name: str, images: list[Image.Image]) -> list[Path]:
+        files = [tmp_path / f"{name}-{i}.png" for i in range(len(images))]
+        for file, image in zip(files, images, strict=True):
+            image.save(file)
+        return files
+
+    features, real = EncoderFeatures(MeanColour()), random_pictures(9, 6)
+    stories = [random_pictures(seed, count) for seed, count in ((0, 3), (1, 4), (2, 2))]
+    truth, paths = save("true", real), [save(f"story-{n}", images) for n, images in enumerate(stories)]
+    for metric, distance in (("fid", fid_of), ("kid", lambda a, b: kid_to(b)(a))):
+        (row,) = SetDistance(features, truth, metric).rows(paths)
+        others = [[image for m, story in enumerate(stories) if m != n for image in story] for n in range(3)]
+        left_out = [distance(features_of(features, images), features_of(features, real)) for images in others]
+        # Student's t of two degrees of freedom, and the variance's 2 (n - 1) / n of n = 3
+        reach = 4.302653 * (2 / 3 * sum((one - sum(left_out) / 3) ** 2 for one in left_out)) ** 0.5
+        assert row.value is not None and row.low is not None and row.high is not None
+        assert row.high - row.value == pytest.approx(reach, rel=1e-5) and row.count == row.of == 9
+        assert row.low == pytest.approx(
+            max(0, row.value - reach) if metric == "fid" else row.value - reach, rel=1e-5
+        )
+        assert "jackknife" in str(row.notes["interval"])
+        (alone,) = SetDistance(features, truth, metric).rows(paths[:1])
+        assert alone.value is not None and alone.low is None and alone.high is None
 
 
 def test_cids_occm_and_copy_paste_by_hand(tmp_path: Path) -> None:
