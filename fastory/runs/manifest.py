@@ -28,6 +28,7 @@ Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Number = Annotated[
     str, StringConstraints(pattern=r"^(0|[1-9][0-9]{0,5})$")
 ]  # of a round or a frame, as JSON's key
+Kept = Annotated[str, StringConstraints(pattern=r"^[0-9]{3,6}$")]  # of a redraw, in history/
 Name = Annotated[str, StringConstraints(min_length=1, max_length=4096)]
 Seed = Annotated[int, Field(ge=0, lt=2**64)]
 Plain = None | bool | int | float | str
@@ -77,6 +78,9 @@ class _Redraw(_Strict):
     seeds: dict[Number, Seed]
     pictures: Pictures
     dropped_seeds: list[Number] = []
+    dropped_frames: list[
+        Annotated[int, Field(ge=0, lt=MOST_FRAMES)]
+    ] = []  # the story's last ones: an append taken back
     moving: _Moving | None = None
 
 
@@ -96,7 +100,10 @@ class _Manifest(_Strict):
     products: dict[Name, Sha256]
     story_file: Sha256 | None = None
     inputs: dict[Annotated[str, StringConstraints(pattern=r"^inputs/[0-9a-f]{16}\.bmp$")], Sha256] = {}
-    history: dict[Annotated[str, StringConstraints(pattern=r"^[0-9]{3,6}$")], list[Name]] = {}
+    history: dict[Kept, list[Name]] = {}
+    appended: dict[
+        Kept, list[int]
+    ] = {}  # since 2026-11: frames that came with a redraw of the history, and are there
     redraw: _Redraw | None = None
     anew: bool = False
     processes: list[Annotated[int, Field(ge=1)]] | None = None  # that drew, in turn; none where one alone did
@@ -138,16 +145,18 @@ def _check_numbers(manifest: _Manifest, path: Path) -> None:
     numbers = [*manifest.seeds, *(number for pictures in manifest.pictures.values() for number in pictures)]
     wrong += [f"frame {number}" for number in numbers if int(number) >= frames]
     if redraw:
-        numbers = [*redraw.seeds, *redraw.dropped_seeds, *map(str, redraw.frames)]
+        then, dropped = len(redraw.story.frames), redraw.dropped_frames
+        numbers = [*redraw.seeds, *redraw.dropped_seeds]
+        numbers += [str(i) for i in redraw.frames if i not in dropped]
         numbers += [number for pictures in redraw.pictures.values() for number in pictures]
-        wrong += [f"frame {number}" for number in numbers if int(number) >= len(redraw.story.frames)]
-        wrong += ["fewer frames after a redraw"] if len(redraw.story.frames) < frames else []
+        wrong += [f"frame {number}" for number in numbers if int(number) >= then]
+        wrong += ["fewer frames after a redraw"] if list(range(then, frames)) != dropped else []
     known = {*product_names(frames)}
     wrong += [f"the product {name!r}" for name in manifest.products if name not in known]
-    own = {picture_name(k, i) for k in range(rounds) for i in range(frames)} if manifest.history else set()
-    wrong += [
-        f"history of {name!r}" for names in manifest.history.values() for name in names if name not in own
-    ]
+    kept = (name for names in manifest.history.values() for name in names)
+    wrong += [f"history of {name!r}" for name in kept if not _is_picture(name, rounds)]
+    added = (i for numbers in manifest.appended.values() for i in numbers)
+    wrong += [f"the appended frame {i}" for i in added if not 0 <= i < frames]
     if wrong:
         raise InputError(f"{path} is damaged (it records {wrong[0]}): wanted {WHAT}; {TODO}")
 
@@ -173,6 +182,21 @@ def settings_of(manifest: Mapping[str, Any]) -> Settings:
 def picture_name(round: int, frame: int) -> str:
     """Where a round's picture lies in the run folder."""
     return f"iteration-{round:02d}/frame-{frame:03d}.png"
+
+
+def numbers_of(name: str) -> tuple[int, int]:
+    """Round and frame of a picture's name. Raises ValueError for another's."""
+    round, _, frame = name.removeprefix("iteration-").removesuffix(".png").partition("/frame-")
+    return int(round), int(frame)
+
+
+def _is_picture(name: str, rounds: int) -> bool:
+    """Whether a run of so many rounds has a picture of this name, or had one of a frame that was taken back."""
+    try:
+        round, frame = numbers_of(name)
+    except ValueError:
+        return False
+    return 0 <= round < rounds and 0 <= frame < MOST_FRAMES and picture_name(round, frame) == name
 
 
 def product_names(frames: int) -> list[str]:

@@ -1,12 +1,14 @@
 """Redrawing single frames of a finished run: new pictures are staged, then moved in by one manifest update.
 
-Frames that were appended to the story are redrawn ones without a picture yet: they are drawn against the rest. A manifest's
-`redraw` says which frames, and `moving`, once it stands there, that the move is decided.
+Frames that were appended to the story are redrawn ones without a picture yet: they are drawn against the rest. Where that is
+taken back (take_back.py) they leave the story. A manifest's `redraw` says which frames, and `moving`, once it stands there,
+that the move is decided.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from fastory import files
 from fastory.errors import InputError
@@ -92,16 +94,22 @@ def finish_move(folder: RunFolder) -> None:
     ]
     folder.check_places(listed_files(manifest))
     kept_in = redraw["moving"]["history"]
+    number = kept_in.removeprefix("history/")
+    dropped = redraw.get("dropped_frames", ())
+    removed = [picture_name(k, i) for k in range(rounds_of(manifest["settings"])) for i in dropped]
     _move_pictures(folder, moved, kept_in)
+    _set_aside(folder, removed, kept_in)
+    folder.remove([f"frames/frame-{i:03d}.png" for i in dropped])  # the last round's, which is kept
     staged = _staged_files(folder)
+    _note_frames(manifest, number)
     for round, pictures in redraw["pictures"].items():
         manifest["pictures"].setdefault(round, {}).update(pictures)
     manifest["story"] = redraw["story"]
     for frame in redraw.get("dropped_seeds", ()):
         manifest["seeds"].pop(frame, None)
     manifest["seeds"].update(redraw["seeds"])
-    kept = [name for name in moved if (folder.path / kept_in / name).exists()]
-    manifest.setdefault("history", {})[kept_in.removeprefix("history/")] = kept
+    kept = [name for name in (*moved, *removed) if (folder.path / kept_in / name).exists()]
+    manifest.setdefault("history", {})[number] = kept
     manifest["products"] = {}
     manifest["story_file"] = folder.write("story.yaml", redraw["moving"]["story"].encode())
     folder.remove(staged)  # only empty folders are left of them
@@ -120,6 +128,33 @@ def _move_pictures(folder: RunFolder, names: Sequence[str], kept_in: str) -> Non
                     files.make_folder(old.parent)
                     files.replace(now, old)
                 files.replace(new, now)
+
+
+def _set_aside(folder: RunFolder, names: Sequence[str], kept_in: str) -> None:
+    """Pictures of frames that leave the story to the folder `kept_in`; any of it may be done already."""
+    with files.disk_errors(folder.path):
+        for name in names:
+            now, old = folder.path / name, folder.path / kept_in / name
+            if now.exists() and not old.exists():
+                files.make_folder(old.parent)
+                files.replace(now, old)
+
+
+def _note_frames(manifest: dict[str, Any], number: str) -> None:
+    """Record which frames come with redraw `number`, and forget those that leave the story with it."""
+    redraw, before = manifest["redraw"], len(manifest["story"]["frames"])
+    after = len(redraw["story"]["frames"])
+    appended = {
+        kept: [i for i in frames if i < after] for kept, frames in manifest.get("appended", {}).items()
+    }
+    if after > before:
+        appended[number] = list(range(before, after))
+    if appended:
+        manifest["appended"] = appended
+    for i in redraw.get("dropped_frames", ()):
+        manifest["seeds"].pop(str(i), None)
+        for pictures in manifest["pictures"].values():
+            pictures.pop(str(i), None)
 
 
 def _staged_files(folder: RunFolder) -> list[str]:

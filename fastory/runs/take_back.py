@@ -1,14 +1,15 @@
 """A redraw taken back: the pictures that it replaced come from history/ to their places, and what it drew goes there.
 
 It is a redraw whose pictures are drawn already, and keeps to the order of one: a kill at any moment leaves the run as it was,
-with a redraw that is not finished, or the redraw taken back.
+with a redraw that is not finished, or the redraw taken back. Frames that it appended leave the story; taking that back has
+them again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from PIL import Image
 from fastory.errors import FastoryError, InputError
 from fastory.runs.folder import RunFolder
 from fastory.runs.identity import Identity
-from fastory.runs.manifest import settings_of
+from fastory.runs.manifest import numbers_of, settings_of
 from fastory.runs.redraw import end_redraw, finish_move
 from fastory.story import Frame, Story
 from fastory.wording import numbers_listed, shown
@@ -27,25 +28,28 @@ from fastory.wording import numbers_listed, shown
 def take_back(path: Path, number: str, frames: Mapping[int, Frame], seeds: Mapping[int, int | None]) -> bool:
     """Put the pictures of history/NUMBER back. False where they are in their places already.
 
-    frames: what the replaced frames said before that redraw; seeds: their redraw seeds then, None for none. The run is drawn
-    to its end afterwards, which makes its final pictures, sheet and storybook anew and draws nothing. Raises InputError for a
-    redraw that is none, and for a run that is not finished.
+    frames: what the replaced frames said before that redraw; seeds: their redraw seeds then, None for none. Frames that it
+    appended are not among them, and leave the story. The run is drawn to its end afterwards, which makes its final pictures,
+    sheet and storybook anew and draws nothing. Raises InputError for a redraw that is none, for frames that others were
+    appended to, and for a run that is not finished.
     """
     folder = RunFolder(path)
     try:
         if not folder.read():
             raise InputError(f"there is no run in {path}")
         finish_move(folder)
-        names = folder.manifest.get("history", {}).get(number)
-        replaced = sorted({int(Path(name).stem.removeprefix("frame-")) for name in names or ()})
-        if not names or replaced != sorted(frames):
+        names = folder.manifest.get("history", {}).get(number, [])
+        added = folder.manifest.get("appended", {}).get(number)
+        replaced = sorted({numbers_of(name)[1] for name in names})
+        if (not names and added is None) or replaced != sorted(frames):
             raise InputError(
                 f"{path} has no redraw {shown(number)} of frames {numbers_listed(sorted(frames))}"
             )
+        appended = added or []
         earlier = {name: (path / "history" / number / name).read_bytes() for name in names}
-        if all(_sha256(data) == _record_of(folder, name)["sha256"] for name, data in earlier.items()):
+        if not appended and all(_sha256(data) == _recorded(folder, name) for name, data in earlier.items()):
             return False
-        _stage(folder, earlier, frames, seeds)
+        _stage(folder, earlier, frames, seeds, appended)
         return True
     except OSError as error:
         raise FastoryError(f"{path}: a picture of history/{number} cannot be read: {error}") from error
@@ -58,17 +62,19 @@ def _stage(
     earlier: Mapping[str, bytes],
     frames: Mapping[int, Frame],
     seeds: Mapping[int, int | None],
+    appended: Sequence[int],
 ) -> None:
     """Record the redraw, write its pictures, move them in."""
     manifest, read = folder.manifest, Story.read(folder.path / "story.yaml")
-    story = replace(read, frames=tuple(frames.get(i, frame) for i, frame in enumerate(read.frames)))
+    story = replace(read, frames=_frames_before(folder, read.frames, frames, appended))
     wanted: dict[str, Any] = {
-        "frames": sorted(frames),
+        "frames": sorted([*frames, *appended]),
         "story": Identity.of(story, settings_of(manifest), {}, None).record(),
         "seeds": {str(i): seed for i, seed in seeds.items() if seed is not None},
         "dropped_seeds": [
             str(i) for i, seed in seeds.items() if seed is None and str(i) in manifest["seeds"]
         ],
+        "dropped_frames": list(appended),
     }
     pending = manifest.get("redraw")
     if pending is None and not manifest["products"]:
@@ -77,15 +83,37 @@ def _stage(
         raise InputError(
             f"{folder.path} has another redraw that is not finished; finish it or give it up first"
         )
+    if len(story.frames) > len(read.frames):
+        folder.check_free({**manifest, "story": wanted["story"]})
     manifest["redraw"] = {**wanted, "pictures": {}}
     folder.trust_nothing()
     folder.save_manifest()
     for name, data in earlier.items():
         digest = folder.write(f"redraw/{name}", data)
         record = {"sha256": digest, "seconds": 0.0, **_said_by(folder.path / "redraw" / name)}
-        round, frame = _numbers(name)
+        round, frame = map(str, numbers_of(name))
         manifest["redraw"]["pictures"].setdefault(round, {})[frame] = record
     end_redraw(folder, story)
+
+
+def _frames_before(
+    folder: RunFolder, now: Sequence[Frame], frames: Mapping[int, Frame], appended: Sequence[int]
+) -> tuple[Frame, ...]:
+    """What the story said before the redraw. InputError where the frames between would be missing, or others are last."""
+    count = len(now) - len(appended)
+    last = list(range(count, len(now)))
+    back = sorted(i for i in frames if i >= count)
+    if list(appended) != last:
+        raise InputError(
+            f"{folder.path}: frames {numbers_listed(sorted({*last, *appended} - {*appended}))} were appended after frames "
+            f"{numbers_listed(appended)}; take these back first"
+        )
+    if back != list(range(count, count + len(back))):
+        raise InputError(
+            f"{folder.path} has {len(now)} frames, and frames {numbers_listed(back)} cannot come after them; take back first "
+            "what was taken back last"
+        )
+    return (*(frames.get(i, frame) for i, frame in enumerate(now[:count])), *(frames[i] for i in back))
 
 
 def _said_by(file: Path) -> dict[str, Any]:
@@ -95,16 +123,11 @@ def _said_by(file: Path) -> dict[str, Any]:
     return {"seed": values["seed"], "left_out": values["left_out"]}
 
 
-def _record_of(folder: RunFolder, name: str) -> Mapping[str, Any]:
-    round, frame = _numbers(name)
-    record: Mapping[str, Any] = folder.manifest["pictures"].get(round, {}).get(frame, {"sha256": ""})
-    return record
-
-
-def _numbers(name: str) -> tuple[str, str]:
-    """Round and frame of a picture's name, as a manifest has them."""
-    folder, file = Path(name).parts
-    return str(int(folder.removeprefix("iteration-"))), str(int(Path(file).stem.removeprefix("frame-")))
+def _recorded(folder: RunFolder, name: str) -> str | None:
+    """The sha256 of the picture that has this name now."""
+    round, frame = map(str, numbers_of(name))
+    record: Mapping[str, str] = folder.manifest["pictures"].get(round, {}).get(frame, {})
+    return record.get("sha256")
 
 
 def _sha256(data: bytes) -> str:

@@ -285,7 +285,8 @@ def shown(shelf: Shelf, drawing: Drawing, story: str) -> dict[str, Any]:
             for k, pictures in redraw.get("pictures", {}).items()
         },
         "history": {number: [str(int(frame)) for frame in frames] for number, frames in names.items()},
-        "undoable": sorted(set(notes.get("before", {})) & set(names)),
+        "appended_by": manifest.get("appended", {}),
+        "undoable": sorted(changes.undoable(manifest, notes)),
         "locked": notes.get("locked", []),
         "redraw": (request or {}).get("frames"),
         "appended": ((request or {}).get("appended") or {}).get("captions", []),
@@ -357,7 +358,7 @@ CHANGES: tuple[tuple[str, type[Any], Callable[[Shelf, str, Any], dict[str, Any]]
         "take-back",
         bodies.TakeBack,
         changes.take_back,
-        "Put the pictures back that a redraw replaced, and what the frames said",
+        "Put the pictures back that a redraw replaced, and what the frames said; frames that it appended leave the story",
     ),
 )
 

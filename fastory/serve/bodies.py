@@ -134,7 +134,8 @@ class Shown(Summary):
 
     story: as its file says it. settings: as they are drawn with, of a run. pictures: a mapping a round, of frames to the first
     hex digits of their file's hash; redrawn: the same for pictures of a redraw that is not finished. history: frames of each
-    redraw that replaced pictures, by its number; undoable: those that can be taken back.
+    redraw that replaced pictures, by its number; appended_by: frames that are there since it; undoable: redraws that can be
+    taken back.
     redraw: what frames are to say after the redraw that is under way; appended: captions that it adds.
     takes: what can be taken along now, names for /take.
     """
@@ -144,6 +145,7 @@ class Shown(Summary):
     pictures: list[dict[str, str]]
     redrawn: dict[str, dict[str, str]]
     history: dict[str, list[str]]
+    appended_by: dict[str, list[int]]
     undoable: list[str]
     locked: list[int]
     redraw: dict[str, Any] | None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from fastory.errors import InputError
@@ -30,20 +30,38 @@ def append(shelf: Shelf, story: str, body: bodies.Append) -> dict[str, Any]:
     said = shelf.said(story)
     check_story({**said, "frames": [*said["frames"], *body.captions]})
     after = len(manifest["story"]["frames"])
-    return {"kind": "redraw", "frames": {}, "appended": {"after": after, "captions": body.captions}}
+    appended = {"after": after, "captions": body.captions}
+    replaced = _replaced(shelf, story, ())
+    return {"kind": "redraw", "frames": {}, "appended": appended, "replaces": replaced}
 
 
 def take_back(shelf: Shelf, story: str, body: bodies.TakeBack) -> dict[str, Any]:
-    """The request, with what the frames of that redraw said before it, where that is known."""
-    before: dict[str, Any] | None = shelf.notes(story).get("before", {}).get(body.number)
-    manifest = shelf.manifest(story) or {}
-    if before is None or body.number not in manifest.get("history", {}):
+    """The request, with what the frames of that redraw said before it, where that is known; those it appended said nothing."""
+    manifest = _finished(shelf, story, "frames of a finished story can be redrawn")
+    before = undoable(manifest, shelf.notes(story)).get(body.number)
+    if before is None:
         raise InputError(
             f"redraw {body.number} cannot be taken back: the page did not ask for it, or it is none"
         )
-    _check_frames(shelf, story, list(map(int, before)))
-    replaced = _replaced(shelf, story, map(int, before))
+    count = len(manifest["story"]["frames"])
+    changed = [*map(int, before), *manifest.get("appended", {}).get(body.number, ())]
+    there = [frame for frame in changed if frame < count]  # others come again
+    _check_frames(shelf, story, there)
+    replaced = _replaced(shelf, story, there)
     return {"kind": "take_back", "number": body.number, "before": before, "replaces": replaced}
+
+
+def undoable(manifest: Mapping[str, Any], notes: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Redraws that can be taken back, by their number in the history: what each of their frames said before, as notes keep it.
+
+    Of one that appended frames and replaced none nothing need be known, whoever asked for it.
+    """
+    known, appended = notes.get("before", {}), manifest.get("appended", {})
+    return {
+        number: known.get(number, {})
+        for number, names in manifest.get("history", {}).items()
+        if (names and number in known) or (appended.get(number) and (number in known or not names))
+    }
 
 
 def _finished(shelf: Shelf, story: str, what: str) -> dict[str, Any]:

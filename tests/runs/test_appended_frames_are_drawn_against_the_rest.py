@@ -13,12 +13,13 @@ from PIL import Image
 from run_folders import CAPTIONS, contents, drawn, edit_manifest
 from run_folders import draw as draw_two_at_once
 
-from fastory import InputError, Story, StoryModel, generate
+from fastory import Frame, InputError, Story, StoryModel, generate
 from fastory.events import Event, FrameDrawn
 from fastory.modes.iterative import iterative
 from fastory.modes.mode import StoryPlan
 from fastory.pictures import open_picture
 from fastory.runs.manifest import read_manifest, settings_of
+from fastory.runs.take_back import take_back
 
 SHORT = Story.from_captions(CAPTIONS[:2], title="Fox")
 LONG = Story.from_captions(CAPTIONS, title="Fox")
@@ -162,4 +163,70 @@ def test_killed_at_any_operation(short: Path, model: StoryModel, tmp_path: Path,
 
     check_every_operation(
         tmp_path, lambda folder: shutil.copytree(short, folder / "run"), command, most=most, look=contents
+    )
+
+
+def but_history(folder: Path) -> dict[str, str]:
+    """All files but the manifest, which says that there was an append, and the history."""
+    return {
+        name: digest
+        for name, digest in contents(folder).items()
+        if not name.startswith("history/") and name != "manifest.json"
+    }
+
+
+def test_an_append_taken_back_leaves_the_story_as_it_was_and_can_be_had_again(
+    run: Path, short: Path, model: StoryModel
+) -> None:
+    """Nothing is drawn for either, and a file beside those that a manifest lists stays."""
+    draw(LONG, model, run, frames=[2])
+    long = but_history(run)
+    (run / "frames" / "mine.png").write_bytes(b"a diary")
+    assert take_back(run, "001", {}, {})
+    (run / "frames" / "mine.png").rename(run.parent / "mine.png")
+    assert not drawn(draw(Story.read(run / "story.yaml"), model, run))
+    assert but_history(run) == but_history(short)
+    kept = {name[12:]: digest for name, digest in contents(run).items() if name.startswith("history/002/")}
+    assert kept == {name: digest for name, digest in long.items() if name in kept} and len(kept) == 2
+    assert not take_back(run, "001", {}, {}), "it is taken back already"
+    assert take_back(run, "002", {2: Frame(CAPTIONS[2])}, {2: None})
+    assert not drawn(draw(Story.read(run / "story.yaml"), model, run))
+    assert but_history(run) == long
+
+
+def test_only_the_last_append_is_taken_back(run: Path, model: StoryModel) -> None:
+    longer = Story.from_captions([*CAPTIONS, "a fox is reading in the city"], title="Fox")
+    draw(LONG, model, run, frames=[2])
+    draw(longer, model, run, frames=[1, 3], redraw_seed=5)
+    before = contents(run)
+    with pytest.raises(InputError, match="frames 3 were appended after frames 2; take these back first"):
+        take_back(run, "001", {}, {})
+    for number, frames in (("002", {}), ("003", {}), ("001", {2: Frame("x")})):
+        with pytest.raises(InputError, match="has no redraw"):
+            take_back(run, number, frames, dict.fromkeys(frames))
+    assert contents(run) == before
+    assert take_back(run, "002", {1: Frame(CAPTIONS[1])}, {1: None}), "frame 1 as it was, frame 3 gone"
+    draw(LONG, model, run)
+    assert take_back(run, "001", {}, {})
+    draw(SHORT, model, run)
+    assert Story.read(run / "story.yaml").frames == SHORT.frames
+
+
+@pytest.mark.parametrize("most", [4, pytest.param(None, marks=pytest.mark.slow)])
+def test_taking_an_append_back_killed_at_any_operation(
+    run: Path, model: StoryModel, tmp_path: Path, most: int | None
+) -> None:
+    draw(LONG, model, run, frames=[2])
+    (run / "notes.txt").write_text("mine", encoding="utf-8")
+
+    def command(folder: Path) -> None:
+        take_back(folder / "run", "001", {}, {})
+        draw(Story.read(folder / "run" / "story.yaml"), model, folder / "run")
+
+    check_every_operation(
+        tmp_path / "trials",
+        lambda folder: shutil.copytree(run, folder / "run"),
+        command,
+        most=most,
+        look=contents,
     )

@@ -199,6 +199,12 @@ def test_nothing_moves_as_frames_arrive(page: Any, server: Server) -> None:
     page.find_element(By.ID, "append").click()
     until(lambda: len(shown(page)) == 5)
     server.until(story, "finished")
+    back = "#appended button:enabled"
+    until(lambda: page.find_element(By.CSS_SELECTOR, back).text == "Take frame 4 back")
+    page.find_element(By.CSS_SELECTOR, back).click()
+    until(lambda: page.find_element(By.CSS_SELECTOR, back).text == "Bring frame 4 back")
+    until(lambda: len(shown(page)) == 4)
+    assert len(server.ask("GET", f"/stories/{story}").json["story"]["frames"]) == 4
 
 
 def test_reload_and_a_second_tab_show_the_same_state(page: Any, server: Server) -> None:

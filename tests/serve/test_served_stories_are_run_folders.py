@@ -100,7 +100,8 @@ def test_a_story_goes_on_and_the_command_line_sees_the_same(server: Server, tmp_
         assert server.ask("POST", f"/stories/{story}/append", {"captions": captions}).status == 422
     assert server.ask("POST", f"/stories/{story}/append", {"captions": STORY["frames"][2:]}).status == 202
     shown = server.until(story, "finished")
-    assert shown["story"]["frames"] == STORY["frames"] and shown["appended"] == [] and shown["undoable"] == []
+    assert shown["story"]["frames"] == STORY["frames"] and shown["appended"] == []
+    assert shown["undoable"] == ["001"] and shown["appended_by"] == {"001": [2]}
     after = pictures(server.folder / story)
     assert {name for name in before if before[name] != after[name]} == {"sheet.png"}
     short = Story.read(server.folder / story / "story.yaml")
@@ -113,6 +114,14 @@ def test_a_story_goes_on_and_the_command_line_sees_the_same(server: Server, tmp_
     for said, more in ((short, {}), (long, {"frames": [2]})):
         list(generate(said, model=StoryModel.open("builtin"), output=tmp_path / "run", **more))
     assert pictures(tmp_path / "run") == after
+    locked = server.ask("PATCH", f"/stories/{story}", {"locked": [2]}).status
+    assert (locked, server.ask("POST", f"/stories/{story}/take-back", {"number": "001"}).status) == (200, 409)
+    server.ask("PATCH", f"/stories/{story}", {"locked": [0]})
+    for number, frames, there in (("001", 2, before), ("002", 3, after)):  # taken back, and had again
+        assert server.ask("POST", f"/stories/{story}/take-back", {"number": number}).status == 202
+        shown = server.until(story, "finished")
+        assert shown["story"]["frames"] == STORY["frames"][:frames]
+        assert pictures(server.folder / story) == there
 
 
 def test_what_is_stopped_is_as_before(server: Server) -> None:

@@ -149,7 +149,7 @@ export class Large {
 
   show() {
     const { run, index } = this;
-    if (!run.frames[index]) return;
+    if (!run.frames[index]) return this.close(); // it has left the story
     if (this.dialog.open && this.filled !== this.said() && document.activeElement !== this.text) return this.fill();
     const round = this.round ?? run.shownRound;
     const found = run.picture(index, round);

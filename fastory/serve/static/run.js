@@ -14,6 +14,9 @@ const TAKEN = [
   ["film.mp4", "Film (MP4)"],
 ];
 
+/** Frames that follow each other: 3, or 3 to 5. */
+const listed = (frames) => (frames.length > 1 ? `${frames[0]} to ${frames.at(-1)}` : String(frames[0]));
+
 function timeOf(seconds) {
   if (seconds === null || seconds === undefined) return "";
   if (seconds < 90) return `about ${Math.max(1, Math.round(seconds))} s left`;
@@ -121,6 +124,7 @@ export class Run {
     this.figures.splice(this.frames.length).forEach((parts) => parts.figure.remove()); // an append that was stopped
     this.showTakes();
     this.goOn.disabled = this.goOnAnew.disabled = story.state !== "finished";
+    this.showAppended();
     this.large.show();
   }
 
@@ -258,10 +262,30 @@ export class Run {
       await send("PUT", `/stories/${id}`, { story });
       location.hash = `#/${id}`;
     }), { className: "bare" });
+    this.backButtons = element("div", { className: "row", id: "appended" });
     return element("section", { className: "card stack" }, [
       element("h2", {}, ["Go on with the story"]), text, element("div", { className: "row" }, [this.goOn, this.goOnAnew]),
       element("p", { className: "quiet" }, ["A caption a line. New frames see the others, which stay as they are; in a new story all see each other."]),
+      this.backButtons, // last: nothing moves when they come
     ]);
+  }
+
+  /** Frames that were appended last leave the story again, and those that left it last come back. */
+  showAppended() {
+    const { story } = this;
+    const count = story.story.frames?.length ?? 0;
+    const shown = story.undoable.flatMap((number) => {
+      const appended = story.appended_by[number] ?? [];
+      const gone = (story.history[number] ?? []).map(Number).filter((frame) => frame >= count);
+      if (appended.length && appended.at(-1) === count - 1) return [[number, "Take", appended]];
+      return gone[0] === count ? [[number, "Bring", gone]] : [];
+    });
+    const latest = ["Take", "Bring"].map((verb) => shown.filter((row) => row[1] === verb).at(-1)).filter(Boolean);
+    const key = JSON.stringify([latest, story.locked, story.state]);
+    if (this.backButtons.dataset.key === key) return; // a button that is pressed stays what it is
+    this.backButtons.dataset.key = key;
+    this.backButtons.replaceChildren(...latest.map(([number, verb, frames]) => button(`${verb} ${frames.length > 1 ? "frames" : "frame"} ${listed(frames)} back`,
+      () => attempt(() => this.takeBack(number)), { className: "bare", disabled: story.state !== "finished" || frames.some((frame) => this.isLocked(frame)) })));
   }
 
   heard(event) {
