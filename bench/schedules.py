@@ -37,7 +37,7 @@ from fastory.builtin.evaluation.iterative import (
     judge,
     scores,
 )
-from fastory.builtin.evaluation.quality import calibrate, quality_scores, restore
+from fastory.builtin.evaluation.quality import calibrate, pixel_diversity, quality_scores, restore
 from fastory.events import FrameDrawn, StepDone
 from fastory.intervals import interval
 from fastory.modes.iterative import iterative
@@ -49,7 +49,17 @@ REPORTED_SEEDS = (1, 5)
 PAPER, ONE_REFERENCE = "paper's rule", "one reference"
 AGREEMENT = ("colour", "hat", "scarf")
 CAPTIONS = ("species", "place", "action", "both right")
-COLUMNS = (*AGREEMENT, *CAPTIONS, "own colours", "distinct", "purity", "patched", "edge energy", "changed")
+COLUMNS = (
+    *AGREEMENT,
+    *CAPTIONS,
+    "own colours",
+    "distinct",
+    "purity",
+    "patched",
+    "edge energy",
+    "diversity",
+    "changed",
+)
 SETTLED = 3  # the round after which no story should change its common colour
 # What of the preset `paper` is its schedule; guidance, noise and regions stay the model's own.
 SCHEDULE = (
@@ -291,6 +301,7 @@ class Search:
             drawn = draw(self.model, story, candidate)
             found = scores(judge(self.classifier, story, drawn.rounds[-1]))
             found |= quality_scores(story, drawn.rounds[-1], self.patched_below)
+            found["diversity"] = pixel_diversity(drawn.rounds[-1])
             found["changed"] = float(changed(self.classifier, story, drawn.rounds))
             self.rows.add(
                 {

@@ -12,6 +12,7 @@ from fastory.builtin.evaluation.distinct import (
     distinct_scores,
     same_mode,
     shares_of_one_look,
+    strangers_alike,
 )
 from fastory.builtin.evaluation.iterative import HeldOutStory, Judged, held_out_stories, scores
 from fastory.builtin.world.corpus import sample_tale
@@ -106,6 +107,24 @@ def test_independent_characters_come_out_at_chance() -> None:
         assert np.mean([row[f"{name} across"] for row in rows]) == pytest.approx(chance, abs=4 * deviation)
     assert np.mean([row["distinct"] for row in rows]) == pytest.approx(distinct_of_own_looks(), abs=0.03)
     assert "2000 stories of two characters" in shares_of_one_look(rows)
+
+
+def test_a_look_that_is_drawn_often_is_no_sign_that_characters_took_it_over() -> None:
+    """Nobody is compared with itself or with who is beside it, and a tie counts in parts.
+
+    Of three stories the colours are 0 and 1; 0 and 2; any of 0, 1 and 3, and 1. All hats are one, and a scarf is shared within
+    a story alone.
+    """
+    stories = [
+        judged(looking([0] * 3, None, [0] * 3), looking([1] * 3, None, [0] * 3)),
+        judged(looking([0] * 3, None, [1] * 3), looking([2] * 3, None, [1] * 3)),
+        judged(looking([0, 1, 3], None, [2] * 3), looking([1] * 3, None, [2] * 3)),
+    ]
+    found = strangers_alike(stories)
+    # 0: first with second, 1, each of them with the third's tie of three, 1/3; 1: the first's with the tie and with the last
+    assert found == pytest.approx({"colour": (1 + 2 / 3 + 1 / 3 + 1) / 12, "hat": 1, "scarf": 0})
+    line = shares_of_one_look([distinct_scores(story) for story in stories], stories)
+    assert "hat 1.000 (0.250, 1.000)" in line and "characters of different stories" in line
 
 
 def test_no_two_character_story_is_left_out() -> None:

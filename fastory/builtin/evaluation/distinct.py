@@ -2,7 +2,9 @@
 
 Agreement is the share of pairs of pictures that show the same value of an attribute: pairs of one character's appearances
 within, one of either character across. Characters of one look have as much across as within; independent characters with
-looks of their own have one over the number of values across (colour 1/6, hat and scarf 1/4). No story is left out.
+looks of their own have one over the number of values across (colour 1/6, hat and scarf 1/4) where all values are equally
+likely; what a model draws more often is shared more often, without anybody's taking it over, and characters of different
+stories tell how often. No story is left out.
 """
 
 from __future__ import annotations
@@ -35,8 +37,29 @@ def pairwise_share(values: np.ndarray) -> float:
 
 def same_mode(first: np.ndarray, second: np.ndarray) -> float:
     """The probability that two characters have one most frequent value, where each draws its own among equals."""
-    modes = [np.flatnonzero(np.bincount(values) == np.bincount(values).max()) for values in (first, second)]
-    return len(np.intersect1d(modes[0], modes[1])) / (len(modes[0]) * len(modes[1]))
+    options = int(max(first.max(), second.max())) + 1
+    return float(modes(first, options) @ modes(second, options))
+
+
+def modes(values: np.ndarray, options: int) -> np.ndarray:
+    """The probability of each of so many options to be drawn among the most frequent values, (options,)."""
+    counts = np.bincount(values, minlength=options)
+    return (counts == counts.max()) / (counts == counts.max()).sum()
+
+
+def strangers_alike(stories: Sequence[Judged]) -> dict[str, float]:
+    """The probability that two characters of different stories have one most frequent value, by attribute.
+
+    What independent characters of this model share, however often it draws which look. stories: of at least two.
+    """
+    found: dict[str, float] = {}
+    for name, options in FREE.items():
+        looks = [[modes(values, len(options)) for values in story.shown(name)] for story in stories]
+        sums = np.array([np.sum(story, 0) for story in looks])
+        counts = np.array([len(story) for story in looks])
+        alike = (sums.sum(0) ** 2).sum() - (sums**2).sum()
+        found[name] = float(alike / (counts.sum() ** 2 - (counts**2).sum()))
+    return found
 
 
 def distinct_scores(judged: Judged) -> dict[str, float]:
@@ -67,14 +90,23 @@ def distinct_of_own_looks() -> float:
     return float(np.mean([1 - chance for chance in CHANCE.values()]))
 
 
-def shares_of_one_look(rows: Sequence[dict[str, float]]) -> str:
-    """A line on how many stories end with both characters alike, beside independent characters."""
-    stories = [row for row in rows if "distinct" in row]
-    if not stories:
+def shares_of_one_look(rows: Sequence[dict[str, float]], stories: Sequence[Judged] = ()) -> str:
+    """A line on how many stories end with both characters alike, beside independent characters.
+
+    stories: those of the rows; from two on, their strangers_alike stands there, too.
+    """
+    of_two = [row for row in rows if "distinct" in row]
+    strangers = strangers_alike(stories) if len(stories) > 1 else None
+    if not of_two:
         return "no story of two characters"
-    ends = [f"{n} {np.mean([row[f'one {n}'] for row in stories]):.3f} ({CHANCE[n]:.3f})" for n in FREE]
-    distinct = np.mean([row["distinct"] for row in stories])
+    beside = {
+        name: f"{chance:.3f}" + (f", {strangers[name]:.3f}" if strangers else "")
+        for name, chance in CHANCE.items()
+    }
+    ends = [f"{n} {np.mean([row[f'one {n}'] for row in of_two]):.3f} ({beside[n]})" for n in FREE]
+    other = ", characters of different stories" if strangers else ""
+    distinct = np.mean([row["distinct"] for row in of_two])
     return (
-        f"{len(stories)} stories of two characters; both end with one (independent characters): {', '.join(ends)}; "
+        f"{len(of_two)} stories of two characters; both end with one (independent characters{other}): {', '.join(ends)}; "
         f"distinct {distinct:.3f} ({distinct_of_own_looks():.3f})"
     )

@@ -282,18 +282,19 @@ def measure(
     for number, story in enumerate(stories):
         drawn.append(draw_rounds(model, story.captions, story.seed, **settings))
         print(f"{title}: story {number + 1} of {len(stories)}", flush=True)
-    rounds = range(len(drawn[0]))
     pairs = list(zip(stories, drawn, strict=True))
+    judged = [[judge(classifier, s, pictures[k]) for s, pictures in pairs] for k in range(len(drawn[0]))]
     rows = [
         [
-            scores(judge(classifier, s, pictures[k])) | quality_scores(s, pictures[k], patched_below)
-            for s, pictures in pairs
+            scores(seen) | quality_scores(s, pictures[k], patched_below)
+            for seen, (s, pictures) in zip(seen_in_k, pairs, strict=True)
         ]
-        for k in rounds
+        for k, seen_in_k in enumerate(judged)
     ]
     by_round = [summary(row) for row in rows]
     print_rounds(f"{title}, {len(stories)} stories, rounds 0..{len(drawn[0]) - 1}", by_round)
-    print(f"first and last round:\n  {shares_of_one_look(rows[0])}\n  {shares_of_one_look(rows[-1])}")
+    ends = [shares_of_one_look(rows[k], judged[k]) for k in (0, -1)]
+    print("first and last round:", *ends, sep="\n  ")
     return drawn, by_round
 
 
