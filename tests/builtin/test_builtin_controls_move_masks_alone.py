@@ -1,4 +1,4 @@
-"""A control that does not move what it says it moves proves nothing: named stories, boxes, and where references reach."""
+"""A control that does not move what it says it moves proves nothing: named stories, boxes, where whose references reach."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from fastory import Story, StoryModel
+from fastory import Story, StoryModel, draw
 from fastory.builtin.evaluation import held_out
 from fastory.builtin.evaluation.characters import (
     Misplaced,
@@ -20,7 +21,12 @@ from fastory.builtin.evaluation.characters import (
     of_another_frame,
     swapped,
 )
-from fastory.builtin.evaluation.iterative import HeldOutStory, Judged, held_out_stories
+from fastory.builtin.evaluation.iterative import (
+    HeldOutStory,
+    Judged,
+    draw_with_foreign_references,
+    held_out_stories,
+)
 from fastory.builtin.training.encoders import label
 from fastory.modes.regions import Regions, Seen
 from fastory.settings import resolve
@@ -124,3 +130,15 @@ def test_swapped_masks_move_where_references_reach_and_nothing_else(model: Story
     assert torch.equal(exchanged[1], as_is[2]) and torch.equal(exchanged[2], as_is[1])
     later = next(seen.masks for i, seen in last.items() if i and seen.masks)
     assert torch.equal(elsewhere[1], later[own.names[0]])
+
+
+def test_another_story_s_pictures_are_all_that_the_control_shows(model: StoryModel) -> None:
+    """The first frame and the last, which would see fresh ones by the model's own rule, are what these pictures alone make."""
+    (held,) = held_out_stories(1, seed=3)
+    weight = model.defaults["iterative"]["reference_scale"]
+    alone = {"iterations": 1, "references": "all", "references_from": "last", "reference_scale": weight}
+    pictures = np.random.default_rng(0).integers(0, 256, (8, 128, 128, 3), dtype=np.uint8)
+    given = list(map(Image.fromarray, pictures))
+    wanted = draw(held.captions, model=model, seed=held.seed, batch_size=4, initial_pictures=given, **alone)
+    found = draw_with_foreign_references(model, held, pictures)
+    assert np.array_equal(found, np.stack([np.asarray(image) for image in wanted.images]))
