@@ -403,6 +403,7 @@ def _manifest(
         ),
         "history": history.encoder.config.as_dict() if history is not None else None,
         "scheduler": type(model.pipeline.scheduler).__name__,
+        **({"distilled": "lcm-lora"} if model.distilled == "lcm-lora" else {}),
         "components": dict(described),
         "parity": dict(parity),
     }

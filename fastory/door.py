@@ -60,8 +60,10 @@ def check_model(
     image_encoder: str | None = None,
     adapter: str | None = None,
     loras: Sequence[str] = (),
+    distilled: str = "auto",
 ) -> None:
     """InputError for a name that is neither of something here nor of something on a hub. loras: paths alone."""
+    settings.check_choice("distilled", distilled, "--distilled")
     if model != "builtin":
         local_model(model)
     if config is not None and not user_path(config, "--config").is_dir():

@@ -59,6 +59,7 @@ NOISES = ("shared", "per-frame")
 DTYPES = ("float32", "float16", "bfloat16")
 GRAPHS = ("auto", "off")
 COMPILE = ("auto", "on", "off")
+DISTILLED = ("auto", "lcm-lora", "none")
 
 
 @dataclass(frozen=True)
@@ -248,6 +249,7 @@ _CHOICES: Mapping[str, Collection[str]] = {
     "dtype": ("auto", *DTYPES),
     "graphs": GRAPHS,
     "compile": COMPILE,
+    "distilled": DISTILLED,
 }
 # Settings that came later, with the value under which a run is what it was before there were any.
 _LATER = {
@@ -380,8 +382,10 @@ def preset_values(preset: str, distilled: str | None, steps: int) -> Mapping[str
     if distilled is None or distilled not in FAST:
         raise InputError(
             "preset fast wants a checkpoint that was distilled for few steps: an LCM UNet (time_cond_proj_dim), a turbo model "
-            "(its own scheduler is Euler's with trailing timesteps), or an LCM-LoRA by --lora (its file, folder or hub name "
-            "says lcm). This one is none of them, and 4 steps would give noise: give one, or another preset"
+            "(its own scheduler is Euler's with trailing timesteps), an LCM-LoRA by --lora (its file, folder, hub name or "
+            "header says lcm), or one merged into it (its own scheduler is LCM's). This one says none of it, and 4 steps of a "
+            "model that was not distilled are noise: give another preset or, where the weights do hold an LCM-LoRA, "
+            "--distilled lcm-lora"
         )
     return {**PRESETS[preset], **FAST[distilled]}
 

@@ -26,7 +26,7 @@ from fastory.checkpoints.ip_adapter import (
     read_adapter_header,
 )
 from fastory.checkpoints.loading import enough_memory
-from fastory.checkpoints.lora import fuse_loras
+from fastory.checkpoints.lora import LoraFile, fuse_loras
 from fastory.checkpoints.single_file import open_single_file
 from fastory.checkpoints.weights import is_inside, is_there, read_json, tensor_shapes
 from fastory.errors import InputError
@@ -41,8 +41,9 @@ class Checkpoint:
     """The parts of a model, on the CPU, in eval mode, without gradients.
 
     The pipeline is the stock one without an IP-Adapter and without image encoder: its UNet is plain, LoRAs
-    are fused into its weights. `sources` are the weight files read, for model_hashes; `weights` the tensors of
-    each part of a pipeline that was loaded elsewhere, whose files nobody knows (checkpoint_of; on its device).
+    are fused into its weights. `sources` are the weight files read, for model_hashes, `loras` those of LoRAs among them;
+    `weights` the tensors of each part of a pipeline that was loaded elsewhere, whose files nobody knows (checkpoint_of; on its
+    device); `distilled` what the user says that they were distilled as, of settings.DISTILLED.
     """
 
     pipeline: Pipeline
@@ -54,11 +55,17 @@ class Checkpoint:
     defaults: Mapping[str, object]
     sources: tuple[Path, ...]
     weights: Mapping[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
+    loras: tuple[LoraFile, ...] = ()
+    distilled: str = "auto"
 
     @cached_property
     def hashes(self) -> dict[str, str]:
-        """sha256 of the tensors of `weights`, by part."""
-        return {part: tensors_hash(tensors) for part, tensors in self.weights.items()}
+        """sha256 of the tensors of `weights`, by part, and the weight of each LoRA."""
+        loras = {
+            f"lora {n}: {Path(lora.name).name}": f"weight {lora.weight:g}"
+            for n, lora in enumerate(self.loras)
+        }
+        return {part: tensors_hash(tensors) for part, tensors in self.weights.items()} | loras
 
 
 def open_checkpoint(
@@ -69,6 +76,7 @@ def open_checkpoint(
     image_encoder: str | Path | None = None,
     adapter: str | Path | None = None,
     loras: Sequence[tuple[str | Path, float]] = (),
+    distilled: str = "auto",
     dtype: torch.dtype = torch.float32,
     offline: bool = False,
 ) -> Checkpoint:
@@ -97,14 +105,9 @@ def open_checkpoint(
         pipeline, family, sources = _open_model(path, config, dtype, offline)
         fuse_loras(pipeline, family, lora_files)
         references = load_adapter(header, pipeline.unet, dtype) if header else None
-        history = open_history(
-            path if path.is_dir() else None,
-            causal_file,
-            pipeline.tokenizer,
-            pipeline.unet,
-            int(pipeline.unet.config.cross_attention_dim),
-            dtype,
-        )
+        text_width = int(pipeline.unet.config.cross_attention_dim)
+        parts = (pipeline.tokenizer, pipeline.unet, text_width, dtype)
+        history = open_history(path if path.is_dir() else None, causal_file, *parts)
         encoder, encoder_sources = load_image_encoder(encoder_folder, dtype) if encoder_folder else (None, ())
     return Checkpoint(
         pipeline=pipeline,
@@ -117,9 +120,11 @@ def open_checkpoint(
         sources=(
             *(*sources, *((header.path,) if header else ())),
             *encoder_sources,
-            *(file for file, _ in lora_files),
+            *(lora.path for lora in lora_files),
             *(history.sources if history else ()),
         ),
+        loras=lora_files,
+        distilled=distilled,
     )
 
 
@@ -206,13 +211,15 @@ def _named_file(
     return model / named
 
 
-def _lora_files(loras: Sequence[tuple[str | Path, float]], offline: bool) -> list[tuple[Path, float]]:
+def _lora_files(loras: Sequence[tuple[str | Path, float]], offline: bool) -> tuple[LoraFile, ...]:
     for name, weight in loras:
         if not math.isfinite(weight):
             raise InputError(f"LoRA {name}: wanted a finite weight, got {weight}")
-    located = [(weight_path(name, what="LoRA", offline=offline), weight) for name, weight in loras]
-    for file, _ in located:
-        tensor_shapes(file)
+    located = tuple(
+        LoraFile(str(name), weight_path(name, what="LoRA", offline=offline), weight) for name, weight in loras
+    )
+    for lora in located:
+        tensor_shapes(lora.path)
     return located
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,15 +18,42 @@ from peft.tuners.lora import LoraLayer
 from fastory import packages
 from fastory.checkpoints.family import Family, Pipeline
 from fastory.checkpoints.loading import loading
-from fastory.checkpoints.weights import load_finite
+from fastory.checkpoints.weights import load_finite, said_of
 from fastory.errors import InputError
 
 # The first of the two matrices of a layer, in any of the layouts.
 DOWN = re.compile(r"(lora_A|[._]down)\.weight$")
 OTHER_KINDS = {"dora_scale": "DoRA", "hada_w1": "LoHa", "lokr_w": "LoKr", "ip_adapter.": "IP-Adapter"}
+# What trainers let people say of a file in its header: kohya-ss's own keys, and those of Stability's ModelSpec. diffusers and
+# PEFT, with which LCM's authors made theirs, write nothing of the kind there.
+SAID = (
+    *("ss_output_name", "ss_training_comment"),
+    *(f"modelspec.{name}" for name in ("title", "description", "usage_hint", "tags")),
+)
+# `lcm` as a word: lcm-lora-sdv1-5, sdxl_lcm, LCMLoRA, TurboMixLCM; not calcmap.
+LCM = re.compile(r"(?<![A-Za-z])lcm(?![a-z])|LCM(?![a-z])|[Ll][Cc][Mm][-_ ]?[Ll][Oo][Rr][Aa]")
 
 
-def fuse_loras(pipeline: Pipeline, family: Family, loras: Sequence[tuple[Path, float]]) -> None:
+@dataclass(frozen=True)
+class LoraFile:
+    """A LoRA that is added `weight` times. name: as it was asked for, a file or a place on the hub."""
+
+    name: str
+    path: Path
+    weight: float
+
+    @property
+    def says_lcm(self) -> bool:
+        """Whether the file, its folder, its place on the hub or its header says that it is an LCM-LoRA (arXiv 2311.05556).
+
+        Its tensors do not: other distillations train the same layers, and are drawn otherwise.
+        """
+        said = said_of(self.path)
+        texts = (*Path(self.name).parts[-3:], *(said.get(key, "") for key in SAID))
+        return any(LCM.search(text) for text in texts)
+
+
+def fuse_loras(pipeline: Pipeline, family: Family, loras: Sequence[LoraFile]) -> None:
     """Adds weight * LoRA of every file to the UNet and the text encoders, in the pipeline's own dtype.
 
     Raises InputError for a file that is no LoRA, was made for other layers, or only partly finds its layers.
@@ -33,11 +61,11 @@ def fuse_loras(pipeline: Pipeline, family: Family, loras: Sequence[tuple[Path, f
     if not loras:
         return
     names = [f"lora_{index}" for index in range(len(loras))]
-    for name, (path, _) in zip(names, loras, strict=True):
-        _load(pipeline, family, name, path)
+    for name, lora in zip(names, loras, strict=True):
+        _load(pipeline, family, name, lora.path)
     parts = [part for part in family.parts if _lora_layers(getattr(pipeline, part))]
     with loading("The LoRAs cannot be fused"):
-        pipeline.set_adapters(names, [weight for _, weight in loras])
+        pipeline.set_adapters(names, [lora.weight for lora in loras])
         pipeline.fuse_lora(components=parts, adapter_names=names)
         pipeline.unload_lora_weights()
     for part in family.parts:

@@ -40,6 +40,12 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         raise InputError(f"{path} is not a whole safetensors file: {_reason(start, error)}") from error
 
 
+def said_of(path: Path) -> dict[str, str]:
+    """What the header of a safetensors file, of which `tensor_shapes` knows that it is one, says beside its tensors."""
+    with safe_open(path, framework="pt") as file:
+        return dict(file.metadata() or {})
+
+
 def _start(path: Path) -> bytes:
     """The first bytes of a file. InputError for one that cannot be read; a pipe would be waited for."""
     try:

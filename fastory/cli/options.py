@@ -64,6 +64,14 @@ Adapter = Annotated[str | None, option(MODEL, help="Causal: what `fastory tune` 
 Loras = Annotated[
     list[str] | None, option(MODEL, "--lora", metavar="PATH[:WEIGHT]", help="LoRA file; repeatable.")
 ]
+Distilled = Annotated[
+    str | None,
+    choice(
+        MODEL,
+        choices("distilled"),
+        help="Whether the weights hold an LCM-LoRA, for --preset fast (default auto: what the files say).",
+    ),
+]
 Offline = Annotated[bool, option(MODEL, "--offline", help="Never ask a hub.")]
 Quiet = Annotated[bool, option(OUTPUT, "--quiet", help="Print where the result is and nothing else.")]
 JsonLines = Annotated[bool, option(OUTPUT, "--json", help="Print events as JSON lines.")]
@@ -89,6 +97,7 @@ class ModelOptions:
     image_encoder: str | None = None
     adapter: str | None = None
     lora: Sequence[str] | None = None
+    distilled: str | None = None
     offline: bool = False
 
     @classmethod
@@ -106,7 +115,9 @@ class ModelOptions:
         from fastory import door
 
         named, loras = self._parts()
-        door.check_model(self.model, **named, loras=[path for path, _ in loras])
+        door.check_model(
+            self.model, **named, loras=[path for path, _ in loras], distilled=self.distilled or "auto"
+        )
 
     def _parts(self) -> tuple[dict[str, Any], list[tuple[str, float]]]:
         named = {name: getattr(self, name) for name in ("config", "ip_adapter", "image_encoder", "adapter")}
@@ -121,8 +132,9 @@ class ModelOptions:
         quiet_libraries()
         from fastory.models.torch_model import StoryModel
 
-        placed = {"device": device, "dtype": dtype, "graphs": graphs, "compile": compile}
-        return StoryModel.open(self.model, **named, loras=loras, **placed, offline=self.offline)
+        placed: dict[str, Any] = {"device": device, "dtype": dtype, "graphs": graphs, "compile": compile}
+        said: dict[str, Any] = {"distilled": self.distilled or "auto", "offline": self.offline}
+        return StoryModel.open(self.model, loras=loras, **named, **placed, **said)
 
 
 def open_engine(folder: Path, device: str, dtype: str, trust_cache: bool) -> Any:

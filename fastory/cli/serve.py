@@ -13,6 +13,7 @@ from fastory.cli.options import (
     Adapter,
     Config,
     Device,
+    Distilled,
     Dtype,
     ImageEncoder,
     IpAdapter,
@@ -37,6 +38,7 @@ def serve(
     image_encoder: ImageEncoder = None,
     adapter: Adapter = None,
     lora: Loras = None,
+    distilled: Distilled = None,
     offline: Offline = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -67,7 +69,7 @@ def serve(
             raise InputError(
                 "--token: wanted at least 16 letters and digits, as whoever knows it may draw and delete"
             )
-        options = ModelOptions(model, config, ip_adapter, image_encoder, adapter, lora, offline)
+        options = ModelOptions(model, config, ip_adapter, image_encoder, adapter, lora, distilled, offline)
         opened = arguments(options, device, dtype)
         if offline:
             os.environ["HF_HUB_OFFLINE"] = "1"
@@ -95,12 +97,14 @@ def arguments(options: ModelOptions, device: str, dtype: str) -> dict[str, objec
 
     loras = [parse_lora(text) for text in options.lora or []]
     named = {name: getattr(options, name) for name in ("config", "ip_adapter", "image_encoder", "adapter")}
-    door.check_model(options.model, **named, loras=[path for path, _ in loras])
+    distilled = options.distilled or "auto"
+    door.check_model(options.model, **named, loras=[path for path, _ in loras], distilled=distilled)
     plain = {name: None if value is None else str(value) for name, value in named.items()}
     return {
         **plain,
         "model": options.model,
         "loras": loras,
+        "distilled": distilled,
         "device": device,
         "dtype": dtype,
         "offline": options.offline,

@@ -87,7 +87,7 @@ class EngineModel:
         )
         scheduler = open_scheduler(folder.path / "scheduler", manifest["scheduler"])
         self.scheduler_config: Mapping[str, Any] = scheduler.config
-        self.distilled = distilled_as(self.sizes, scheduler, ())
+        self.distilled = distilled_as(self.sizes, scheduler, said=manifest.get("distilled") or "auto")
         self.vae_image_processor = VaeImageProcessor(vae_scale_factor=self.vae_factor)
         self.history = None if manifest["history"] is None else self._history()
         self.image_processor = self._feature_extractor()

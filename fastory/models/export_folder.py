@@ -120,6 +120,7 @@ class DrawableManifest(ExportManifest):
     force_zeros_for_empty_prompt: StrictBool
     history: dict[str, Any] | None
     scheduler: Literal[SCHEDULERS]  # type: ignore[valid-type]
+    distilled: Literal["lcm-lora"] | None = None  # since 2026-11
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -273,15 +273,18 @@ class Model(Protocol):
         """SDXL's text_embeds and time_ids of one row. width, height: in pixels."""
 
 
-def distilled_as(sizes: UnetSizes, scheduler: Any, loras: Iterable[object]) -> str | None:
-    """A name of presets.FAST, or None. scheduler: the checkpoint's own, with which it was distilled; loras: as asked for.
+def distilled_as(sizes: UnetSizes, scheduler: Any, lcm_lora: bool = False, said: str = "auto") -> str | None:
+    """A name of presets.FAST, or None. scheduler: the checkpoint's own, with which it was distilled. lcm_lora: one is added.
 
-    LCM UNets take the guidance scale as an input. SD-Turbo and SDXL-Turbo come with Euler schedulers of trailing timesteps. A
-    LoRA's file says nothing of what it was trained for: its name, its folder's or its place on the hub has to.
+    LCM UNets take the guidance scale as an input. A checkpoint with an LCM-LoRA merged into it comes with LCM's scheduler.
+    SD-Turbo and SDXL-Turbo come with Euler schedulers of trailing timesteps. said: by the user, settings.DISTILLED, who knows
+    better; but for an LCM UNet, which nothing else can draw with.
     """
     if sizes.guidance_embedding is not None:
         return "lcm"
-    if any("lcm" in str(name).lower() for name in loras):
+    if said != "auto":
+        return None if said == "none" else said
+    if lcm_lora or type(scheduler).__name__ == "LCMScheduler":
         return "lcm-lora"
     turbo = {"EulerDiscreteScheduler": "euler", "EulerAncestralDiscreteScheduler": "euler-ancestral"}
     name, config = turbo.get(type(scheduler).__name__), scheduler.config

@@ -98,6 +98,7 @@ class StoryModel:
         dtype: str = "auto",
         graphs: str = "auto",
         compile: str = "auto",
+        distilled: str = "auto",
         offline: bool = False,
     ) -> StoryModel:
         """Open `builtin`, a diffusers folder, a .safetensors file (with `config`) or a hub id.
@@ -108,9 +109,11 @@ class StoryModel:
         loras: (path, weight) pairs, in effect before any K and V are projected. device: auto, cpu, cuda or cuda:N.
         dtype: auto, float32, float16 or bfloat16. graphs: auto (CUDA graphs on CUDA) or off.
         compile: torch.compile of the UNet's blocks, auto (on CUDA, where a run is long enough), on or off.
+        distilled: for few steps; auto for what the files say, lcm-lora for weights that hold one, or none.
         Raises InputError for anything that cannot be used.
         """
         check_choice("compile", compile, "--compile")
+        check_choice("distilled", distilled, "--distilled")
         placement = choose_placement(device, dtype, graphs)
         check_kernels(placement.device)
         options: dict[str, Any] = {
@@ -119,6 +122,7 @@ class StoryModel:
             "image_encoder": image_encoder,
             "adapter": adapter,
             "loras": loras,
+            "distilled": distilled,
             "offline": offline,
         }
         checkpoint = open_checkpoint(model, dtype=placement.dtype, **options)
@@ -129,16 +133,17 @@ class StoryModel:
         return opened
 
     @classmethod
-    def from_pipeline(cls, pipe: Any, *, graphs: str = "auto") -> StoryModel:
+    def from_pipeline(cls, pipe: Any, *, graphs: str = "auto", distilled: str = "auto") -> StoryModel:
         """A model of a loaded StableDiffusionPipeline or StableDiffusionXLPipeline, with its LoRAs and IP-Adapter.
 
         It draws on the pipeline's device and in the type of its UNet, over the same memory; the pipeline itself never
         changes and can draw between stories. Copies are: weights under a LoRA, merged as it is weighted now, SDXL's VAE
         where the UNet is in float16, and on CUDA those of self-attention's Q, K and V. The scale of references is the
         settings', not that of set_ip_adapter_scale. While the model is in use, leave the pipeline's weights as they are.
-        Raises InputError for what cannot be used.
+        distilled: as of `open`. Raises InputError for what cannot be used.
         """
-        checkpoint = checkpoint_of(pipe)
+        check_choice("distilled", distilled, "distilled")
+        checkpoint = replace(checkpoint_of(pipe), distilled=distilled)
         unet = checkpoint.pipeline.unet
         placement = choose_placement(str(unet.device), str(unet.dtype).removeprefix("torch."), graphs)
         check_kernels(placement.device)
@@ -183,18 +188,13 @@ class StoryModel:
     @property
     def distilled(self) -> str | None:
         """What the checkpoint was distilled for few steps as."""
-        loras = (self.options or {}).get("loras", ())
-        named = [Path(*Path(path).parts[-3:]) for path, _ in loras]
-        return distilled_as(self.sizes, self.pipeline.scheduler, named)
+        lcm_lora = any(lora.says_lcm for lora in self.checkpoint.loras)
+        return distilled_as(self.sizes, self.pipeline.scheduler, lcm_lora, self.checkpoint.distilled)
 
     @property
     def hashes(self) -> dict[str, str]:
         """sha256 of every weight file that was opened, by name, and the weight of each LoRA."""
-        loras = (self.options or {}).get("loras", ())
-        weights = {
-            f"lora {n}: {Path(path).name}": f"weight {weight:g}" for n, (path, weight) in enumerate(loras)
-        }
-        return {**model_hashes(self.checkpoint.sources), **self.checkpoint.hashes, **weights}
+        return {**model_hashes(self.checkpoint.sources), **self.checkpoint.hashes}
 
     @property
     def requested_dtype(self) -> str | None:

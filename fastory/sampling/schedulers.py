@@ -29,8 +29,8 @@ def make_scheduler(model: Model, name: str) -> Any:
     if row.distilled and model.distilled not in ("lcm", "lcm-lora"):
         raise InputError(
             f"scheduler {name} wants a UNet distilled for it (time_cond_proj_dim), or an LCM-LoRA; {model.name} has none. "
-            "Give an LCM UNet with --model, an LCM-LoRA (its file, folder or hub name says lcm) with --lora, or another "
-            "--scheduler."
+            "Give an LCM UNet with --model, an LCM-LoRA (its file, folder, hub name or header says lcm; else --distilled "
+            "lcm-lora does) with --lora, or another --scheduler."
         )
     kind, config = getattr(diffusers, row.kind), {**model.scheduler_config, **row.config}
     if "clip_sample" in inspect.signature(kind).parameters:

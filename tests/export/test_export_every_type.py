@@ -20,7 +20,7 @@ pytest.importorskip("onnxruntime", reason="exported graphs run on ONNX Runtime")
 
 
 def exported(dtype: str, folder: Path) -> tuple[list[object], dict]:
-    model = StoryModel.open(device="cpu", dtype=dtype)
+    model = StoryModel.open(device="cpu", dtype=dtype, distilled="lcm-lora")
     events = list(export_onnx(model, folder))
     return events, json.loads((folder / "fastory.json").read_text())
 
@@ -41,6 +41,7 @@ def test_float16_is_measured_and_draws(tmp_path: Path) -> None:
     assert {one["component"] for one in manifest["parity"]["measured"]} == set(manifest["components"])
     assert types_of(tmp_path / "half", "unet") == {TensorProto.FLOAT16}
     engine = EngineModel.open_engine(tmp_path / "half", device="cpu")
+    assert manifest["distilled"] == engine.distilled == "lcm-lora"
     events = generate(STORY, model=engine, steps=3, iterations=1)
     drawn = [one for one in events if isinstance(one, FrameDrawn)]
     assert len(drawn) == 2

@@ -69,6 +69,15 @@ def test_a_changed_folder_is_refused(copy: Path, damage: Callable[[Path], object
         EngineModel.open_engine(copy)
 
 
+def test_an_export_keeps_what_its_weights_were_distilled_as(copy: Path) -> None:
+    assert EngineModel.open_engine(copy).distilled is None
+    edit(copy, distilled="lcm-lora")
+    assert EngineModel.open_engine(copy).distilled == "lcm-lora"
+    edit(copy, distilled="a star")
+    with pytest.raises(InputError, match=r"fastory\.json.*distilled"):
+        EngineModel.open_engine(copy)
+
+
 def test_sizes_beyond_the_graphs_are_refused_before_drawing(export_folder: Path, tmp_path: Path) -> None:
     engine = EngineModel.open_engine(export_folder)
     for settings, said in (

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import LCMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, LCMScheduler, StableDiffusionPipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 
 from fastory import InputError, Story, StoryModel
+from fastory.checkpoints.lora import LoraFile
 from fastory.models.protocol import UnetSizes, distilled_as
 from fastory.modes.iterative import prepare_round
 from fastory.modes.mode import StoryPlan
@@ -44,6 +46,12 @@ def lora(folder: Path, path: Path) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def plain_lora(sd15_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA of which neither name nor header says anything, as diffusers writes it."""
+    return lora(sd15_folder, tmp_path_factory.mktemp("loras") / "pytorch_lora_weights.safetensors")
+
+
 def fast(model: StoryModel) -> tuple[str, int, float]:
     settings = resolve_story(model, STORY, {"iterations": 0}, preset="fast").settings
     return settings.scheduler, settings.steps, settings.guidance_scale
@@ -70,8 +78,81 @@ def test_what_was_not_distilled_is_refused(sd15_folder: Path, tmp_path: Path) ->
 
 
 def test_an_lcm_unet_takes_the_guidance_as_an_input() -> None:
-    assert distilled_as(UnetSizes(4, 320, 256, None), LCMScheduler(), ()) == "lcm"
-    assert distilled_as(UnetSizes(4, 320, None, None), LCMScheduler(), ()) is None
+    lcm, plain = UnetSizes(4, 320, 256, None), UnetSizes(4, 320, None, None)
+    assert distilled_as(lcm, LCMScheduler()) == distilled_as(lcm, DDIMScheduler(), said="none") == "lcm"
+    assert (
+        distilled_as(plain, LCMScheduler()) == "lcm-lora"
+    )  # merged into it: no other model comes with LCM's
+    assert distilled_as(plain, DDIMScheduler()) is None
+
+
+def said(path: Path, **metadata: str) -> Path:
+    """The same tensors, under a header that says more."""
+    save_file(load_file(path), path, metadata)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "header"),
+    [
+        ("lcm-lora-sdv1-5/pytorch_lora_weights.safetensors", {}),
+        ("TurboMixLCM.safetensors", {}),
+        ("lcmlora.safetensors", {}),
+        ("style.safetensors", {"ss_output_name": "my_lcm_v2"}),
+        ("style.safetensors", {"modelspec.title": "LCM LoRA"}),
+        ("style.safetensors", {"modelspec.usage_hint": "LCM scheduler, 4 steps"}),
+    ],
+    ids=["folder", "end", "one-word", "kohya", "modelspec-title", "modelspec-hint"],
+)
+def test_an_lcm_lora_is_known_by_its_name_or_its_header(
+    plain_lora: Path, tmp_path: Path, name: str, header: dict[str, str]
+) -> None:
+    path = tmp_path / "one" / "two" / "three" / name  # the name of this test is none of the last parts
+    path.parent.mkdir(parents=True)
+    shutil.copy(plain_lora, path)
+    assert LoraFile(str(path), said(path, **header), 1.0).says_lcm
+
+
+@pytest.mark.parametrize(
+    ("name", "header"),
+    [
+        ("calcmap.safetensors", {}),
+        ("hyper-sd15-4steps.safetensors", {"modelspec.title": "Hyper-SD", "ss_output_name": "malcmud"}),
+        ("style.safetensors", {"ss_tag_frequency": "{'lcm': 3}"}),  # of its training pictures
+    ],
+    ids=["in-a-word", "other-distillation", "tags"],
+)
+def test_no_other_lora_is_taken_for_one(
+    plain_lora: Path, tmp_path: Path, name: str, header: dict[str, str]
+) -> None:
+    path = Path(shutil.copy(plain_lora, tmp_path / name))
+    assert not LoraFile(name, said(path, **header), 1.0).says_lcm
+
+
+def test_what_the_user_says_counts_before_the_files(sd15_folder: Path, plain_lora: Path) -> None:
+    """A LoRA that says nothing is refused, with what to do; then that is done. And a name that lies is overruled."""
+    with pytest.raises(InputError, match=r"says none of it.*--distilled lcm-lora"):
+        fast(StoryModel.open(sd15_folder, loras=[(plain_lora, 1.0)]))
+    known = StoryModel.open(sd15_folder, loras=[(plain_lora, 1.0)], distilled="lcm-lora")
+    assert fast(known) == ("lcm", 4, 1.0)
+    again = known.on({"device": "cpu", "dtype": "float16", "graphs": False})  # opened anew, as it was
+    assert again is not known and again.distilled == "lcm-lora"
+    lying = plain_lora.with_name("lcm.safetensors")
+    shutil.copy(plain_lora, lying)
+    with pytest.raises(InputError, match="preset fast wants"):
+        fast(StoryModel.open(sd15_folder, loras=[(lying, 1.0)], distilled="none"))
+    with pytest.raises(InputError, match="--distilled: wanted one of auto, lcm-lora, none, got"):
+        StoryModel.open(sd15_folder, distilled="turbo")
+
+
+def test_a_loaded_pipeline_says_it_by_its_scheduler(sd15_folder: Path) -> None:
+    """As diffusers' guide has it: the LoRA loaded under any name, and LCM's scheduler."""
+    pipe = StableDiffusionPipeline.from_pretrained(sd15_folder)
+    with pytest.raises(InputError, match="preset fast wants"):
+        fast(StoryModel.from_pipeline(pipe))
+    assert fast(StoryModel.from_pipeline(pipe, distilled="lcm-lora")) == ("lcm", 4, 1.0)
+    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
+    assert fast(StoryModel.from_pipeline(pipe)) == ("lcm", 4, 1.0)
 
 
 def test_an_lcm_lora_draws_what_diffusers_draws(sd15_folder: Path, tmp_path: Path) -> None:
