@@ -85,11 +85,12 @@ def one_onnx_component(place: Path) -> None:
     import torch
 
     from fastory import StoryModel
+    from fastory.export.choices import Groups
     from fastory.export.graphs import components
     from fastory.export.onnx import export_component
 
     model = StoryModel.open("builtin", device="cpu", dtype="float32")
-    component = next(one for one in components(model, 1) if one.name == "text_encoder")
+    component = next(one for one in components(model, Groups()) if one.name == "text_encoder")
     export_component(component, place, 1, "ort")
     session = onnxruntime.InferenceSession(str(place / "text_encoder.onnx"))
     inputs = component.sample(component.traced, 0)

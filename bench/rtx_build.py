@@ -30,6 +30,7 @@ def export(folder: Path) -> None:
 
     from fastory import StoryModel
     from fastory.export import unets
+    from fastory.export.choices import Groups
     from fastory.export.onnx import export_component
     from fastory.models.export_folder import hashes_of, write_manifest
     from fastory.processors.projected import CrossAttentionLayers
@@ -46,7 +47,7 @@ def export(folder: Path) -> None:
         [layer.attn.to_v.weight for layer in plain.layers],
     )
     model.unet, model.layers = unet, CrossAttentionLayers(unet, *adapter)
-    component = unets.unet(model, 1)
+    component = unets.unet(model, Groups())
     folder.mkdir(parents=True, exist_ok=True)
     described = export_component(component, folder, 1, "ort")
     parameters = sum(parameter.numel() for parameter in unet.parameters())

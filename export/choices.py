@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from fastory.errors import InputError
@@ -10,6 +11,29 @@ from fastory.errors import InputError
 Bounds = tuple[int, int]
 
 BINDINGS = ("ort", "portable", "trt")  # what computes an attention node
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Groups of references that a UNet takes, a number that is fixed in its graph.
+
+    shown: the frames, and one for every character with pictures. characters: further ones, of characters' own appearances;
+    with them every group has masks, which are inputs of the graph.
+    """
+
+    shown: int = 1
+    characters: int = 0
+
+    @property
+    def count(self) -> int:
+        """G."""
+        return self.shown + self.characters
+
+    @property
+    def masked(self) -> bool:
+        """Whether groups reach a part of the picture."""
+        return self.characters > 0
+
 
 SIDES = ("height", "width")
 NAMES = ("batch", *SIDES, "text", "references", "keys")
@@ -64,9 +88,11 @@ def check_is_no_file(folder: Path) -> None:
         raise InputError(f"{folder} is a file; wanted a folder, or a name that is free")
 
 
-def check_binding(binding: str, groups: int) -> None:
+def check_binding(binding: str, groups: Groups) -> None:
     """InputError for what computes no attention node, and for less than one group of references."""
     if binding not in BINDINGS:
         raise InputError(f"--bind: wanted one of {', '.join(BINDINGS)}, got {binding!r}")
-    if groups < 1:
-        raise InputError(f"--groups: wanted 1 or more, got {groups}")
+    if groups.shown < 1:
+        raise InputError(f"--groups: wanted 1 or more, got {groups.shown}")
+    if groups.characters < 0:
+        raise InputError(f"--characters: wanted 0 or more, got {groups.characters}")

@@ -96,6 +96,11 @@ def random_mask(generator: torch.Generator, shape: tuple[int, ...]) -> Tensor:
     return chosen
 
 
+def random_shares(generator: torch.Generator, shape: tuple[int, ...]) -> Tensor:
+    """Fractions, 0 and 1 among them: a third each."""
+    return (3 * torch.rand(shape, generator=generator) - 1).clamp(0, 1)
+
+
 def random_padding(generator: torch.Generator, shape: tuple[int, ...]) -> Tensor:
     """True for about half; the first of several rows all True: it sees nothing."""
     return ~random_mask(generator, shape)

@@ -155,16 +155,54 @@ class _VaeDecoder(nn.Module):
         return pixels
 
 
+class _VaeEncoder(nn.Module):
+    """The encoding half: the middle of the distribution that it gives."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """pixels (B, 3, H, W) -> latents (B, c, h, w)."""
+        latents: Tensor = self.vae.encode(pixels).latent_dist.mode()
+        return latents
+
+
 def vae_decoder(model: StoryModel) -> Component:
     """latents as the VAE takes them -> pixels about -1 .. 1."""
+    latents, pixels = _sides(model)
+    inputs = {"latents": Input(latents, model.vae.dtype)}
+    return _autoencoder("vae_decoder", model, _VaeDecoder(model.vae), inputs, {"pixels": pixels})
+
+
+def vae_encoder(model: StoryModel) -> Component:
+    """pixels about -1 .. 1 -> latents as the VAE gives them."""
+    latents, pixels = _sides(model)
+    inputs = {"pixels": Input(pixels, model.vae.dtype)}
+    return _autoencoder("vae_encoder", model, _VaeEncoder(model.vae), inputs, {"latents": latents})
+
+
+def _sides(model: StoryModel) -> tuple[tuple[Axis, ...], tuple[Axis, ...]]:
+    """Axes of latents and of their pixels."""
     channels, factor = int(model.vae.config.latent_channels), model.vae_factor
-    height, width = (side // factor for side in reversed(model.native_size))
+    return ("batch", channels, "height", "width"), ("batch", 3, f"{factor}*height", f"{factor}*width")
+
+
+def _autoencoder(
+    name: str,
+    model: StoryModel,
+    module: nn.Module,
+    inputs: dict[str, Input],
+    outputs: dict[str, tuple[Axis, ...]],
+) -> Component:
+    """One half of the autoencoder; sizes count latents."""
+    height, width = (side // model.vae_factor for side in reversed(model.native_size))
     checks = [(1, min(height, 16), min(width, 16)), (2, 8, 12), (3, 12, 4)]
     return Component(
-        "vae_decoder",
-        _VaeDecoder(model.vae),
-        {"latents": Input(("batch", channels, "height", "width"), model.vae.dtype)},
-        {"pixels": ("batch", 3, f"{factor}*height", f"{factor}*width")},
+        name,
+        module,
+        inputs,
+        outputs,
         {"batch": RANGES["batch"], "height": (1, 512), "width": (1, 512)},
         {"batch": 2, "height": 6, "width": 10},
         [dict(zip(("batch", "height", "width"), sizes, strict=True)) for sizes in checks],

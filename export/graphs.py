@@ -6,6 +6,7 @@ text_projector                  caption tokens -> every layer's K and V, side by
 reference_projector             reference tokens -> the same through the IP-Adapter
 unet                            latents and contexts, K and V only -> prediction
 vae_decoder                     latents -> pixels
+vae_encoder                     pixels -> latents, where characters' own references are asked for, who are found in pictures
 and of causal mode, whose UNet has updates of its own:
 unet_causal, text_projector_causal, history_encoder, history_keys_values, history_attention, history_adapter
 """
@@ -17,6 +18,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from fastory.errors import InputError
+from fastory.export.choices import Groups
 from fastory.export.component import Component
 from fastory.export.encoders import (
     image_encoder,
@@ -24,14 +26,15 @@ from fastory.export.encoders import (
     text_encoders,
     text_projector,
     vae_decoder,
+    vae_encoder,
 )
 from fastory.export.history import history
 from fastory.export.unets import unet, unet_causal
 from fastory.models.torch_model import StoryModel
 
 
-def components(model: StoryModel, groups: int) -> Iterator[Component]:
-    """Everything that a run of `model` computes. groups: G, of the UNet with references."""
+def components(model: StoryModel, groups: Groups) -> Iterator[Component]:
+    """Everything that a run of `model` computes. groups: of the UNet with references."""
     if model.device.type != "cpu":
         raise InputError(
             f"export wants the model on the CPU, where the graphs are traced; it is on {model.device}"
@@ -45,6 +48,8 @@ def components(model: StoryModel, groups: int) -> Iterator[Component]:
         yield text_projector("text_projector", model)
         yield unet(model, groups)
     yield vae_decoder(model)
+    if groups.masked:
+        yield vae_encoder(model)
     if causal:
         tuned = model.causal
         yield text_projector("text_projector_causal", tuned)

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from fastory import __version__, files, packages
 from fastory.errors import InputError
-from fastory.export.choices import check_binding, check_is_no_file
+from fastory.export.choices import Groups, check_binding, check_is_no_file
 from fastory.export.component import Component
 from fastory.export.graphs import components, constants
 from fastory.export.parity import Parity, measure_apart, measure_folder, refuse_apart
@@ -81,24 +81,28 @@ def export_onnx(
     output: str | Path | None = None,
     *,
     groups: int = 1,
+    characters: int = 0,
     binding: str = "ort",
     overwrite: bool = False,
 ) -> Iterator[Event]:
     """Export `model`, which lies on the CPU in the wanted type; yields events, the last one Finished.
 
-    output: ./engines/<model>-<hash> by default. groups: G, groups of references (frames are one, every character with
-    pictures one more). binding: ort, portable or trt. The same call on a finished export only changes its binding.
+    output: ./engines/<model>-<hash> by default. groups: of references (frames are one, every character with pictures one
+    more). characters: further groups for characters' own appearances, with whom masks are inputs of the UNet's graph.
+    binding: ort, portable or trt. The same call on a finished export only changes its binding.
     overwrite: replace an export that is there, once the new one is whole; a folder with files of others is refused.
     Everything is checked before the first event: raises InputError. While exporting, raises FastoryError for a full disk,
     for a folder that another process exports into, and for a graph that does not compute what torch computes; what was
     written is taken away again.
     """
     packages.require("an export", "onnx", "onnx", "onnxscript", "onnxruntime")
-    check_binding(binding, groups)
+    wanted = Groups(groups, characters)
+    check_binding(binding, wanted)
     identity = {
         "model": model.hashes,
         "dtype": model.placement.dtype_name,
         "groups": groups,
+        **({"characters": characters} if characters else {}),
         "fastory": __version__,
     }
     folder = Path(output) if output else default_folder(model, identity)
@@ -106,7 +110,7 @@ def export_onnx(
     there = _existing(folder, identity, overwrite)
     if there is None:
         _room_for(model, folder)
-        return _export(model, folder, identity, groups, binding)
+        return _export(model, folder, identity, wanted, binding)
     return _rebind(there, binding)
 
 
@@ -157,7 +161,7 @@ def _room_for(model: StoryModel, folder: Path) -> None:
 
 
 def _export(
-    model: StoryModel, folder: Path, identity: Mapping[str, Any], groups: int, binding: str
+    model: StoryModel, folder: Path, identity: Mapping[str, Any], groups: Groups, binding: str
 ) -> Iterator[Event]:
     """Everything in a folder beside its place, renamed once it is good."""
     with files.disk_errors(folder, "Nothing of it is left."):
@@ -174,7 +178,7 @@ def _export(
 
 
 def _fill(
-    model: StoryModel, folder: Path, identity: Mapping[str, Any], groups: int, binding: str
+    model: StoryModel, folder: Path, identity: Mapping[str, Any], groups: Groups, binding: str
 ) -> Iterator[Event]:
     """All files of an export, compared with torch, in a folder that does not stand in its place yet."""
     described: dict[str, Any] = {}
@@ -182,7 +186,7 @@ def _fill(
     runs = "ort" if binding == "trt" else binding
     for component in components(model, groups):
         started = time.monotonic()
-        described[component.name] = export_component(component, folder, groups, runs)
+        described[component.name] = export_component(component, folder, groups.count, runs)
         size = (folder / f"{component.name}.onnx.data").stat().st_size
         yield Exported(component.name, time.monotonic() - started, size)
     _write_beside(model, folder)
@@ -190,8 +194,9 @@ def _fill(
     yield Compared(len(found), max(found, key=lambda parity: parity.share) if found else None)
     if runs != binding:
         for component in described.values():
-            bind_graph(folder / component["file"], folder / component["file"], binding, groups, model.dtype)
-    record = _parity_record(model, found)
+            graph = folder / component["file"]
+            bind_graph(graph, graph, binding, groups.count, model.dtype)
+    record = _parity_record(model, found, groups)
     manifest = _manifest(model, identity, groups, binding, described, record)
     write_manifest(folder, {**manifest, "files": hashes_of(folder)})
 
@@ -314,7 +319,7 @@ def _write_beside(model: StoryModel, folder: Path) -> None:
     files.write(folder / "constants.safetensors", lambda path: save_file(tensors, path))
 
 
-def compare(model: StoryModel, folder: Path, groups: int) -> list[Parity]:
+def compare(model: StoryModel, folder: Path, groups: Groups) -> list[Parity]:
     """Parity of every component; FastoryError where one does not agree. Empty in bfloat16, which no CPU runtime has."""
     if model.dtype == torch.bfloat16:
         return []
@@ -327,18 +332,18 @@ def compare(model: StoryModel, folder: Path, groups: int) -> list[Parity]:
     return found
 
 
-def _parity_record(model: StoryModel, found: list[Parity]) -> dict[str, Any]:
+def _parity_record(model: StoryModel, found: list[Parity], groups: Groups) -> dict[str, Any]:
     """The comparisons as fastory.json holds them; in bfloat16 those of an export of the same weights in float32."""
     if model.dtype != torch.bfloat16:
         return {"measured": [asdict(parity) for parity in found]}
     return {
         "measured": [],
         "not run": "no CPU runtime",
-        "float32 twin": [asdict(parity) for parity in _float32_parity(model)],
+        "float32 twin": [asdict(parity) for parity in _float32_parity(model, groups)],
     }
 
 
-def _float32_parity(model: StoryModel) -> list[Parity]:
+def _float32_parity(model: StoryModel, groups: Groups) -> list[Parity]:
     """Parity of the same checkpoint in float32, exported aside and thrown away."""
     import tempfile
 
@@ -348,15 +353,15 @@ def _float32_parity(model: StoryModel) -> list[Parity]:
         )
     wide = StoryModel.open(**model.options, device="cpu", dtype="float32")
     with tempfile.TemporaryDirectory(prefix="fastory-float32-") as aside:
-        for component in components(wide, 1):
-            export_component(component, Path(aside), 1, "ort")
-        return compare(wide, Path(aside), 1)
+        for component in components(wide, groups):
+            export_component(component, Path(aside), groups.count, "ort")
+        return compare(wide, Path(aside), groups)
 
 
 def _manifest(
     model: StoryModel,
     identity: Mapping[str, Any],
-    groups: int,
+    groups: Groups,
     binding: str,
     described: Mapping[str, Any],
     parity: Mapping[str, Any],
@@ -377,7 +382,8 @@ def _manifest(
         "dtype": model.placement.dtype_name,
         "opset": OPSET,
         "binding": binding,
-        "groups": groups,
+        "groups": groups.count,
+        **({"characters": groups.characters} if groups.masked else {}),
         "tokens_per_ref": model.tokens_per_ref,
         "size_factor": model.size_factor,
         "vae_factor": model.vae_factor,

@@ -30,6 +30,7 @@ GRCA, BANDED = "grca", "banded_causal_attention"
 EVERYTHING = 2**40  # frames of a window without limit, and queries of a group that holds them all
 
 GRCA_INPUTS = ("q", "k_text", "v_text", "k_ref", "v_ref", "scale", "ref_offsets", "ref_visible")
+MASKED_INPUTS = (*GRCA_INPUTS, "mask")  # of a UNet whose groups reach a part of the picture
 BANDED_INPUTS = ("q", "k", "v", "key_padding")
 BANDED_ATTRIBUTES = ("group_size", "window", "query_group", "query_group_size", "prefix")
 _TYPES = {
@@ -37,6 +38,7 @@ _TYPES = {
     "ref_offsets": "tensor(int32)",
     "ref_visible": "tensor(bool)",
     "key_padding": "tensor(bool)",
+    "mask": "tensor(float)",
 }
 _ONNX_TYPES = {torch.float32: "FLOAT", torch.float16: "FLOAT16", torch.bfloat16: "BFLOAT16"}
 
@@ -44,19 +46,27 @@ _ONNX_TYPES = {torch.float32: "FLOAT", torch.float16: "FLOAT16", torch.bfloat16:
 def register_schemas() -> None:
     """Tell onnx the signatures of both operators; the exporter refuses a node that has none."""
     for name, inputs, attributes in (
-        (GRCA, GRCA_INPUTS, ("tokens_per_ref",)),
+        (GRCA, MASKED_INPUTS, ("tokens_per_ref",)),
         (BANDED, BANDED_INPUTS, BANDED_ATTRIBUTES),
     ):
         if defs.has(name, DOMAIN):
             continue
         formal, integer = defs.OpSchema.FormalParameter, defs.OpSchema.AttrType.INT
+        option = defs.OpSchema.FormalParameterOption
         floats = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
         schema = defs.OpSchema(
             name,
             DOMAIN,
             VERSION,
             "",
-            inputs=[formal(name, _TYPES.get(name, "T")) for name in inputs],
+            inputs=[
+                formal(
+                    name,
+                    _TYPES.get(name, "T"),
+                    param_option=option.Optional if name == "mask" else option.Single,
+                )
+                for name in inputs
+            ],
             outputs=[formal("out", "T")],
             type_constraints=[("T", floats, "")],
             attributes=[defs.OpSchema.Attribute(name, integer, "", required=True) for name in attributes],
@@ -73,10 +83,11 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         q, k_text, v_text, k_ref, v_ref, scale, tokens_per_ref, ref_offsets, ref_visible, mask,
         ref_ranges=None, backend=None,
     ):  # fmt: skip  # symbolic tensors; the body of a graph reads the flags
-        if ref_offsets is None or ref_visible is None or mask is not None:
-            raise ValueError("grca is exported with ref_offsets and ref_visible, and without mask")
+        if ref_offsets is None or ref_visible is None:
+            raise ValueError("grca is exported with ref_offsets and ref_visible")
         inputs = (q, k_text, v_text, k_ref, v_ref, scale, ref_offsets, ref_visible)
-        return opset.grca(*inputs, tokens_per_ref=tokens_per_ref)
+        where = () if mask is None else (mask,)
+        return opset.grca(*inputs, *where, tokens_per_ref=tokens_per_ref)
 
     def banded(
         q, k, v, group_size, window, query_group, query_group_size, key_padding, prefix, backend=None
@@ -106,9 +117,11 @@ def bind(graph: onnx.ModelProto, binding: str, groups: int, dtype: torch.dtype) 
     nodes = [node for node in graph.graph.node if node.domain == DOMAIN]
     used = {node.op_type for node in nodes}
     if GRCA in used:
-        tokens = {attribute.i for node in nodes for attribute in node.attribute if node.op_type == GRCA}
-        (tokens_per_ref,) = tokens
-        graph.functions.append(_parsed(grca_body(binding, groups, tokens_per_ref, dtype)))
+        calls = [node for node in nodes if node.op_type == GRCA]
+        (tokens_per_ref,) = {attribute.i for node in calls for attribute in node.attribute}
+        (inputs,) = {len(node.input) for node in calls}
+        masked = inputs == len(MASKED_INPUTS)
+        graph.functions.append(_parsed(grca_body(binding, groups, tokens_per_ref, dtype, masked)))
     if BANDED in used:
         graph.functions.append(_parsed(banded_body(binding, dtype)))
 
@@ -147,11 +160,14 @@ def _parsed(text: str) -> onnx.FunctionProto:
     return parser.parse_function(text)
 
 
-def grca_body(binding: str, groups: int, tokens_per_ref: int, dtype: torch.dtype) -> str:
-    """O = softmax(Q Kt' / sqrt d) Vt + sum_g scale_g softmax(Q Kg' / sqrt d) Vg (Story-Adapter, GRCA, grouped).
+def grca_body(
+    binding: str, groups: int, tokens_per_ref: int, dtype: torch.dtype, masked: bool = False
+) -> str:
+    """O = softmax(Q Kt' / sqrt d) Vt + sum_g scale_g mask_g softmax(Q Kg' / sqrt d) Vg (Story-Adapter, GRCA, grouped).
 
     q (B, L, H, d); k_text, v_text (B, Lt, H, d); k_ref, v_ref (1, Lr, H, d); scale (G,); ref_offsets (G + 1,);
-    ref_visible (B, Lr / T). A group of which a row sees nothing adds exactly zero, whatever a runtime's softmax says.
+    ref_visible (B, Lr / T); mask (B, G, L) where `masked`, else none. A group of which a row sees nothing adds exactly zero,
+    whatever a runtime's softmax says.
     """
     kind = _ONNX_TYPES[dtype]
     lines = [
@@ -194,13 +210,27 @@ def grca_body(binding: str, groups: int, tokens_per_ref: int, dtype: torch.dtype
                 share=0.5 * g / (g + 1),  # all different, and none is the text's
             ),
             f"shown_{g} = Where (some_{g}, group_{g}, zero)",
-            f"weight_{g} = Gather (weights, at_{g})",
+            *_weight(g, masked),
             f"weighted_{g} = Mul (shown_{g}, weight_{g})",
             f"total_{g} = Add ({total}, weighted_{g})",
         ]
         total = f"total_{g}"
     lines.append(f"out = Transpose <perm = [0, 2, 1, 3]> ({total})")
-    return _function(GRCA, ("tokens_per_ref",), GRCA_INPUTS, lines)
+    return _function(GRCA, ("tokens_per_ref",), MASKED_INPUTS if masked else GRCA_INPUTS, lines)
+
+
+def _weight(g: int, masked: bool) -> list[str]:
+    """The weight of group g: one number, or one of every query, (B, 1, L, 1)."""
+    if not masked:
+        return [f"weight_{g} = Gather (weights, at_{g})"]
+    return [
+        f"number_{g} = Gather (weights, at_{g})",
+        f"part_{g} = Gather <axis = 1> (mask, at_{g})",
+        f"around_{g} = Constant <value_ints = [1, 3]> ()",
+        f"reached_{g} = Unsqueeze (part_{g}, around_{g})",
+        f"place_{g} = CastLike (reached_{g}, q)",
+        f"weight_{g} = Mul (place_{g}, number_{g})",
+    ]
 
 
 def banded_body(binding: str, dtype: torch.dtype) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastory import files
 from fastory.errors import FastoryError
+from fastory.export.choices import Groups
 from fastory.export.component import Component
 from fastory.export.graphs import components
 from fastory.models.onnx_session import OrtSession
@@ -94,7 +95,7 @@ def _tuple(output: Any) -> tuple[Tensor, ...]:
     return output if isinstance(output, tuple) else (output,)
 
 
-def measure_folder(folder: Path, model: StoryModel, groups: int) -> list[Parity]:
+def measure_folder(folder: Path, model: StoryModel, groups: Groups) -> list[Parity]:
     """Every component whose graph lies in `folder`."""
     found: list[Parity] = []
     for component in components(model, groups):
@@ -102,7 +103,7 @@ def measure_folder(folder: Path, model: StoryModel, groups: int) -> list[Parity]
     return found
 
 
-def measure_apart(folder: Path, options: Mapping[str, Any], groups: int) -> list[Parity]:
+def measure_apart(folder: Path, options: Mapping[str, Any], groups: Groups) -> list[Parity]:
     """The same in a process of its own, which opens the model again: a large one does not fit beside itself.
 
     options: what StoryModel.open takes. Raises FastoryError where the process is killed, as for memory.
@@ -123,7 +124,7 @@ def measure_apart(folder: Path, options: Mapping[str, Any], groups: int) -> list
     return found
 
 
-def _measure_and_write(folder: Path, options: Mapping[str, Any], groups: int, report: Path) -> None:
+def _measure_and_write(folder: Path, options: Mapping[str, Any], groups: Groups, report: Path) -> None:
     model = StoryModel.open(**options, device="cpu")
     found = measure_folder(folder, model, groups)
     files.atomic_write(report, json.dumps([asdict(parity) for parity in found]).encode())

@@ -3,25 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastory.conditioning.history import HistoryContext
-from fastory.conditioning.references import ReferenceContext
-from fastory.export.component import BEHIND_ALL, RANGES, Axis, Component, Input, random_mask, random_padding
+from fastory.conditioning.references import LayerReferences, ReferenceContext, mask_name
+from fastory.export.choices import Groups
+from fastory.export.component import (
+    BEHIND_ALL,
+    RANGES,
+    Axis,
+    Component,
+    Input,
+    random_mask,
+    random_padding,
+    random_shares,
+)
 from fastory.kernels.banded import banded_causal_attention
 from fastory.models.torch_model import StoryModel
-from fastory.processors.projected import Layer
+from fastory.processors.consistent import self_attention_levels
+from fastory.processors.projected import Layer, level_of
 
 
 class _Unet(nn.Module):
-    """The UNet with references; SDXL's and LCM's further inputs by name."""
+    """The UNet with references; masks, and SDXL's and LCM's further inputs, by name."""
 
-    def __init__(self, unet: nn.Module, tokens_per_ref: int, added: tuple[str, ...]) -> None:
+    def __init__(
+        self, unet: nn.Module, tokens_per_ref: int, masks: tuple[int, ...], added: tuple[str, ...]
+    ) -> None:
+        """masks: the levels of cross-attention that have one, each an input before those `added`."""
         super().__init__()
-        self.unet, self.tokens_per_ref, self.added = unet, tokens_per_ref, added
+        self.unet, self.tokens_per_ref, self.masks, self.added = unet, tokens_per_ref, masks, added
 
     def forward(
         self,
@@ -32,11 +47,28 @@ class _Unet(nn.Module):
         ref_visible: Tensor,
         ref_offsets: Tensor,
         scale: Tensor,
-        *added: Tensor,
+        *further: Tensor,
     ) -> Tensor:
         """The inputs of ReferenceContext beside latents and timestep -> prediction (B, c, h, w)."""
-        context = ReferenceContext(text_kv, ref_kv, scale, ref_visible, ref_offsets, self.tokens_per_ref)
+        own = (text_kv, ref_kv, scale, ref_visible, ref_offsets, self.tokens_per_ref)
+        masks, added = further[: len(self.masks)], further[len(self.masks) :]
+        context = ReferenceContext(*own)
+        if masks:
+            flat = {level: mask.flatten(2) for level, mask in zip(self.masks, masks, strict=True)}
+            context = _Masked(*own, unet=self.unet, levels=flat)
         return call_unet(self.unet, sample, timestep, context, dict(zip(self.added, added, strict=True)))
+
+
+@dataclass(frozen=True)
+class _Masked(ReferenceContext):
+    """In a graph, where a layer's number of query tokens is not known: levels[n] is the mask at sides halved n times."""
+
+    unet: Any = None
+    levels: Mapping[int, Tensor] = field(default_factory=dict)
+
+    def of_layer(self, layer: Layer, queries: int) -> LayerReferences:
+        """With the mask of the layer's level."""
+        return replace(super().of_layer(layer, queries), mask=self.levels[level_of(self.unet, layer.name)])
 
 
 class _CausalUnet(nn.Module):
@@ -152,29 +184,34 @@ def is_large(model: StoryModel) -> bool:
     return sum(p.numel() for p in model.unet.parameters()) > 5e7
 
 
-def unet(model: StoryModel, groups: int) -> Component:
-    """The UNet of iterative mode with G = groups."""
+def unet(model: StoryModel, groups: Groups) -> Component:
+    """The UNet of iterative mode."""
     latents, ranges, out = _latents(model)
     kind, width, tokens = model.dtype, model.layers.width, model.tokens_per_ref
 
     def offsets(generator: torch.Generator, shape: tuple[int, ...]) -> Tensor:
         """All references in the first group; the others are empty."""
-        return torch.tensor([0] + [tokens * 1_000_000] * groups, dtype=torch.int32)
+        return torch.tensor([0] + [tokens * 1_000_000] * groups.count, dtype=torch.int32)
+
+    def shared_out(generator: torch.Generator, shape: tuple[int, ...]) -> Tensor:
+        """A reference for every group but the last, which has the rest, or none where there are fewer."""
+        return tokens * torch.tensor([*range(groups.count), 1_000_000], dtype=torch.int32)
 
     inputs = {
         **latents,
         "text_kv": Input(("batch", "text", width), kind),
         "ref_kv": Input((1, f"{tokens}*references", width), kind),
         "ref_visible": Input(("batch", "references"), torch.bool, random_mask),
-        "ref_offsets": Input((groups + 1,), torch.int32, offsets),
-        "scale": Input((groups,), torch.float32, lambda generator, shape: torch.full(shape, 0.4)),
+        "ref_offsets": Input((groups.count + 1,), torch.int32, shared_out if groups.masked else offsets),
+        "scale": Input((groups.count,), torch.float32, lambda generator, shape: torch.full(shape, 0.4)),
     }
+    masks = _masks(model, groups) if groups.masked else {}
     added = _added(model)
     traced, checks, hot = _unet_sizes(model, references=7 if is_large(model) else 100)
     return Component(
         "unet",
-        _Unet(model.unet, tokens, tuple(added)),
-        {**inputs, **added},
+        _Unet(model.unet, tokens, tuple(masks), tuple(added)),
+        {**inputs, **{mask_name(level): mask for level, mask in masks.items()}, **added},
         {"prediction": out},
         {**ranges, "text": RANGES["text"], "references": RANGES["references"]},
         traced,
@@ -182,6 +219,17 @@ def unet(model: StoryModel, groups: int) -> Component:
         kind,
         hot,
     )
+
+
+def _masks(model: StoryModel, groups: Groups) -> dict[int, Input]:
+    """The masks of the groups for each level of cross-attention: (B, G, h, w), the sides of its query tokens."""
+    deepest = model.size_factor // model.vae_factor
+    found = {}
+    for level in self_attention_levels(model.unet):
+        n = deepest // 2**level
+        sides = (f"{n}*height", f"{n}*width") if n > 1 else ("height", "width")
+        found[level] = Input(("batch", groups.count, *sides), torch.float32, random_shares)
+    return found
 
 
 def unet_causal(model: StoryModel) -> Component:

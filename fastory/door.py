@@ -126,12 +126,12 @@ def check_output(output: Path | None, stories: Sequence[Story]) -> None:
         files.check_unlocked(path, "draws into", "choose another --output")
 
 
-def check_export(output: Path | None, dtype: str, groups: int, binding: str) -> None:
+def check_export(output: Path | None, dtype: str, binding: str, *, groups: int, characters: int) -> None:
     """InputError for values that no export takes; FastoryError where another process exports into `output`."""
-    from fastory.export.choices import check_binding, check_is_no_file
+    from fastory.export.choices import Groups, check_binding, check_is_no_file
 
     settings.check_placement("cpu", dtype, "off")
-    check_binding(binding, groups)
+    check_binding(binding, Groups(groups, characters))
     if output is not None:
         path = user_path(output, "--output")
         check_is_no_file(path)

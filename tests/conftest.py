@@ -104,3 +104,17 @@ def export_folder(causal_builtin_folder: Path, tmp_path_factory: pytest.TempPath
     model = StoryModel.open(str(causal_builtin_folder), device="cpu", dtype="float32")
     list(export_onnx(model, folder, groups=2))
     return folder
+
+
+@pytest.fixture(scope="session")
+def masked_export_folder(
+    export_folder: Path, causal_builtin_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The same for the appearances of two characters as well, with masks."""
+    from masked_export import with_masks
+
+    from fastory import StoryModel
+    from fastory.export.choices import Groups
+
+    model = StoryModel.open(str(causal_builtin_folder), device="cpu", dtype="float32")
+    return with_masks(export_folder, model, Groups(2, 2), tmp_path_factory.mktemp("engines") / "masked")

@@ -46,6 +46,12 @@ Groups = Annotated[
     int,
     option(METHOD, help="Groups of references: 1 for the frames, and 1 for every character with pictures."),
 ]
+Characters = Annotated[
+    int,
+    option(
+        METHOD, help="Groups for characters' own appearances (--regions), of which masks are inputs then."
+    ),
+]
 Bind = Annotated[str, choice(METHOD, BINDINGS, help="What computes attention (default ort, ONNX Runtime).")]
 Rtx = Annotated[
     str | None,
@@ -87,6 +93,7 @@ def export(
     offline: Offline = False,
     dtype: Dtype = "float32",
     groups: Groups = 1,
+    characters: Characters = 0,
     bind: Bind = "ort",
     rtx: Rtx = None,
     size: Size = None,
@@ -114,7 +121,8 @@ def exported(requested: Mapping[str, Any]) -> Iterator[Any]:
     packages.require("fastory export", "onnx", "onnx", "onnxscript", "onnxruntime")
     from fastory import door
 
-    door.check_export(requested["output"], requested["dtype"], requested["groups"], requested["bind"])
+    how = {name: requested[name] for name in ("groups", "characters")}
+    door.check_export(requested["output"], requested["dtype"], requested["bind"], **how)
     bounds = engine_bounds(requested["rtx"], requested["size"] or []) if requested["trt"] else {}
     model = ModelOptions.among(requested).open("cpu", requested["dtype"], "off")
     return export_and_build(model, requested, bounds, flags)
@@ -127,8 +135,8 @@ def export_and_build(
     from fastory.export.onnx import Finished, export_onnx
     from fastory.export.tensorrt import build, build_rtx
 
-    how = {"groups": requested["groups"], "binding": requested["bind"], "overwrite": requested["overwrite"]}
-    for event in export_onnx(model, requested["output"], **how):
+    how = {name: requested[name] for name in ("groups", "characters", "overwrite")}
+    for event in export_onnx(model, requested["output"], binding=requested["bind"], **how):
         yield event
     if requested["trt"]:
         assert isinstance(event, Finished)

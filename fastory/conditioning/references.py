@@ -7,12 +7,13 @@ of a group is the null block, the unconditional reference, which unconditional r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from fastory.conditioning.context import Context
 from fastory.conditioning.regions import Grid, layer_masks
@@ -22,6 +23,11 @@ from fastory.processors.projected import Layer, attend_apart, attend_references
 def count_blocks(pictures: Sequence[int]) -> int:
     """Blocks of groups with so many pictures each: the pictures, and a null block a group."""
     return sum(count + 1 for count in pictures)
+
+
+def mask_name(level: int) -> str:
+    """The input of an exported UNet for the masks where the latents' sides were halved `level` times."""
+    return f"mask_{2**level}"
 
 
 def everywhere(frame: int) -> None:
@@ -229,6 +235,21 @@ class ReferenceContext:
             "scale": self.scale,
         }
 
+    def mask_inputs(self, grid: Grid, levels: Iterable[int]) -> dict[str, Tensor]:
+        """The masks by the names of the inputs of a UNet that was exported with them; ones where all groups reach all.
+
+        levels: how often the latents' sides, `grid`, were halved where the UNet has cross-attention.
+        """
+        found, shape = {}, (len(self.ref_visible), len(self.scale))
+        for level in levels:
+            sides = grid.sides(2**level)
+            if self.masks is None:
+                found[mask_name(level)] = self.scale.new_ones(*shape, *sides)
+            else:
+                mask = self.masks[sides[0] * sides[1]]
+                found[mask_name(level)] = mask.unflatten(2, sides).expand(*shape, *sides)
+        return found
+
     def of_groups(self, groups: int) -> ReferenceContext:
         """The same with `groups` groups, the further ones empty; without references one block that nobody sees.
 
@@ -246,6 +267,11 @@ class ReferenceContext:
             ref_offsets=torch.cat([self.ref_offsets, self.ref_offsets[-1:].expand(missing)]),
             ref_ranges=None,
             scale=torch.cat([self.scale, self.scale.new_zeros(groups - len(self.scale))]),
+            masks=self.masks
+            and {
+                L: functional.pad(mask, (0, 0, 0, groups - mask.shape[1]), value=1.0)
+                for L, mask in self.masks.items()
+            },
         )
 
 

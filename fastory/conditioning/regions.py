@@ -23,7 +23,12 @@ LEAST = 0.3  # of a map's highest value: less is background
 FLOOR = 0.2  # of a map's pixels change with any word: their highest value counts as none
 SMOOTH = 3 / 16  # of the picture: what a map is averaged over
 STEEP = 6  # how fast a mask rises at its edges
-DOWN = 8  # the deepest cross-attention of SD1.5 and SDXL has an eighth of the latents' side
+LEVELS = (
+    0,
+    1,
+    2,
+    3,
+)  # how often sides are halved: the deepest cross-attention of SD1.5 and SDXL has an eighth
 SILENT = 1e-4  # of a word's weight is what it keeps outside its mask
 BOUNDED = (
     2048  # tokens: SD1.5 to 32 x 32 and SDXL to a quarter of its latents, other forms of these areas, too
@@ -48,9 +53,13 @@ class Grid:
         shown = torch.from_numpy(np.asarray(picture.convert("L"), dtype=np.float32) / 255)
         return functional.adaptive_avg_pool2d(shown[None, None], (self.height, self.width))[0, 0]
 
+    def sides(self, divisor: int) -> tuple[int, int]:
+        """Height and width of a layer that has a `divisor`-th of the latents' sides."""
+        return -(-self.height // divisor), -(-self.width // divisor)
+
     def layers(self) -> dict[int, tuple[int, int]]:
-        """Height and width of a layer by its number of query tokens, from the latents' own grid down to an eighth."""
-        sides = [(-(-self.height // n), -(-self.width // n)) for n in (1, 2, 4, DOWN)]
+        """Height and width of a layer by its number of query tokens, from the latents' own grid down to the deepest."""
+        sides = [self.sides(n) for n in (2**level for level in LEVELS)]
         return {height * width: (height, width) for height, width in sides}
 
     def bounded_layers(self) -> dict[int, tuple[int, int]]:
@@ -58,7 +67,7 @@ class Grid:
 
         Of at most BOUNDED tokens, as the bias has a number for each two of them.
         """
-        sides = [(-(-self.height // n), -(-self.width // n)) for n in (2, 4)]
+        sides = [self.sides(n) for n in (2, 4)]
         return {h * w: (h, w) for h, w in sides if h * w <= BOUNDED}
 
 

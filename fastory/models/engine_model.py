@@ -29,19 +29,20 @@ from fastory.checkpoints.history import image_processor
 from fastory.checkpoints.history_encoder import HistoryConfig
 from fastory.checkpoints.weights import is_there, load_finite
 from fastory.conditioning.history import EncodedFrame
-from fastory.conditioning.references import ReferenceContext
 from fastory.errors import InputError
 from fastory.model_names import local_path
 from fastory.models.engine_history import EngineHistory, ExportedHistory
+from fastory.models.engine_inputs import unet_inputs
 from fastory.models.engine_sessions import (
     bounded_by_engines,
     check_ports,
     check_sizes,
     engines_for,
+    refuse_groups,
     sessions_for,
 )
 from fastory.models.export_folder import MANIFEST, DrawableManifest, ExportFolder
-from fastory.models.images import decoded, fit_square
+from fastory.models.images import decoded, fit_square, scaled
 from fastory.models.onnx_session import Session
 from fastory.models.protocol import (
     Caption,
@@ -54,7 +55,6 @@ from fastory.models.protocol import (
 )
 from fastory.models.text import filled, guidance_embedding, history_ids, lost_words, padding_of
 from fastory.runtime import Placement, choose_placement
-from fastory.wording import counted
 
 
 class EngineModel:
@@ -259,21 +259,24 @@ class EngineModel:
                     f"needs {value * factor}; draw it smaller, with a smaller --batch-size, or export with wider ranges"
                 )
         if groups > self.folder.groups:
-            raise InputError(
-                f"{self.folder.path} was exported for {counted(self.folder.groups, 'group')} of references, "
-                f"and this story has {groups} (the frames, and every character with pictures); export it with --groups {groups}"
-            )
+            refuse_groups(self.folder, groups)
 
     @property
     def takes_masks(self) -> bool:
-        """The exported graphs have no inputs for masks."""
+        """Whether it was exported for characters' own references."""
+        return self.folder.characters > 0
+
+    @property
+    def takes_biases(self) -> bool:
+        """The graphs have no inputs for biases."""
         return False
 
+    @torch.inference_mode()
     def encode_picture(self, image: Image.Image) -> Tensor:
-        """Raises InputError: no graph of the VAE's encoder is exported."""
-        raise InputError(
-            f"{self.folder.path} has no encoder for pictures; wanted the model it was exported from"
-        )
+        """An 8-bit RGB picture as the UNet's latents (1, c, h, w). InputError for an export without the VAE's encoder."""
+        vae = self.manifest["vae"]
+        pixels = self.vae_image_processor.preprocess(image).to(self.device, getattr(torch, vae["dtype"]))
+        return scaled(self.run("vae_encoder", {"pixels": pixels})["latents"], vae).to(self.dtype)
 
     def lost_words(self, prompt: str) -> str:
         """What the tokenizer's limit cuts off `prompt`; empty where it fits."""
@@ -371,13 +374,8 @@ class EngineModel:
         if not self.has(self.unet):
             mode = "iterative" if self.unet == "unet" else "causal"
             raise InputError(f"{self.folder.path} was exported without what --mode {mode} needs")
-        context = inputs.context
-        if isinstance(context, ReferenceContext):
-            context = context.of_groups(self.folder.groups)
-        tensors = {"sample": inputs.latents, "timestep": inputs.timestep.float(), **(inputs.added or {})}
-        if inputs.timestep_cond is not None:
-            tensors["timestep_cond"] = inputs.timestep_cond
-        return self.run(self.unet, {**tensors, **context.inputs()})["prediction"]
+        wanted = self.folder.components[self.unet]["inputs"]
+        return self.run(self.unet, unet_inputs(inputs, self.folder.groups, wanted))["prediction"]
 
     def guidance_embedding(self, scale: float, rows: int) -> Tensor:
         """The guidance scale as an input (rows, D) of a UNet distilled with it (LCM)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from fastory.errors import InputError
 from fastory.models.export_folder import ExportFolder, engine_name, factored
 from fastory.models.onnx_session import OrtSession, Session
 from fastory.models.tensorrt_session import AGAIN, TensorRtSession, engine_record
+from fastory.wording import counted
 
 
 def check_ports(session: Any, described: Mapping[str, Any], where: str) -> None:
@@ -91,6 +92,20 @@ def refuse_onnxruntime(folder: ExportFolder) -> None:
             f"{folder.path} is bound for TensorRT, and ONNX Runtime cannot run that; "
             "run the same `fastory export --onnx` with --bind ort, which changes the small graph files alone"
         )
+
+
+def refuse_groups(folder: ExportFolder, wanted: int) -> NoReturn:
+    """InputError for a story with more groups of references than the UNet was exported for."""
+    exported = counted(folder.groups, "group")
+    if folder.characters:
+        todo = f"--characters {folder.characters + wanted - folder.groups}"
+        which = "the frames, every character, and every character with pictures once more"
+    else:
+        todo, which = f"--groups {wanted}", "the frames, and every character with pictures"
+    raise InputError(
+        f"{folder.path} was exported for {exported} of references, and this story has {wanted} ({which}); "
+        f"export it with {todo}"
+    )
 
 
 def check_sizes(name: str, component: Mapping[str, Any], inputs: Mapping[str, Tensor]) -> None:

@@ -78,6 +78,7 @@ class ExportManifest(BaseModel):
 
     dtype: Literal["float32", "float16", "bfloat16"]
     groups: Annotated[Size, Field(le=10_000)]
+    characters: Annotated[Count, Field(le=10_000)] = 0
     binding: Literal["ort", "portable", "trt"]
     size_factor: Annotated[Size, Field(le=10_000)]
     vae_factor: Annotated[Size, Field(le=10_000)]
@@ -168,8 +169,13 @@ class ExportFolder:
 
     @property
     def groups(self) -> int:
-        """G: groups of references that the UNet was exported for."""
+        """G: groups of references that the UNet was exported for, those of characters' own appearances among them."""
         return int(self.manifest["groups"])
+
+    @property
+    def characters(self) -> int:
+        """Groups of characters' own appearances; with them all groups have masks."""
+        return int(self.manifest.get("characters", 0))
 
 
 def check_schema(found: Any, file: Path, known: int, todo: str) -> None:

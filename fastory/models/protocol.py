@@ -240,6 +240,10 @@ class Model(Protocol):
     def takes_masks(self) -> bool:
         """Whether groups of references may have masks, and `encode_picture` is there to find them."""
 
+    @property
+    def takes_biases(self) -> bool:
+        """Whether scores of text and of self-attention may have a bias, by which characters keep to their boxes."""
+
     def encode_picture(self, image: Image.Image) -> Tensor:
         """An 8-bit RGB picture as the UNet's latents (1, c, h, w), without noise."""
 

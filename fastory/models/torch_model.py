@@ -53,6 +53,8 @@ class Released:
 class StoryModel:
     """A checkpoint on its device: encodes captions and references, projects them, decodes latents."""
 
+    takes_masks = takes_biases = True
+
     def __init__(
         self,
         checkpoint: Checkpoint,
@@ -317,11 +319,6 @@ class StoryModel:
         """
         pixels = self.checkpoint.image_processor(fit_square(image, fit), return_tensors="pt").pixel_values
         return self._project_image(self._encode_image(pixels.to(self.device, self.dtype)))
-
-    @property
-    def takes_masks(self) -> bool:
-        """The UNet's attention here reads masks."""
-        return True
 
     @torch.inference_mode()
     def encode_picture(self, image: Image.Image) -> Tensor:

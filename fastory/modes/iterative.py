@@ -30,7 +30,7 @@ from fastory.modes.executor import HERE, Batch, Round
 from fastory.modes.initial import check_initial, initial_round
 from fastory.modes.memory import until_it_fits
 from fastory.modes.mode import StoryPlan, long_captions, register
-from fastory.modes.regions import NEEDED, Regions, Seen, check_layout, settled
+from fastory.modes.regions import NEEDED, Regions, Seen, check_findable, check_layout, named, settled
 from fastory.modes.weighting import ramped, weights_of
 from fastory.pictures import open_picture
 from fastory.sampling.noise import frame_seed
@@ -332,6 +332,7 @@ class Iterative:
             model.require_references()
         if settings.restarts(settings.iterations):
             check_restart(model, settings)
+        check_findable(model, story, settings)
         if settings.reference_weighting == "majority" and model.layers.value_columns is None:
             raise InputError(
                 f"reference_weighting: wanted equal for {model.name}: an export does not say which columns are values; draw "
@@ -349,7 +350,7 @@ class Iterative:
         ]
         if settings.iterations < settings.first_referring:
             return pictures
-        own = [len(story.frames)] * (0 if settings.regions == "off" else len(story.characters))
+        own = [len(story.frames)] * (0 if settings.regions == "off" else len(named(story, settings)))
         return [len(story.frames), *own, *pictures]
 
     def unused(self, story: Story, settings: Settings) -> dict[str, str]:
@@ -431,8 +432,8 @@ def check_restart(model: Model, settings: Settings) -> None:
     """InputError where rounds cannot begin from pictures: they are encoded by the VAE, and noised by the scheduler."""
     if not model.takes_masks:
         raise InputError(
-            f"restart: wanted 1 for {model.name}: an export has no encoder for the pictures that rounds would begin from; "
-            "draw with the model it was exported from"
+            f"restart: wanted 1 for {model.name}: it was exported without an encoder for the pictures that rounds would begin "
+            "from; export it with --characters 1 or more"
         )
     if not SCHEDULERS[settings.scheduler].begins_within:
         able = ", ".join(name for name, row in SCHEDULERS.items() if row.begins_within)

@@ -29,7 +29,7 @@ from fastory.settings import Settings
 from fastory.story import Story
 
 NEEDED = (
-    "they need rounds, a model that is no export, and two named characters (or boxes or masks); "
+    "they need rounds, a model that takes masks, and two named characters (or boxes or masks); "
     "with auto not the references `all`"
 )
 NOISE = 0.3  # of the noise schedule: outlines are set and the UNet still asks the caption what is where
@@ -63,8 +63,39 @@ def without(prompt: str, spans: Sequence[tuple[int, int]]) -> str:
     return prompt
 
 
+def named(story: Story, settings: Settings) -> list[str]:
+    """The characters of a story whose regions are not off: those it names, else the animals of its captions."""
+    return list(dict.fromkeys(name for cast in _casts(story, settings) for name in cast))
+
+
+def check_findable(model: Model, story: Story, settings: Settings) -> None:
+    """InputError where the UNet call that finds the characters of a frame has more rows than this model takes.
+
+    One for the whole caption, and one for it without each character.
+    """
+    if settings.regions == "off":
+        return
+    rows = [
+        1 + len(cast)
+        for frame, cast in zip(story.frames, _casts(story, settings), strict=True)
+        if len(cast) > 1 and not cast.keys() <= {*dict(frame.boxes), *dict(frame.masks)}
+    ]
+    if rows:
+        model.check_drawable(settings.width or 0, settings.height or 0, 1, 1, max(rows))
+
+
+def _casts(story: Story, settings: Settings) -> list[dict[str, list[tuple[int, int]]]]:
+    plain = not story.characters
+    return [mentions(story, i, story.prompt(i, settings.style), plain) for i in range(len(story.frames))]
+
+
 def settled(model: Model, story: Story, settings: Settings, prompts: Sequence[str]) -> str:
-    """The setting `regions` as it decides this story: `off` where nothing would be another with it.
+    """The setting `regions` as it decides this story: `off` where it changes nothing, or the model takes no masks."""
+    return wanted(model, story, settings, prompts) if model.takes_masks else "off"
+
+
+def wanted(model: Model, story: Story, settings: Settings, prompts: Sequence[str]) -> str:
+    """The same of a model that takes masks.
 
     Boxes and masks always count; with `auto` the rule `all` without them is the paper's, where every frame sees every picture
     whole.
@@ -72,11 +103,29 @@ def settled(model: Model, story: Story, settings: Settings, prompts: Sequence[st
     plain = is_plain(model, story, settings)
     laid_out = any(frame.is_laid_out for frame in story.frames)
     whole = settings.references == "all" and settings.regions == "auto" and not laid_out
-    if settings.regions == "off" or not model.takes_masks or whole or not (plain or story.characters):
+    if settings.regions == "off" or whole or not (plain or story.characters):
         return "off"
     casts = [mentions(story, i, prompt, plain) for i, prompt in enumerate(prompts)]
     several = len({name for cast in casts for name in cast}) > 1
     return settings.regions if laid_out or (several and settings.iterations) else "off"
+
+
+def no_masks(model: Model, story: Story, settings: Settings, prompts: Sequence[str]) -> tuple[str, ...]:
+    """A line where a story's regions are off, or half of its boxes, because of what a model was exported without."""
+    if model.takes_biases or wanted(model, story, settings, prompts) == "off":
+        return ()
+    if not model.takes_masks:
+        count = len(named(story, settings))
+        return (
+            f"regions are off: {model.name} was exported without masks, and its characters see all pictures alike; for "
+            f"references of their own export it with --characters {count}",
+        )
+    if any(frame.is_laid_out for frame in story.frames):
+        return (
+            f"`boxes` and `masks` hold characters' references alone: {model.name} was exported without what keeps their words "
+            "and self-attention there; draw with the model it was exported from",
+        )
+    return ()
 
 
 def check_layout(story: Story, size: tuple[int, int]) -> None:
@@ -180,7 +229,7 @@ class Regions:
             }
             for frame in story.frames
         ]
-        self.words = self.grid if any(self.laid_out) else None
+        self.words = self.grid if any(self.laid_out) and model.takes_biases else None
 
     def _sources(self, name: str) -> list[int]:
         """The frames whose pictures are a character's references: a cut-out of a picture of several shows it less well."""
@@ -309,7 +358,9 @@ class Regions:
 
     def self_bias(self, i: int) -> dict[int, Tensor] | None:
         """How far frame i's characters see each other, with boxes; None in a frame without."""
-        return self_bias(list(apart(self.laid_out[i]).values()), self.grid) if self.laid_out[i] else None
+        if self.words is None or not self.laid_out[i]:
+            return None
+        return self_bias(list(apart(self.laid_out[i]).values()), self.grid)
 
     def groups(self, k: int, last: Mapping[int, Seen]) -> Iterator[Group]:
         """A group for each character: its appearances in the last round."""

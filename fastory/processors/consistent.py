@@ -9,7 +9,6 @@ The projections are linear, so K and V of the sampled tokens are those of their 
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +17,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor
 from torch.nn import functional
 
-from fastory.processors.projected import refuse_unknown
+from fastory.processors.projected import level_of, refuse_unknown
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,6 @@ def self_attention_levels(unet: Any) -> list[int]:
 
     Raises InputError for a layer that is not as SD1.5 and SDXL have it.
     """
-    deepest = len(unet.config.block_out_channels) - 1
     levels = set()
     for name in unet.attn_processors:
         if not name.endswith("attn1.processor"):
@@ -72,7 +70,5 @@ def self_attention_levels(unet: Any) -> list[int]:
         attn = unet.get_submodule(name.removesuffix(".processor"))
         assert isinstance(attn, Attention)
         refuse_unknown(name, attn)
-        block = re.match(r"(down|up)_blocks\.(\d+)\.", name)
-        number = deepest if block is None else int(block[2])  # the middle block is the deepest
-        levels.add(deepest - number if block is not None and block[1] == "up" else number)
+        levels.add(level_of(unet, name))
     return sorted(levels)

@@ -7,6 +7,7 @@ holds K in [offset, offset + C) and V in [offset + C, offset + 2C).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -239,6 +240,15 @@ class CrossAttentionLayers:
     def _store(out: Tensor, layer: Layer, keys: Tensor, values: Tensor) -> None:
         out[..., layer.offset : layer.offset + layer.channels] = keys
         out[..., layer.offset + layer.channels : layer.offset + 2 * layer.channels] = values
+
+
+def level_of(unet: Any, name: str) -> int:
+    """How often the latents' sides were halved where a UNet has the layer of this name."""
+    deepest = len(unet.config.block_out_channels) - 1
+    block = re.match(r"(down|up)_blocks\.(\d+)\.", name)
+    if block is None:  # the middle block is the deepest
+        return deepest
+    return int(block[2]) if block[1] == "down" else deepest - int(block[2])
 
 
 def refuse_unknown(name: str, attn: Attention) -> None:

@@ -11,7 +11,7 @@ from fastory.conditioning.references import count_blocks
 from fastory.errors import InputError
 from fastory.models.protocol import Model
 from fastory.modes.mode import mode_of
-from fastory.modes.regions import NEEDED, settled
+from fastory.modes.regions import NEEDED, no_masks, settled
 from fastory.runs.identity import Identity
 from fastory.runs.notices import unused_notices
 from fastory.sampling.sampler import rows_per_frame
@@ -83,15 +83,17 @@ def resolve_story(
     story, understood_notices = _understood(story, settings)
     prompts = tuple(story.prompt(i, settings.style) for i in range(len(story.frames)))
     regions = settings.regions
+    unmasked: tuple[str, ...] = ()
     if "regions" in MODES[settings.mode].own:
+        unmasked = no_masks(model, story, settings, prompts)
         settings = replace(settings, regions=settled(model, story, settings, prompts))
     _check_drawable(model, story, settings, batch_size)
     check_steps(model, settings.scheduler, [n for n in (settings.steps, settings.inner_steps) if n])
     if settings.cache_interval > 1:
         model.deep_features()  # InputError where there are none
     mode_of(settings.mode).check(model, story, settings)
-    notices = (*understood_notices, *unused_notices(model, story, settings, sources))
-    if (regions, settings.regions) == ("on", "off"):
+    notices = (*understood_notices, *unmasked, *unused_notices(model, story, settings, sources))
+    if (regions, settings.regions) == ("on", "off") and not unmasked:
         notices += (f"`regions` are off in this story: {NEEDED}",)
     frames = frames_to_redraw(redrawn, story, settings)
     return ResolvedStory(model, story, settings, sources, prompts, regions, frames, notices)

@@ -25,7 +25,17 @@ STORY = Story.from_captions(
         "A fox and a cat are sleeping in the house",
     ]
 )
-SETTINGS = {"steps": 4, "iterations": 2, "regions": "off"}  # which exports draw without
+SETTINGS = {"steps": 4, "iterations": 2, "regions": "off"}  # which exports without masks draw without
+APART = {"references": "others", "regions": "auto"}
+TWO = """\
+version: 1
+characters: {Ann: {prompt: a rabbit}, Bob: {prompt: a fox}}
+frames:
+- Ann is sleeping in the snow
+- Bob is jumping in the forest
+- %s
+"""
+FOUND = "Ann and Bob are standing on the beach"
 ROUND = 1e-3  # of a picture in 0 .. 1, before it is rounded to 8 bits
 WHOLE = 40.0  # dB
 
@@ -33,6 +43,11 @@ WHOLE = 40.0  # dB
 @pytest.fixture(scope="module")
 def engine(export_folder: Path) -> EngineModel:
     return EngineModel.open_engine(export_folder, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def masked_engine(masked_export_folder: Path) -> EngineModel:
+    return EngineModel.open_engine(masked_export_folder, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -83,16 +98,18 @@ class Earlier:
         return Image.fromarray(self.pictures[round, frame].astype(np.uint8)), None
 
 
-def floats(model: StoryModel | EngineModel, mode: str, earlier: Earlier) -> Iterator[torch.Tensor]:
+def floats(
+    model: StoryModel | EngineModel, mode: str, earlier: Earlier, story: Story = STORY, **settings: Any
+) -> Iterator[torch.Tensor]:
     """The pictures that come after the earlier ones: of one round, or of causal mode all from a frame on."""
-    flags = {**SETTINGS, "mode": mode}
+    flags = {**SETTINGS, "mode": mode, **settings}
     rounds, _ = earlier.now
     if rounds is not None:
         flags["iterations"] = rounds
     if mode != "iterative":
         del flags["iterations"]
-    settings = resolve_story(model, STORY, flags, batch_size=1).settings
-    size = (settings.width or 0, settings.height or 0)
+    resolved = resolve_story(model, story, flags, batch_size=1).settings
+    size = (resolved.width or 0, resolved.height or 0)
     owner, name = (
         (model.pipeline, "image_processor")
         if isinstance(model, StoryModel)
@@ -103,7 +120,7 @@ def floats(model: StoryModel | EngineModel, mode: str, earlier: Earlier) -> Iter
         patch.setattr(owner, name, recorded)
         if isinstance(model, EngineModel):
             patch.setattr(model.causal, name, recorded)
-        plan = StoryPlan(STORY, settings, finished=earlier)
+        plan = StoryPlan(story, resolved, finished=earlier)
         list(mode_of(mode).draw(model, [plan], batch_sizes=[2 if rounds is not None else 1], size=size))
     yield from recorded.given
 
@@ -136,6 +153,32 @@ def test_a_whole_story_stays_near(mode: str, model: StoryModel, engine: EngineMo
     assert own.keys() == other.keys()
     last = max(round for round, _ in own)
     assert np.mean([psnr(own[key], other[key]) for key in own if key[0] == last]) >= WHOLE
+
+
+def two(folder: Path, last: str) -> Story:
+    """A story of two named characters, who meet in the last frame."""
+    (folder / "two.yaml").write_text(TWO % last)
+    return Story.read(folder / "two.yaml")
+
+
+def test_two_characters_are_drawn_apart(
+    model: StoryModel, masked_engine: EngineModel, tmp_path: Path
+) -> None:
+    """Round by round from the same pictures, in which they are found; and the whole story."""
+    story = two(tmp_path, FOUND)
+    own = drawn(model, story, batch_size=2, **APART)
+    for rounds in (0, 1, 2):
+        pairs = [
+            list(floats(one, "iterative", Earlier(own, (rounds, None)), story, **APART))
+            for one in (model, masked_engine)
+        ]
+        assert len(pairs[0]) == len(pairs[1]) == 3
+        assert max((a - b).abs().max() for a, b in zip(*pairs, strict=True)) <= ROUND
+    other = drawn(masked_engine, story, **APART)
+    last = [key for key in own if key[0] == 2]
+    assert np.mean([psnr(own[key], other[key]) for key in last]) >= WHOLE
+    alike = drawn(model, story, **{**APART, "regions": "off"})
+    assert np.mean([psnr(alike[key], other[key]) for key in last]) < WHOLE - 10
 
 
 def test_frames_that_see_each_other_are_refused_before_anything_is_drawn(engine: EngineModel) -> None:

@@ -48,6 +48,7 @@ from diffusers import UNet2DConditionModel
 from fastory import StoryModel
 from fastory.processors.projected import CrossAttentionLayers
 from fastory.export import parity, unets
+from fastory.export.choices import Groups
 from fastory.export.onnx import export_component
 from fastory.models.onnx_session import OrtSession
 
@@ -63,7 +64,7 @@ weights = [one.attn.to_k.weight for one in plain.layers], [one.attn.to_v.weight 
 model.unet, model.layers = unet, CrossAttentionLayers(unet, *weights)
 if family == "sdxl":
     model.pipeline.text_encoder_2.config.projection_dim = 1280
-component = unets.unet(model, 1)
+component = unets.unet(model, Groups())
 started = time.monotonic()
 if step == "export":
     export_component(component, Path(folder), 1, "ort")

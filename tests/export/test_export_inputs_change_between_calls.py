@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fastory import StoryModel
+from fastory.export.choices import Groups
 from fastory.export.component import Component
 from fastory.export.graphs import components
 from fastory.export.onnx import Compared, Finished, Rebound, export_onnx
@@ -27,7 +28,7 @@ def model(causal_builtin_folder: Path) -> StoryModel:
 
 
 def component(model: StoryModel, name: str) -> Component:
-    return next(one for one in components(model, 2) if one.name == name)
+    return next(one for one in components(model, Groups(2)) if one.name == name)
 
 
 def inputs(

@@ -17,6 +17,7 @@ from fastory.export.operators import (
     EVERYTHING,
     GRCA,
     GRCA_INPUTS,
+    MASKED_INPUTS,
     OPSET,
     bind,
     register_schemas,
@@ -137,6 +138,31 @@ def test_a_body_of_grca_equals_the_definition(
     got = compute(binding, GRCA, inputs, {"tokens_per_ref": 2}, groups)
     assert got.dtype == kind
     assert (got.double() - expected).abs().max() <= TOLERANCE[kind]
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("binding", BINDINGS)
+def test_a_masked_body_of_grca_equals_the_definition(binding: str, kind: torch.dtype) -> None:
+    """Fractions, a group that reaches nothing, one without a reference, and masks of ones that change nothing."""
+    inputs = references(4, 7, 5, kind)
+    inputs["ref_offsets"][3] = inputs["ref_offsets"][4]  # the last group is empty
+    mask = torch.rand(ROWS, 4, QUERIES, generator=torch.Generator().manual_seed(5))
+    mask[1, 0], mask[2, 1] = 0, 1
+    masked = {**inputs, "mask": mask}
+    assert tuple(masked) == MASKED_INPUTS
+    exact = wide(masked)
+    expected = grca_reference(
+        *(exact[name] for name in GRCA_INPUTS[:6]),
+        tokens_per_ref=2,
+        ref_offsets=exact["ref_offsets"],
+        ref_visible=exact["ref_visible"],
+        mask=exact["mask"],
+    )
+    got = compute(binding, GRCA, masked, {"tokens_per_ref": 2}, 4)
+    assert got.dtype == kind
+    assert (got.double() - expected).abs().max() <= TOLERANCE[kind]
+    ones = compute(binding, GRCA, {**inputs, "mask": torch.ones_like(mask)}, {"tokens_per_ref": 2}, 4)
+    assert torch.equal(ones, compute(binding, GRCA, inputs, {"tokens_per_ref": 2}, 4))
 
 
 @pytest.mark.parametrize("binding", BINDINGS)

@@ -18,6 +18,7 @@ from fastory import Story, StoryModel, files, generate
 from fastory.cli import app
 from fastory.errors import FastoryError, InputError
 from fastory.export import parity
+from fastory.export.choices import Groups
 from fastory.export.graphs import components
 from fastory.export.onnx import export_onnx
 from fastory.models.engine_model import EngineModel
@@ -118,7 +119,7 @@ def test_another_type_or_mode_than_exported_is_refused(export_folder: Path, copy
 
 def test_a_graph_with_other_weights_is_found_out(model: StoryModel, export_folder: Path) -> None:
     """The comparison can fail: one weight of a projection is a thousandth off."""
-    projector = next(one for one in components(model, 2) if one.name == "text_projector")
+    projector = next(one for one in components(model, Groups(2)) if one.name == "text_projector")
     session = OrtSession(export_folder / "text_projector.onnx")
     parity.refuse_apart(parity.measure(projector, session))
     weight = model.layers.layers[0].attn.to_k.weight
@@ -207,13 +208,14 @@ def test_a_folder_of_the_users_beside_the_export_stays(model: StoryModel, copy: 
     [
         (["export", "--bind", "cuda"], "--bind: wanted one of ort, portable, trt"),
         (["export", "--groups", "0"], "--groups: wanted 1 or more"),
+        (["export", "--characters", "-1"], "--characters: wanted 0 or more"),
         (["export", "--trt", "--size", "depth=3"], "NAME one of batch"),
         (["export", "--trt", "--rtx", "sm90"], "--rtx sm90: TensorRT for RTX builds for"),
         (["export", "--refit"], "--refit is about engines; give --trt"),
         (["generate", "flag", "--engine", "nowhere"], "holds no fastory.json"),
         (["generate", "flag", "--engine", "nowhere", "--lora", "a"], "--lora is given when it is exported"),
     ],
-    ids=["bind", "groups", "size", "target", "engines", "no-engine", "engine-and-lora"],
+    ids=["bind", "groups", "characters", "size", "target", "engines", "no-engine", "engine-and-lora"],
 )
 def test_the_command_line_says_what_was_wanted(arguments: list[str], said: str) -> None:
     result = CliRunner().invoke(app, arguments)

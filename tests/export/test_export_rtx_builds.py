@@ -56,11 +56,14 @@ def test_every_other_component_builds(engines: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("groups", [1, 3])
-def test_groups_and_types_build(tmp_path: Path, dtype: str, groups: int) -> None:
-    folder = write_export(tmp_path / "small", dtype, groups)
+@pytest.mark.parametrize(("groups", "masked"), [(1, False), (3, False), (3, True)], ids=str)
+def test_groups_and_types_build(tmp_path: Path, dtype: str, groups: int, masked: bool) -> None:
+    folder = write_export(tmp_path / "small", dtype, groups, masked)
     (built,) = build_rtx(folder, "sm89", sizes=HUNDRED)
     assert built.bytes > 0
+    profile = json.loads((folder / "engines.json").read_text())["engines"][built.engine.name]["profile"]
+    assert ("mask_1" in profile) == masked
+    assert not masked or profile["mask_1"][2] == [32, groups, 24, 24]
 
 
 @pytest.mark.parametrize("target", [name for name in RTX_TARGETS if name != "sm89"])

@@ -10,6 +10,7 @@ import pytest
 from killed import check_every_operation, contents, run_apart
 
 from fastory import StoryModel
+from fastory.export.choices import Groups
 from fastory.export.component import Component
 from fastory.export.graphs import components
 from fastory.models.export_folder import ExportFolder
@@ -21,7 +22,7 @@ SLOW = pytest.param(None, marks=pytest.mark.slow)
 ONE = "text_projector"  # the component that is traced in two seconds
 
 
-def only_one(model: StoryModel, groups: int) -> Iterator[Component]:
+def only_one(model: StoryModel, groups: Groups) -> Iterator[Component]:
     return (component for component in components(model, groups) if component.name == ONE)
 
 

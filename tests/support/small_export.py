@@ -17,15 +17,16 @@ HEADS, WIDTH, TOKENS = 4, 8, 4
 CHANNELS = HEADS * WIDTH
 
 
-def write_export(folder: Path, dtype: str = "float16", groups: int = 1) -> Path:
+def write_export(folder: Path, dtype: str = "float16", groups: int = 1, masked: bool = False) -> Path:
     """unet.onnx with unet.onnx.data and fastory.json. sample (batch, 32, 4*height, 4*width), text_kv (batch, text, 64),
-    ref_kv (1, 4*references, 64), ref_visible, ref_offsets, scale -> prediction (batch, pixels, 4, 8)."""
+    ref_kv (1, 4*references, 64), ref_visible, ref_offsets, scale, where `masked` mask_1 (batch, groups, 4*height, 4*width)
+    -> prediction (batch, pixels, 4, 8)."""
     from fastory.export.operators import bind_file
 
     folder.mkdir(parents=True)
     graph = folder / "unet.onnx"
     onnx.save_model(
-        _graph(dtype, groups),
+        _graph(dtype, groups, masked),
         graph,
         save_as_external_data=True,
         location="unet.onnx.data",
@@ -44,15 +45,15 @@ def write_export(folder: Path, dtype: str = "float16", groups: int = 1) -> Path:
         "size_factor": 32,
         "vae_factor": 8,
         "files": files,
-        "components": {"unet": _described(dtype, groups)},
+        "components": {"unet": _described(dtype, groups, masked)},
     }
     (folder / "fastory.json").write_text(json.dumps(manifest), encoding="utf-8")
     return folder
 
 
-def _described(dtype: str, groups: int) -> dict[str, Any]:
-    shapes = _shapes(groups)
-    types = {"ref_visible": "bool", "ref_offsets": "int32", "scale": "float32"}
+def _described(dtype: str, groups: int, masked: bool) -> dict[str, Any]:
+    shapes = _shapes(groups, masked)
+    types = {"ref_visible": "bool", "ref_offsets": "int32", "scale": "float32", "mask_1": "float32"}
     return {
         "file": "unet.onnx",
         "data": "unet.onnx.data",
@@ -69,8 +70,8 @@ def _described(dtype: str, groups: int) -> dict[str, Any]:
     }
 
 
-def _shapes(groups: int) -> dict[str, list[int | str]]:
-    return {
+def _shapes(groups: int, masked: bool) -> dict[str, list[int | str]]:
+    shapes: dict[str, list[int | str]] = {
         "sample": ["batch", CHANNELS, "4*height", "4*width"],
         "text_kv": ["batch", "text", 2 * CHANNELS],
         "ref_kv": [1, f"{TOKENS}*references", 2 * CHANNELS],
@@ -78,14 +79,16 @@ def _shapes(groups: int) -> dict[str, list[int | str]]:
         "ref_offsets": [groups + 1],
         "scale": [groups],
     }
+    return shapes | ({"mask_1": ["batch", groups, "4*height", "4*width"]} if masked else {})
 
 
-def _graph(dtype: str, groups: int) -> Any:
+def _graph(dtype: str, groups: int, masked: bool) -> Any:
     kind = getattr(TensorProto, {"float32": "FLOAT", "float16": "FLOAT16"}[dtype])
-    types = {"ref_visible": TensorProto.BOOL, "ref_offsets": TensorProto.INT32, "scale": TensorProto.FLOAT}
+    types = {"ref_visible": TensorProto.BOOL, "ref_offsets": TensorProto.INT32}
+    types |= dict.fromkeys(("scale", "mask_1"), TensorProto.FLOAT)
     inputs = [
         helper.make_tensor_value_info(name, types.get(name, kind), shape)
-        for name, shape in _shapes(groups).items()
+        for name, shape in _shapes(groups, masked).items()
     ]
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn((CHANNELS, CHANNELS), generator=generator).to(getattr(torch, dtype))
@@ -93,6 +96,7 @@ def _graph(dtype: str, groups: int) -> Any:
         "weight": weight.numpy(),
         "rows": torch.tensor([0, CHANNELS, -1]).numpy(),
         "heads": torch.tensor([0, -1, HEADS, WIDTH]).numpy(),
+        "flat_mask": torch.tensor([0, 0, -1]).numpy(),
         "halves": torch.tensor([CHANNELS, CHANNELS]).numpy(),
     }
     make = helper.make_node
@@ -106,6 +110,9 @@ def _graph(dtype: str, groups: int) -> Any:
         nodes.append(make("Split", [f"{kv}_kv", "halves"], [f"{kv}_k", f"{kv}_v"], axis=-1))
         nodes += [make("Reshape", [f"{kv}_{one}", "heads"], [f"{one}_{kv}"]) for one in ("k", "v")]
     called = ["q", "k_text", "v_text", "k_ref", "v_ref", "scale", "ref_offsets", "ref_visible"]
+    if masked:
+        nodes.append(make("Reshape", ["mask_1", "flat_mask"], ["mask"]))
+        called.append("mask")
     nodes.append(make("grca", called, ["prediction"], domain="fastory", tokens_per_ref=TOKENS))
     output = helper.make_tensor_value_info("prediction", kind, ["batch", "length", HEADS, WIDTH])
     tensors = [numpy_helper.from_array(value, name) for name, value in constants.items()]
