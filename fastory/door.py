@@ -36,10 +36,12 @@ def check_placement(
     graphs: str = "auto",
     batch_size: int | None = None,
     compile: str = "auto",
+    attention: str = "auto",
 ) -> None:
-    """InputError for words that --device, --dtype, --graphs, --batch-size and --compile do not take."""
+    """InputError for words that --device, --dtype, --graphs, --batch-size, --compile and --attention do not take."""
     settings.check_placement(device, dtype, graphs)
     settings.check_choice("compile", compile, "--compile")
+    settings.check_choice("attention", attention, "--attention")
     if batch_size is not None and batch_size < 1:
         raise InputError(f"--batch-size: wanted 1 or more, got {batch_size}")
 

@@ -356,6 +356,11 @@ def _refused(what: str, error: OSError, hint: str) -> FastoryError:
     return kind(f"{what}: {error.strerror or error}; {hint}")
 
 
+def cache_folder() -> Path:
+    """Where fastory keeps what only costs time to make again, beside the caches of torch and of the hub's client."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastory"
+
+
 def folder_for(path: Path, hint: str) -> None:
     """`make_folder`, of which the user is told what to do. Raises InputError, or FastoryError where the disk is full."""
     try:

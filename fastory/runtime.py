@@ -7,7 +7,7 @@ import gc
 import sys
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -29,7 +29,8 @@ class Placement:
     """How a run computes, resolved once and stored in the manifest.
 
     threads: torch's, on the CPU (see fastory.threads). graphs: whether a UNet call is captured in a CUDA graph.
-    compiled: whether the UNet's blocks are compiled, which a run decides (see fastory.runs.compiling).
+    compiled: whether the UNet's blocks are compiled, which a run decides (see fastory.runs.compiling). attention: the backend
+    of self-attention by its shape, where that was measured (see fastory.runs.attending).
     """
 
     device: torch.device
@@ -37,21 +38,23 @@ class Placement:
     threads: int
     graphs: bool = False
     compiled: bool = False
+    attention: tuple[tuple[str, str], ...] = ()
 
     @property
     def dtype_name(self) -> str:
         """float32, float16 or bfloat16."""
         return str(self.dtype).removeprefix("torch.")
 
-    def as_dict(self) -> dict[str, str | int | bool]:
-        """As the manifest holds it, which says nothing of `compiled` where nothing is."""
-        said: dict[str, str | int | bool] = {
+    def as_dict(self) -> dict[str, Any]:
+        """As the manifest holds it, which says nothing of `compiled` and `attention` where nothing is."""
+        said: dict[str, Any] = {
             "device": str(self.device),
             "dtype": self.dtype_name,
             "threads": self.threads,
             "graphs": self.graphs,
         }
-        return {**said, "compiled": True} if self.compiled else said
+        said |= {"compiled": True} if self.compiled else {}
+        return said | ({"attention": dict(self.attention)} if self.attention else {})
 
 
 def choose_placement(device: str = "auto", dtype: str = "auto", graphs: str = "auto") -> Placement:

@@ -59,6 +59,7 @@ NOISES = ("shared", "per-frame")
 DTYPES = ("float32", "float16", "bfloat16")
 GRAPHS = ("auto", "off")
 COMPILE = ("auto", "on", "off")
+ATTENTION = ("auto", "measured")
 DISTILLED = ("auto", "lcm-lora", "none")
 
 
@@ -249,6 +250,7 @@ _CHOICES: Mapping[str, Collection[str]] = {
     "dtype": ("auto", *DTYPES),
     "graphs": GRAPHS,
     "compile": COMPILE,
+    "attention": ATTENTION,
     "distilled": DISTILLED,
 }
 # Settings that came later, with the value under which a run is what it was before there were any.

@@ -9,13 +9,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fastory import packages
 from fastory.errors import FastoryError, InputError
+from fastory.files import cache_folder
 from fastory.runs import manifest
 from fastory.wording import last_words
 
@@ -60,9 +60,8 @@ class Store:
 
     def working_folder(self, options: Mapping[str, Any]) -> Path:
         """Where a batch of these options is drawn, before it is delivered."""
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         said = json.dumps([self.url, options], sort_keys=True, default=str)
-        return cache / "fastory" / "batches" / hashlib.sha256(said.encode()).hexdigest()[:16]
+        return cache_folder() / "batches" / hashlib.sha256(said.encode()).hexdigest()[:16]
 
     def named(self, name: str) -> str:
         """The URL of a file or run folder."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from fastory.documents import read_json
 from fastory.errors import FastoryError, InputError
-from fastory.files import atomic_write, folder_for, locked_folder, sha256_of
+from fastory.files import atomic_write, cache_folder, folder_for, locked_folder, sha256_of
 
 TICK = 100_000_000  # ns; file systems of this decade count in 10 ms or less
 
@@ -88,9 +87,7 @@ def _key(source: Path) -> str:
 
 
 def _cache_file() -> Path:
-    """Where torch and the hub's client keep their caches as well, on every system."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "fastory" / "model_hashes.json"
+    return cache_folder() / "model_hashes.json"
 
 
 def _read() -> dict[str, str]:

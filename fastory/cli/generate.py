@@ -19,10 +19,12 @@ from fastory.cli.options import (
     RUN,
     SAMPLING,
     Adapter,
+    Compile,
     Config,
     Device,
     Distilled,
     Dtype,
+    Graphs,
     ImageEncoder,
     IpAdapter,
     JsonLines,
@@ -31,6 +33,7 @@ from fastory.cli.options import (
     ModelOptions,
     Offline,
     Quiet,
+    SelfAttention,
     among,
     choice,
     open_engine,
@@ -237,13 +240,6 @@ Pronouns = Annotated[
 NegativePrompt = Annotated[str | None, option(PICTURE, help="What the pictures should not show.")]
 Width = Annotated[int | None, option(PICTURE, help="Pixels.")]
 Height = Annotated[int | None, option(PICTURE, help="Pixels.")]
-Graphs = Annotated[
-    str, choice(RUN, choices("graphs"), help="A CUDA graph around a UNet call (default auto: on CUDA).")
-]
-Compile = Annotated[
-    str,
-    choice(RUN, choices("compile"), help="torch.compile of UNet blocks (default auto: long runs on CUDA)."),
-]
 BatchSize = Annotated[int | None, option(RUN, help="Frames at once (default: chosen from free memory).")]
 Output = Annotated[
     Path | None, option(OUTPUT, "--output", "-o", help="Run folder (default: under ./stories).")
@@ -313,6 +309,7 @@ def generate(
     device: Device = "auto",
     graphs: Graphs = "auto",
     compile: Compile = "auto",
+    attention: SelfAttention = "auto",
     batch_size: BatchSize = None,
     output: Output = None,
     overwrite: Overwrite = False,
@@ -386,6 +383,7 @@ def drawn(requested: Mapping[str, Any], executor_of: ExecutorOf) -> Iterator[Eve
         requested["graphs"],
         requested["batch_size"],
         requested["compile"],
+        requested["attention"],
     )
     stories = read_stories(requested["stories"] or [])
     door.check_stories(stories, requested["style"])
@@ -422,14 +420,16 @@ def opened(requested: Mapping[str, Any]) -> Any:
     """The model, or the export, that these options name."""
     check_named(requested)
     if requested["engine"] is not None:
-        if requested["compile"] == "on":
-            raise InputError(
-                "--compile is for a model of PyTorch; what an export runs was decided when it was made"
-            )
+        for name, word in (("compile", "on"), ("attention", "measured")):
+            if requested[name] == word:
+                raise InputError(
+                    f"--{name} is for a model of PyTorch; what an export runs was decided when it was made"
+                )
         chosen = (requested[name] for name in ("engine", "device", "dtype", "trust_cache"))
         return open_engine(*chosen)
     options = ModelOptions.among(requested)
-    return options.open(*(requested[name] for name in ("device", "dtype", "graphs", "compile")))
+    placed = ("device", "dtype", "graphs", "compile", "attention")
+    return options.open(*(requested[name] for name in placed))
 
 
 def read_stories(names: list[str]) -> list[Any]:

@@ -86,6 +86,22 @@ Dtype = Annotated[
     ),
 ]
 
+Graphs = Annotated[
+    str, choice(RUN, choices("graphs"), help="A CUDA graph around a UNet call (default auto: on CUDA).")
+]
+Compile = Annotated[
+    str,
+    choice(RUN, choices("compile"), help="torch.compile of UNet blocks (default auto: long runs on CUDA)."),
+]
+SelfAttention = Annotated[
+    str,
+    choice(
+        RUN,
+        choices("attention"),
+        help="Self-attention by PyTorch's choice (auto, the default) or by what is quickest here.",
+    ),
+]
+
 
 @dataclass(frozen=True)
 class ModelOptions:
@@ -123,7 +139,9 @@ class ModelOptions:
         named = {name: getattr(self, name) for name in ("config", "ip_adapter", "image_encoder", "adapter")}
         return named, [parse_lora(text) for text in self.lora or []]
 
-    def open(self, device: str, dtype: str, graphs: str, compile: str = "auto") -> Any:
+    def open(
+        self, device: str, dtype: str, graphs: str, compile: str = "auto", attention: str = "auto"
+    ) -> Any:
         """The StoryModel. Names are checked before PyTorch is imported."""
         self.check()
         named, loras = self._parts()
@@ -134,6 +152,7 @@ class ModelOptions:
 
         placed: dict[str, Any] = {"device": device, "dtype": dtype, "graphs": graphs, "compile": compile}
         said: dict[str, Any] = {"distilled": self.distilled or "auto", "offline": self.offline}
+        said["attention"] = attention
         return StoryModel.open(self.model, loras=loras, **named, **placed, **said)
 
 

@@ -27,12 +27,13 @@ class Hello:
 
 @dataclass(frozen=True)
 class Computing:
-    """How a run computes: dtype, graphs and compiled as a manifest's machine has them, threads of PyTorch."""
+    """How a run computes: dtype, graphs, compiled and attention as a Placement has them, threads of PyTorch."""
 
     dtype: str
     graphs: bool
     threads: int
     compiled: bool = False
+    attention: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)

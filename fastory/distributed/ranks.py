@@ -190,7 +190,8 @@ def deal(batches: Sequence[Batch], processes: int) -> list[Sequence[Batch]]:
 def computing_of(model: Model) -> Computing:
     """How this process computes just now."""
     placement = model.placement
-    return Computing(placement.dtype_name, placement.graphs, torch.get_num_threads(), placement.compiled)
+    how = (placement.dtype_name, placement.graphs, torch.get_num_threads())
+    return Computing(*how, placement.compiled, placement.attention)
 
 
 def _without_pictures(story: Story) -> Story:

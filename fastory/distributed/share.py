@@ -17,6 +17,7 @@ from fastory.distributed.messages import (
     Snapshot,
 )
 from fastory.events import BatchHalved, Event, FrameDrawn
+from fastory.models.copies import attending_copy
 from fastory.models.protocol import Model
 from fastory.modes.iterative import IterativeRun, draw_batches
 from fastory.modes.mode import mode_of
@@ -39,7 +40,7 @@ class ShareDrawer:
 
     def begin(self, message: BeginStory) -> None:
         """The story of the frames that follow."""
-        model = self._model_for(message.computing)
+        model = self._model_for(message.computing, message.size)
         device = model.placement.device
         characters = {name: [t.to(device) for t in tokens] for name, tokens in message.characters.items()}
         if self._story is not None:
@@ -55,14 +56,15 @@ class ShareDrawer:
         """The same of whole stories."""
         return self._until_memory_ends(self._stories(message))
 
-    def _model_for(self, computing: Computing) -> Model:
-        """The model as the run computes."""
+    def _model_for(self, computing: Computing, size: tuple[int, int]) -> Model:
+        """The model as the run computes. size: of its pictures, in pixels."""
         torch.set_num_threads(computing.threads)
         placement = self.model.placement
         if (placement.dtype_name, placement.graphs) != (computing.dtype, computing.graphs):
             self._story = None
             self.model = self._open(computing.dtype, computing.graphs)
-        return self.model.compiled if computing.compiled else self.model
+        model: Model = self.model.compiled if computing.compiled else self.model
+        return attending_copy(model, dict(computing.attention), *size) if computing.attention else model
 
     def _frames(self, message: DrawFrames) -> Iterator[Event | Drawn]:
         run, k = self._story, message.round.number
@@ -78,7 +80,7 @@ class ShareDrawer:
                 yield event
 
     def _stories(self, message: DrawStories) -> Iterator[Event | Drawn]:
-        model = self._model_for(message.computing)
+        model = self._model_for(message.computing, message.size)
         mode = mode_of(message.mode)
         for event in mode.draw(model, message.plans, batch_sizes=message.batch_sizes, size=message.size):
             if isinstance(event, FrameDrawn):

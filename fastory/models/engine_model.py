@@ -216,6 +216,11 @@ class EngineModel:
         return "off"
 
     @property
+    def attention(self) -> str:
+        """As of compile."""
+        return "auto"
+
+    @property
     def compiled(self) -> EngineModel:
         """Never asked for."""
         raise InputError("an export cannot be compiled")

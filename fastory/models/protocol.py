@@ -143,6 +143,10 @@ class Model(Protocol):
         """Whether the UNet's blocks are compiled: auto, on or off."""
 
     @property
+    def attention(self) -> str:
+        """What computes self-attention: auto, PyTorch's choice, or measured."""
+
+    @property
     def compiled(self) -> Model:
         """This model as it draws with compiled blocks, where `compile` is not off."""
 

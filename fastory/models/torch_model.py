@@ -29,6 +29,7 @@ from fastory.models.protocol import (
     distilled_as,
     runs_as,
 )
+from fastory.models.released import Released
 from fastory.models.row_by_row import embed_row_by_row
 from fastory.models.text import guidance_embedding, history_ids, lost_words, padding_of
 from fastory.processors.compiled import CompiledBlocks
@@ -38,16 +39,6 @@ from fastory.processors.projected import CrossAttentionLayers, check_kernels
 from fastory.processors.reused import DeepFeatures
 from fastory.runtime import Placement, choose_placement
 from fastory.settings import check_choice
-
-
-class Released:
-    """Stands where a part was that `release` let go."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __getattr__(self, part: str) -> Any:
-        raise InputError(f"the model {self._name} was released; wanted one that StoryModel opened since")
 
 
 class StoryModel:
@@ -67,6 +58,7 @@ class StoryModel:
         self.requested = dict(requested or {})
         self.options: dict[str, Any] | None = None
         self.idle_samplers: list[Any] = []
+        self.attending: dict[Any, Any] = {}  # copies, see models.copies
         self.checkpoint = checkpoint
         self.family, self.world = checkpoint.family, world_of(checkpoint.defaults)
         self.placement = placement
@@ -100,6 +92,7 @@ class StoryModel:
         dtype: str = "auto",
         graphs: str = "auto",
         compile: str = "auto",
+        attention: str = "auto",
         distilled: str = "auto",
         offline: bool = False,
     ) -> StoryModel:
@@ -111,10 +104,12 @@ class StoryModel:
         loras: (path, weight) pairs, in effect before any K and V are projected. device: auto, cpu, cuda or cuda:N.
         dtype: auto, float32, float16 or bfloat16. graphs: auto (CUDA graphs on CUDA) or off.
         compile: torch.compile of the UNet's blocks, auto (on CUDA, where a run is long enough), on or off.
+        attention: auto (PyTorch's choice) or measured, self-attention by the backend that was quickest on this machine.
         distilled: for few steps; auto for what the files say, lcm-lora for weights that hold one, or none.
         Raises InputError for anything that cannot be used.
         """
         check_choice("compile", compile, "--compile")
+        check_choice("attention", attention, "--attention")
         check_choice("distilled", distilled, "--distilled")
         placement = choose_placement(device, dtype, graphs)
         check_kernels(placement.device)
@@ -128,8 +123,9 @@ class StoryModel:
             "offline": offline,
         }
         checkpoint = open_checkpoint(model, dtype=placement.dtype, **options)
-        named = (("device", device), ("dtype", dtype), ("graphs", graphs), ("compile", compile))
-        requested = {name: value for name, value in named if value != "auto"}
+        named = {"device": device, "dtype": dtype, "graphs": graphs}
+        named |= {"compile": compile, "attention": attention}
+        requested = {name: value for name, value in named.items() if value != "auto"}
         opened = cls(checkpoint, placement, str(model), requested)
         opened.options = {"model": model, **options}
         return opened
@@ -155,6 +151,7 @@ class StoryModel:
         """Let go of every part, so that what from_pipeline had to copy is freed. The model cannot draw any more."""
         gone: Any = Released(self.name)
         self.idle_samplers.clear()
+        self.attending.clear()
         self.pipeline = self.unet = self.vae = gone
         self.checkpoint = replace(
             self.checkpoint, pipeline=gone, image_encoder=None, adapter=None, history=None, weights={}
@@ -181,11 +178,8 @@ class StoryModel:
     @property
     def defaults(self) -> Mapping[str, Any]:
         """The settings of the folder's fastory_defaults.json, without the names of its files."""
-        return {
-            k: v
-            for k, v in self.checkpoint.defaults.items()
-            if k not in ("schema", "ip_adapter", "image_encoder", "adapter", "world")
-        }
+        names = ("schema", "ip_adapter", "image_encoder", "adapter", "world")
+        return {name: value for name, value in self.checkpoint.defaults.items() if name not in names}
 
     @property
     def distilled(self) -> str | None:
@@ -215,12 +209,17 @@ class StoryModel:
         assert self.options is not None
         graphs = "auto" if machine["graphs"] else "off"
         where = {"device": machine["device"], "dtype": machine["dtype"], "graphs": graphs}
-        return StoryModel.open(**self.options, **where, compile=self.compile)
+        return StoryModel.open(**self.options, **where, compile=self.compile, attention=self.attention)
 
     @property
     def compile(self) -> str:
         """Whether the UNet's blocks are compiled: auto, on or off."""
         return self.requested.get("compile", "auto")
+
+    @property
+    def attention(self) -> str:
+        """What computes self-attention: auto or measured."""
+        return self.requested.get("attention", "auto")
 
     @cached_property
     def compiled(self) -> StoryModel:

@@ -26,7 +26,7 @@ MOST_GRAPHS = 64
 
 @dataclass(frozen=True, eq=False)
 class Region:
-    """A block, and what makes blocks one graph: their class, the shapes of their weights, the types of their numbers."""
+    """A block, and what makes blocks one graph: class, shapes of weights, types of numbers, self-attention's backend."""
 
     block: nn.Module
     kind: tuple[Any, ...]
@@ -40,11 +40,10 @@ def regions_of(unet: nn.Module) -> list[Region]:
 
 def _kind(block: nn.Module) -> tuple[Any, ...]:
     shapes = tuple(tuple(parameter.shape) for parameter in block.parameters())
-    return (
-        type(block),
-        shapes,
-        type(getattr(block, "output_scale_factor", None)),
-    )  # 1 in some blocks, 1.0 in others
+    number = type(getattr(block, "output_scale_factor", None))  # 1 in some blocks, 1.0 in others
+    attn: Any = getattr(block, "attn1", None)
+    backend = None if attn is None else attn.processor.backend
+    return type(block), shapes, number, backend
 
 
 class CompiledBlocks:

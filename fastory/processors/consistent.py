@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.models.attention_processor import Attention
 from torch import Tensor
 from torch.nn import functional
 
-from fastory.processors.projected import level_of, refuse_unknown
+from fastory.processors.attention_backends import self_attention_of
+from fastory.processors.projected import refuse_unknown
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,7 @@ def self_attention_levels(unet: Any) -> list[int]:
 
     Raises InputError for a layer that is not as SD1.5 and SDXL have it.
     """
-    levels = set()
-    for name in unet.attn_processors:
-        if not name.endswith("attn1.processor"):
-            continue
-        attn = unet.get_submodule(name.removesuffix(".processor"))
-        assert isinstance(attn, Attention)
-        refuse_unknown(name, attn)
-        levels.add(level_of(unet, name))
-    return sorted(levels)
+    layers = self_attention_of(unet)
+    for name, (attn, _) in layers.items():
+        refuse_unknown(f"{name}.processor", attn)
+    return sorted({level for _, level in layers.values()})

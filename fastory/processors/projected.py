@@ -7,9 +7,9 @@ holds K in [offset, offset + C) and V in [offset + C, offset + 2C).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +22,7 @@ from fastory.errors import InputError
 from fastory.kernels import backends
 from fastory.kernels.banded import banded_causal_attention
 from fastory.kernels.grca import grca
+from fastory.processors.attention_backends import BACKENDS
 from fastory.processors.fused import is_fused
 
 
@@ -96,10 +97,14 @@ def attend_references(
     return out if text is None else text + out
 
 
-def attend_all(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Self-attention: query, keys, values (B, L, H, d) -> (B, L, H, d)."""
-    heads_first = (query.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2))
-    return functional.scaled_dot_product_attention(*heads_first).transpose(1, 2)
+def attend_all(query: Tensor, keys: Tensor, values: Tensor, backend: str | None = None) -> Tensor:
+    """Self-attention: query, keys, values (B, L, H, d) -> (B, L, H, d). backend: None for PyTorch's choice."""
+    attend = (
+        functional.scaled_dot_product_attention
+        if backend is None
+        else BACKENDS[query.device.type][backend].attend
+    )
+    return attend(query.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2)).transpose(1, 2)
 
 
 def attend_apart(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
@@ -135,8 +140,12 @@ def attend_window(
 class SelfAttention(AttnProcessor2_0):
     """diffusers' self-attention, but where Q, K and V are one product, and for contexts that have attention of their own.
 
-    cross_attention_kwargs reach attn1, too.
+    cross_attention_kwargs reach attn1, too. backend: that computes it, of attention_backends; None for PyTorch's choice.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backend: str | None = None
 
     def __call__(
         self,
@@ -152,13 +161,14 @@ class SelfAttention(AttnProcessor2_0):
         own = getattr(context, "self_attention", None)
         attend = None if own is None else own(hidden_states.shape[1])
         fused = is_fused(attn)
-        if attend is None and not fused:
+        if attend is None and not fused and self.backend is None:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
         if fused:
             projected = attn.to_qkv(hidden_states).chunk(3, -1)
         else:
             projected = (attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states))
-        out = (attend or attend_all)(*(tensor.unflatten(-1, (attn.heads, -1)) for tensor in projected))
+        attend = attend or partial(attend_all, backend=self.backend)
+        out = attend(*(tensor.unflatten(-1, (attn.heads, -1)) for tensor in projected))
         return attn.to_out[1](attn.to_out[0](out.flatten(2)))
 
 
@@ -209,7 +219,10 @@ class CrossAttentionLayers:
             offset += 2 * attn.inner_dim
         self.width = offset
         self.key_weights, self.value_weights = tuple(key_weights), tuple(value_weights)
-        processors: dict[str, Any] = {name: SelfAttention() for name in unet.attn_processors}
+        processors: dict[str, Any] = {
+            name: found if isinstance(found, SelfAttention) else SelfAttention()  # a copy's keeps its backend
+            for name, found in unet.attn_processors.items()
+        }
         processors |= {layer.name: CrossAttention(layer) for layer in self.layers}
         unet.set_attn_processor(processors)
 
@@ -240,15 +253,6 @@ class CrossAttentionLayers:
     def _store(out: Tensor, layer: Layer, keys: Tensor, values: Tensor) -> None:
         out[..., layer.offset : layer.offset + layer.channels] = keys
         out[..., layer.offset + layer.channels : layer.offset + 2 * layer.channels] = values
-
-
-def level_of(unet: Any, name: str) -> int:
-    """How often the latents' sides were halved where a UNet has the layer of this name."""
-    deepest = len(unet.config.block_out_channels) - 1
-    block = re.match(r"(down|up)_blocks\.(\d+)\.", name)
-    if block is None:  # the middle block is the deepest
-        return deepest
-    return int(block[2]) if block[1] == "down" else deepest - int(block[2])
 
 
 def refuse_unknown(name: str, attn: Attention) -> None:

@@ -30,6 +30,7 @@ Number = Annotated[
 ]  # of a round or a frame, as JSON's key
 Kept = Annotated[str, StringConstraints(pattern=r"^[0-9]{3,6}$")]  # of a redraw, in history/
 Name = Annotated[str, StringConstraints(min_length=1, max_length=4096)]
+ShapeName = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}x[0-9]{1,9}x[0-9]{1,9}$")]
 Seed = Annotated[int, Field(ge=0, lt=2**64)]
 Plain = None | bool | int | float | str
 
@@ -61,6 +62,8 @@ class _Machine(_Strict):
     threads: Annotated[int, Field(ge=1, le=4096)]
     graphs: bool
     compiled: Literal[True] | None = None  # since 2026-11; of a run with compiled blocks alone
+    # Since 2026-11; of a run whose self-attention was chosen by measurement alone: the backend by L x H x d.
+    attention: dict[ShapeName, Annotated[str, StringConstraints(pattern=r"^[a-z]{1,30}$")]] | None = None
     versions: dict[Name, str]
 
 

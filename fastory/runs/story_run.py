@@ -13,7 +13,7 @@ from pathlib import Path
 from fastory.errors import InputError
 from fastory.models.protocol import Model
 from fastory.modes.mode import mode_of
-from fastory.runs.compiling import as_began, decide
+from fastory.runs import attending, compiling
 from fastory.runs.folder import RunFolder
 from fastory.runs.provenance import version_notices, versions
 from fastory.runs.redraw import begin_redraw, finish_move, give_up_redraw, refuse_unrepeatable
@@ -84,7 +84,8 @@ def open_folder(
         return resolved, folder
     folder.check(identity, resolved.redrawn)
     machine = folder.manifest["machine"]
-    model = as_began(resolved.model.on(machine), machine.get("compiled", False))
+    model = compiling.as_began(resolved.model.on(machine), machine.get("compiled", False))
+    model = attending.as_began(model, machine, resolved.settings)
     notices = version_notices(folder.manifest["machine"]["versions"])
     if resolved.redrawn is None and folder.manifest.get("redraw") and not identity.changed(folder.manifest):
         notices.append(give_up_redraw(folder))
@@ -126,7 +127,7 @@ def begin_runs(
     """
     stories = Counter(resolved.settings.mode for resolved, _ in opened)
     fresh = [resolved for resolved, folder in opened if folder is None or not folder.manifest]
-    compiled, why = decide(fresh)
+    compiled, why = compiling.decide(fresh)
     runs = []
     for index, (resolved, folder) in enumerate(opened):
         if folder is None or not folder.manifest:
@@ -149,6 +150,10 @@ def _begin(
     unit = mode_of(settings.mode).unit
     count = stories if unit == "story" else len(story.frames)
     size, reason = _micro_batch(model, settings, count, unit, batch_size, processes)
+    notices = resolved.notices
+    if folder is None or not folder.manifest:
+        model, why = attending.measured(model, settings, size * rows_per_frame(model, settings))
+        notices = (*notices, why) if why else notices
     sizes, threads = [size], model.placement.threads
     if folder is not None:
         if not folder.manifest:
@@ -167,7 +172,7 @@ def _begin(
         sizes=tuple(sizes),
         reason=reason,
         threads=threads,
-        notices=resolved.notices,
+        notices=notices,
     )
 
 

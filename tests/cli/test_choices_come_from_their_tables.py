@@ -26,6 +26,8 @@ TABLES = {
         "--noise": settings.NOISES,
         "--dtype": ("auto", *settings.DTYPES),
         "--graphs": settings.GRAPHS,
+        "--attention": settings.ATTENTION,
+        "--distilled": settings.DISTILLED,
     },
     "export": {"--dtype": ("auto", *settings.DTYPES), "--bind": BINDINGS},
     "tune": {"--history-size": SIZES},
