@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -18,34 +19,37 @@ from torch import Tensor
 
 from fastory.checkpoints.history_encoder import HistoryConfig
 from fastory.conditioning.context import Context
-from fastory.processors.projected import Layer, attend_window
+from fastory.conditioning.regions import Grid
+from fastory.processors.projected import Layer, attend_apart, attend_window
 
 
 @dataclass(frozen=True)
 class HistoryRow:
-    """What one row of a UNet call attends to. kv (1, Lt + L_M * S, W); padding (1, Lt + L_M * S) bool."""
+    """What one row of a UNet call attends to. kv (1, Lt + L_M * S, W); padding (1, Lt + L_M * S) bool.
+
+    bias, self_bias: as of HistoryContext, of one row; None for 0 everywhere.
+    """
 
     kv: Tensor
     padding: Tensor
+    bias: dict[int, Tensor] | None = None
+    self_bias: dict[int, Tensor] | None = None
 
 
 @dataclass(frozen=True)
-class HistoryContext:
-    """A caption and the last L_M frames of a story (Causal-Story; algorithms.md, section 2).
-
-    kv: (B, Lt + L_M * S, W), the caption's tokens, then S tokens a frame, oldest frame first, empty positions last.
-    padding: (B, Lt + L_M * S) bool, True for a key that nobody sees.
-    """
+class LayerHistory:
+    """What one layer reads of a HistoryContext: the same, K and V of this layer and biases of its query tokens alone."""
 
     kv: Tensor
     padding: Tensor
     caption_tokens: int
     frame_tokens: int
+    bias: Tensor | None
+    self_bias: Tensor | None
 
-    def put(self, index: int, row: HistoryRow) -> None:
-        """Write a row's caption and history where row `index` of the buffers is: every row has a story of its own."""
-        self.kv[index : index + 1] = row.kv
-        self.padding[index : index + 1] = row.padding
+    def self_attention(self, tokens: int) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+        """As of HistoryContext: of this layer's own number of tokens."""
+        return None if self.self_bias is None else partial(attend_apart, bias=self.self_bias)
 
     def attend(self, layer: Layer, query: Tensor) -> Tensor:
         """query (B, L, H, d) -> (B, L, H, d)."""
@@ -56,15 +60,63 @@ class HistoryContext:
             padding=self.padding,
             caption_tokens=self.caption_tokens,
             frame_tokens=self.frame_tokens,
+            bias=self.bias,
         )
 
-    def of_layer(self, layer: Layer, queries: int) -> HistoryContext:
-        """The same of one layer, in the same memory."""
-        return replace(self, kv=layer.cut(self.kv))
+
+@dataclass(frozen=True)
+class HistoryContext:
+    """A caption and the last L_M frames of a story (Causal-Story; algorithms.md, section 2).
+
+    kv: (B, Lt + L_M * S, W), the caption's tokens, then S tokens a frame, oldest frame first, empty positions last.
+    padding: (B, Lt + L_M * S) bool, True for a key that nobody sees. bias: bias[L] is (B, L, Lt + L_M * S), added to the scores
+    of a layer of L query tokens, where what is said of characters reaches their own part alone; self_bias[L] (B, L, L), added
+    to those of self-attention, where characters do not see each other; None where no frame says where anybody is.
+    """
+
+    kv: Tensor
+    padding: Tensor
+    caption_tokens: int
+    frame_tokens: int
+    bias: dict[int, Tensor] | None = None
+    self_bias: dict[int, Tensor] | None = None
+
+    def put(self, index: int, row: HistoryRow) -> None:
+        """Write a row's caption and history where row `index` of the buffers is: every row has a story of its own."""
+        self.kv[index : index + 1] = row.kv
+        self.padding[index : index + 1] = row.padding
+        for room, own in ((self.bias, row.bias), (self.self_bias, row.self_bias)):
+            for tokens, bias in (room or {}).items():
+                bias[index : index + 1] = 0 if own is None else own[tokens]
+
+    def self_attention(self, tokens: int) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+        """Of a layer of so many tokens: query, keys, values (B, L, H, d) -> (B, L, H, d); None where it is as ever."""
+        bias = (self.self_bias or {}).get(tokens)
+        return None if bias is None else partial(attend_apart, bias=bias)
+
+    def attend(self, layer: Layer, query: Tensor) -> Tensor:
+        """query (B, L, H, d) -> (B, L, H, d)."""
+        return self.of_layer(layer, query.shape[1]).attend(layer, query)
+
+    def of_layer(self, layer: Layer, queries: int) -> LayerHistory:
+        """What `layer` reads of it where it has `queries` query tokens."""
+        return LayerHistory(
+            layer.cut(self.kv),
+            self.padding,
+            self.caption_tokens,
+            self.frame_tokens,
+            None if self.bias is None else self.bias[queries],
+            (self.self_bias or {}).get(queries),
+        )
 
     def last_rows(self, count: int) -> HistoryContext:
         """The last `count` rows, in the same memory."""
-        return replace(self, kv=self.kv[-count:], padding=self.padding[-count:])
+        bias, self_bias = (
+            biases and {tokens: of_rows[-count:] for tokens, of_rows in biases.items()}
+            for biases in (self.bias, self.self_bias)
+        )
+        kv, padding = self.kv[-count:], self.padding[-count:]
+        return replace(self, kv=kv, padding=padding, bias=bias, self_bias=self_bias)
 
     def without_references(self) -> HistoryContext:
         """A history is no reference."""
@@ -81,27 +133,39 @@ class HistoryContext:
 
 @dataclass(frozen=True)
 class Window:
-    """The sizes of a history window: Lt tokens of the caption, `frames` (L_M) of S tokens each; `like` gives W."""
+    """The sizes of a history window: Lt tokens of the caption, `frames` (L_M) of S tokens each; `like` gives W.
+
+    grid: of the latents, where a frame says where its characters are.
+    """
 
     caption_tokens: int
     frame_tokens: int
     frames: int
     like: Tensor
+    grid: Grid | None = None
+
+    @property
+    def keys(self) -> int:
+        """Lt + L_M * S."""
+        return self.caption_tokens + self.frames * self.frame_tokens
 
     def context(self, rows: int, beside: Context | None = None) -> HistoryContext:
         """An empty window for `rows` rows, in memory of its own."""
-        keys = self.caption_tokens + self.frames * self.frame_tokens
-        kv = self.like.new_zeros(rows, keys, self.like.shape[-1])
-        padding = torch.ones(rows, keys, dtype=torch.bool, device=kv.device)
-        return HistoryContext(kv, padding, self.caption_tokens, self.frame_tokens)
+        kv, device = self.like.new_zeros(rows, self.keys, self.like.shape[-1]), self.like.device
+        padding = torch.ones(rows, self.keys, dtype=torch.bool, device=device)
+        bias = self_bias = None
+        if self.grid is not None:
+            bias = {L: torch.zeros(rows, L, self.keys, device=device) for L in self.grid.layers()}
+            self_bias = {L: torch.zeros(rows, L, L, device=device) for L in self.grid.bounded_layers()}
+        return HistoryContext(kv, padding, self.caption_tokens, self.frame_tokens, bias, self_bias)
 
     def refill(self, context: Context) -> bool:
         """Nothing is shared: a context of these sizes is good as it is."""
-        keys = self.caption_tokens + self.frames * self.frame_tokens
         return (
             isinstance(context, HistoryContext)
-            and context.kv.shape[1] == keys
+            and context.kv.shape[1] == self.keys
             and context.caption_tokens == self.caption_tokens
+            and (context.bias is None) == (self.grid is None)
         )
 
 

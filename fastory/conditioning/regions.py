@@ -129,12 +129,35 @@ def text_bias(
 
     words: a character's positions among them, which reach its mask; 0 for the words of nobody, which reach everything.
     """
+    return key_bias([(mask, words.get(name, ())) for name, mask in masks.items()], count, grid)
+
+
+def history_bias(
+    masks: Mapping[str, Tensor], spoken: Mapping[str, Sequence[int]], count: int, grid: Grid
+) -> dict[int, Tensor]:
+    """(1, L, count) for every layer: what is added to the scores of `count` tokens of earlier frames.
+
+    spoken: which of them speak of a character. They reach its mask and what nobody has, as earlier frames tell of more than
+    who is in them; those that speak of nobody, or of somebody who has no mask, reach everything.
+    """
+    return key_bias(
+        [
+            (rest_of([mask for other, mask in masks.items() if other != name]), spoken.get(name, ()))
+            for name in (masks if len(masks) > 1 else ())
+        ],
+        count,
+        grid,
+    )
+
+
+def key_bias(reaches: Sequence[tuple[Tensor, Sequence[int]]], count: int, grid: Grid) -> dict[int, Tensor]:
+    """(1, L, count) for every layer of L query tokens: 0, but the logarithm of a mask at the keys that it is of."""
     biases = {tokens: torch.zeros(1, tokens, count) for tokens in grid.layers()}
-    names = [name for name in masks if words.get(name)]
-    if names:
-        for tokens, layer in layer_masks([masks[name] for name in names], grid).items():
-            for mask, name in zip(layer[0], names, strict=True):
-                biases[tokens][0, :, list(words[name])] = mask.clamp(min=SILENT).log()[:, None]
+    there = [(mask, list(keys)) for mask, keys in reaches if len(keys)]
+    if there:
+        for tokens, layer in layer_masks([mask for mask, _ in there], grid).items():
+            for mask, (_, keys) in zip(layer[0], there, strict=True):
+                biases[tokens][0, :, keys] = mask.clamp(min=SILENT).log()[:, None]
     return biases
 
 

@@ -101,10 +101,14 @@ class HistoryEncoding(Protocol):
 
 
 class WithHistory(Protocol):
-    """The history of a model, of which the tokenizer and the rest are its own business."""
+    """The history of a model."""
 
     @property
     def encoder(self) -> HistoryEncoding: ...
+
+    @property
+    def tokenizer(self) -> Any:
+        """Of captions as history tokens stand for them."""
 
 
 class Blocks(Protocol):

@@ -19,15 +19,16 @@ def lost_words(tokenizer: Any, prompt: str) -> str:
 
 
 def token_places(
-    tokenizer: Any, prompt: str, spans: Mapping[str, Sequence[tuple[int, int]]]
+    tokenizer: Any, prompt: str, spans: Mapping[str, Sequence[tuple[int, int]]], limit: int | None = None
 ) -> dict[str, list[int]]:
     """The tokens of each name's spans of `prompt`, by their place in the text encoder's input; cut-off ones are left out.
 
-    A tokenizer that does not say where its tokens stand (one without a Rust part) gives none.
+    limit: in tokens, the tokenizer's own where it is not given. A tokenizer that does not say where its tokens stand (one
+    without a Rust part) gives none.
     """
     if not getattr(tokenizer, "is_fast", False):
         return {name: [] for name in spans}
-    limit = tokenizer.model_max_length
+    limit = limit or tokenizer.model_max_length
     offsets = tokenizer(prompt, truncation=True, max_length=limit, return_offsets_mapping=True)[
         "offset_mapping"
     ]
@@ -39,6 +40,16 @@ def token_places(
         ]
         for name, of_name in spans.items()
     }
+
+
+def nearest_tokens(named: Mapping[str, Sequence[int]], count: int) -> dict[str, list[int]]:
+    """Each of `count` tokens with the name whose own token is nearest, of two the one that comes first in `named`."""
+    found: dict[str, list[int]] = {name: [] for name in named}
+    there = [name for name in named if named[name]]
+    for token in range(count if there else 0):
+        nearest = min(there, key=lambda name: min(abs(token - own) for own in named[name]))
+        found[nearest].append(token)
+    return found
 
 
 def padding_of(tokenizer: Any, prompt: str) -> Tensor:

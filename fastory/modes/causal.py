@@ -26,8 +26,10 @@ from fastory.conditioning.history import EncodedFrame, HistoryRow, Ring, Window
 from fastory.errors import InputError
 from fastory.events import Compiling, Event, FrameDrawn, StepDone
 from fastory.models.protocol import Caption, Model
+from fastory.modes.laid_out import LaidOut
 from fastory.modes.memory import until_it_fits
 from fastory.modes.mode import StoryPlan, long_captions, register
+from fastory.modes.regions import check_layout
 from fastory.pictures import open_picture
 from fastory.sampling.noise import frame_seed
 from fastory.sampling.sampler import Row, Sampler, leave_idle, sampler_for
@@ -38,9 +40,13 @@ from fastory.wording import counted
 
 @dataclass
 class StoryState:
-    """One of the stories that are drawn side by side. ring holds the history of its first `frames_done` frames."""
+    """One of the stories that are drawn side by side. ring holds the history of its first `frames_done` frames.
+
+    laid_out: where its characters are, None where no frame says it.
+    """
 
     plan: StoryPlan
+    laid_out: LaidOut | None = None
     ring: Ring | None = None
     frames_done: int = 0
 
@@ -81,7 +87,7 @@ class CausalBatch:
         """batch_sizes: stories at once at frame 0, 1, ..; size: of the pictures, (width, height) in pixels."""
         self.history = model.require_history()
         self.model, self.size = model.causal, size
-        self.states = [StoryState(plan) for plan in plans]
+        self.states = [StoryState(plan, self.laid_out(plan)) for plan in plans]
         self.batch_sizes = batch_sizes
         self.halved: int | None = None
         self.settings = plans[0].settings
@@ -90,6 +96,12 @@ class CausalBatch:
         self.sampler: Sampler | None = None
         self.negatives: dict[str, tuple[Caption, Tensor, Tensor]] = {}
 
+    def laid_out(self, plan: StoryPlan) -> LaidOut | None:
+        """Where a story's boxes and masks put its characters; exported graphs have no inputs for it."""
+        if not (self.model.takes_biases and any(frame.is_laid_out for frame in plan.story.frames)):
+            return None
+        return LaidOut(self.model, self.history, plan.story, plan.prompts, self.size)
+
     def sampler_of(self, size: int) -> Sampler:
         """The sampler for `size` stories at once; its buffers and its captured graph serve all frames."""
         if self.sampler is None or self.sampler.batch_size != size:
@@ -97,7 +109,8 @@ class CausalBatch:
             self.sampler = sampler_for(self.model, self.settings, size, *self.size)
             tokens = self.history.encoder.config.frame_tokens
             limit = int(self.model.tokenizer.model_max_length)
-            self.sampler.set_round(Window(limit, tokens, self.window, self.table))
+            grid = next((state.laid_out.grid for state in self.states if state.laid_out is not None), None)
+            self.sampler.set_round(Window(limit, tokens, self.window, self.table, grid))
         return self.sampler
 
     @cached_property
@@ -170,14 +183,23 @@ class CausalBatch:
         assert state.ring is not None
         kv, padding = state.ring.keys_values()
         null_kv, null_padding = state.ring.null_keys_values(*self.null)
+        bias = between = None
+        if state.laid_out is not None:
+            earlier = range(state.frames_done - len(state.ring.kv), state.frames_done)
+            bias = state.laid_out.bias(frame, caption_kv.shape[1], earlier, self.window)
+            between = state.laid_out.between(frame)
         return Row(
             frame=frame,
             seed=frame_seed(plan.story.frames[frame].seed, plan.seeds.get(frame), settings, frame),
             caption=caption,
             negative=negative,
-            conditional=HistoryRow(torch.cat([caption_kv, kv], 1), torch.cat([caption_padding, padding], 1)),
+            conditional=HistoryRow(
+                torch.cat([caption_kv, kv], 1), torch.cat([caption_padding, padding], 1), bias, between
+            ),
             unconditional=HistoryRow(
-                torch.cat([negative_kv, null_kv], 1), torch.cat([negative_padding, null_padding], 1)
+                torch.cat([negative_kv, null_kv], 1),
+                torch.cat([negative_padding, null_padding], 1),
+                self_bias=between,
             ),
         )
 
@@ -289,7 +311,8 @@ class Causal:
     unit = "story"
 
     def check(self, model: Model, story: Story, settings: Settings) -> None:
-        """InputError where the model has no history encoder, or none for so wide a window."""
+        """InputError where the model has no history encoder, or none for so wide a window, or a box fits no character."""
+        check_layout(story, (settings.width or 0, settings.height or 0))
         window_of(model.require_history().encoder.config, settings, len(story.frames))
 
     def check_redraw(self, frames: Sequence[int], story: Story, settings: Settings) -> None:
@@ -310,19 +333,26 @@ class Causal:
             return {"drafts": "frame 0 is given and not drawn"}
         return {}
 
-    def notices(self, story: Story, settings: Settings) -> Iterator[str]:
-        """That pictures of characters and their boxes are not read."""
-        if any(frame.is_laid_out for frame in story.frames):
-            yield "`boxes` and `masks` are read by iterative mode alone; causal mode goes by earlier frames"
+    def notices(self, model: Model, story: Story, settings: Settings) -> Iterator[str]:
+        """That pictures of characters are not read, and by an export no boxes."""
+        if any(frame.is_laid_out for frame in story.frames) and not model.takes_biases:
+            yield (
+                f"`boxes` and `masks` are not used: in causal mode {model.name} has no inputs for them; draw with the model it "
+                "was exported from"
+            )
         if story.initial_pictures:
             yield "`initial_pictures` are read by iterative and reference mode alone; causal mode goes by earlier frames"
         if any(character.references for character in story.characters):
             yield "pictures of characters are read by iterative mode alone; causal mode goes by earlier frames"
 
-    def group(self, settings: Settings, frames: int) -> Hashable:
-        """Stories with the same sampling settings and window are drawn side by side."""
+    def group(self, story: Story, settings: Settings) -> Hashable:
+        """Stories with the same sampling settings and window are drawn side by side, and those with boxes or masks apart.
+
+        With these the scores of all rows have a bias, which another kernel adds: in other digits of the same sum.
+        """
         shared = replace(settings, seed=0, noise="", style=None, negative_prompt="")
-        return shared, settings.window if settings.window != "all" else ("all", frames)
+        frames = settings.window if settings.window != "all" else ("all", len(story.frames))
+        return shared, frames, any(frame.is_laid_out for frame in story.frames)
 
     def draw(
         self, model: Model, plans: Sequence[StoryPlan], *, batch_sizes: Sequence[int], size: tuple[int, int]

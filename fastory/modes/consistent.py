@@ -140,11 +140,11 @@ class Consistent:
             return {}
         return dict.fromkeys(MODES[self.name].own, "the story has one frame, which sees no other")
 
-    def notices(self, story: Story, settings: Settings) -> Iterator[str]:
+    def notices(self, model: Model, story: Story, settings: Settings) -> Iterator[str]:
         """What of the story is not read."""
         yield from not_read(story, self.name, "the frames that are denoised together")
 
-    def group(self, settings: Settings, frames: int) -> None:
+    def group(self, story: Story, settings: Settings) -> None:
         """Every story is drawn alone: its frames fill the micro-batches."""
 
     def draw(

@@ -389,7 +389,7 @@ class Iterative:
             reasons["reference_start"] = "the story gives no pictures of its characters"
         return reasons
 
-    def notices(self, story: Story, settings: Settings) -> Iterator[str]:
+    def notices(self, model: Model, story: Story, settings: Settings) -> Iterator[str]:
         """What of the story is not read, and that there are no iterations."""
         for character in story.characters:
             if character.scale is not None and not character.references:
@@ -406,7 +406,7 @@ class Iterative:
         if story.first_frame is not None:
             yield "`first_frame` is read by causal mode alone; this story is drawn without it"
 
-    def group(self, settings: Settings, frames: int) -> None:
+    def group(self, story: Story, settings: Settings) -> None:
         """Every story is drawn alone: its frames fill the micro-batches."""
 
     def draw(

@@ -92,11 +92,11 @@ class Mode(Protocol):
     def unused(self, story: Story, settings: Settings) -> dict[str, str]:
         """Settings of this mode that decide nothing in this story, each with the reason."""
 
-    def notices(self, story: Story, settings: Settings) -> Iterator[str]:
+    def notices(self, model: Model, story: Story, settings: Settings) -> Iterator[str]:
         """What the user should know before drawing begins, what the story says in vain among it."""
 
-    def group(self, settings: Settings, frames: int) -> Hashable | None:
-        """Equal for stories of `frames` frames that are drawn in one batch; None for a story that is drawn alone."""
+    def group(self, story: Story, settings: Settings) -> Hashable | None:
+        """Equal for stories that are drawn in one batch; None for a story that is drawn alone."""
 
     def draw(
         self, model: Model, plans: Sequence[StoryPlan], *, batch_sizes: Sequence[int], size: tuple[int, int]

@@ -36,11 +36,11 @@ class Plain:
         """Nothing of its own is read in vain: it has nothing of its own."""
         return {}
 
-    def notices(self, story: Story, settings: Settings) -> Iterator[str]:
+    def notices(self, model: Model, story: Story, settings: Settings) -> Iterator[str]:
         """That no picture of the story is read."""
         yield from not_read(story, self.name, "captions alone")
 
-    def group(self, settings: Settings, frames: int) -> None:
+    def group(self, story: Story, settings: Settings) -> None:
         """Every story is drawn alone: its frames fill the micro-batches."""
 
     def draw(

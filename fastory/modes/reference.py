@@ -121,11 +121,11 @@ class Reference:
         why = f"the bank of {settings.bank_size} holds every frame, and none sees another"
         return dict.fromkeys(MODES[self.name].own, why)
 
-    def notices(self, story: Story, settings: Settings) -> Iterator[str]:
+    def notices(self, model: Model, story: Story, settings: Settings) -> Iterator[str]:
         """What of the story is not read."""
         yield from not_read(story, self.name, "the first frames, or pictures that are given")
 
-    def group(self, settings: Settings, frames: int) -> None:
+    def group(self, story: Story, settings: Settings) -> None:
         """Every story is drawn alone: its frames fill the micro-batches."""
 
     def draw(

@@ -152,6 +152,17 @@ def check_layout(story: Story, size: tuple[int, int]) -> None:
                 )
 
 
+def placed(story: Story, grid: Grid) -> list[dict[str, Tensor]]:
+    """Where the boxes and masks of each frame put its characters, (h, w) of the latents."""
+    return [
+        {
+            **{name: grid.box(box) for name, box in frame.boxes},
+            **{name: grid.mask(open_picture(mask)) for name, mask in frame.masks},
+        }
+        for frame in story.frames
+    ]
+
+
 def _are_of_one_form(first: tuple[int, int], second: tuple[int, int]) -> bool:
     """Whether height to width is the same within 2 %, which the rounding of a size to whole pixels may cost."""
     return abs(first[0] * second[1] / (first[1] * second[0]) - 1) <= 0.02
@@ -222,13 +233,7 @@ class Regions:
         self.prompts = prompts
         self._encoded: dict[int, dict[str, Caption]] = {}
         self.grid = Grid(size[1] // model.vae_factor, size[0] // model.vae_factor)
-        self.laid_out = [
-            {
-                **{name: self.grid.box(box) for name, box in frame.boxes},
-                **{name: self.grid.mask(open_picture(mask)) for name, mask in frame.masks},
-            }
-            for frame in story.frames
-        ]
+        self.laid_out = placed(story, self.grid)
         self.words = self.grid if any(self.laid_out) and model.takes_biases else None
 
     def _sources(self, name: str) -> list[int]:

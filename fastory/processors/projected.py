@@ -115,14 +115,26 @@ def attend_apart(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> T
 
 
 def attend_window(
-    layer: Layer, query: Tensor, *, kv: Tensor, padding: Tensor, caption_tokens: int, frame_tokens: int
+    layer: Layer,
+    query: Tensor,
+    *,
+    kv: Tensor,
+    padding: Tensor,
+    caption_tokens: int,
+    frame_tokens: int,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Attention of one layer to a caption and a window of earlier frames (Causal-Story, ICASSP 2024, section 2.3).
 
     query (B, L, H, d) -> (B, L, H, d). kv (B, Lt + L_M * S, W) and padding (B, Lt + L_M * S). Every pixel stands after
-    the newest frame of the window and sees the caption and the whole window.
+    the newest frame of the window and sees the caption and the whole window. bias (B, L, Lt + L_M * S) is added to the scores.
     """
     keys, values = layer.keys_values(kv)
+    if bias is not None:  # the operator has none; and with every pixel behind the window there is no band
+        hidden = bias.masked_fill(padding[:, None], -torch.inf)
+        heads_first = (query.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2))
+        mask = hidden[:, None].to(query.dtype)
+        return functional.scaled_dot_product_attention(*heads_first, attn_mask=mask).transpose(1, 2)
     frames = (kv.shape[1] - caption_tokens) // frame_tokens
     return banded_causal_attention(
         query,

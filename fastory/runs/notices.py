@@ -31,7 +31,7 @@ def unused_notices(model: Model, story: Story, settings: Settings, sources: Mapp
 
 def story_notices(model: Model, story: Story, settings: Settings, prompts: Sequence[str]) -> Iterator[str]:
     """What the user should know before drawing begins. prompts: one a frame, as the text encoder gets them."""
-    yield from mode_of(settings.mode).notices(story, settings)
+    yield from mode_of(settings.mode).notices(model, story, settings)
     if model.world is None:
         return
     yield from _size_notice(model, settings)

@@ -48,7 +48,7 @@ class StoryRun:
     @property
     def batch_key(self) -> Hashable:
         """Equal for stories that can be drawn in one batch."""
-        key = mode_of(self.settings.mode).group(self.settings, len(self.story.frames))
+        key = mode_of(self.settings.mode).group(self.story, self.settings)
         if key is None:
             return (self.index,)
         return (self.settings.mode, id(self.model), key, self.sizes, self.threads)
