@@ -24,8 +24,8 @@ from fastory.export.component import (
 )
 from fastory.kernels.banded import banded_causal_attention
 from fastory.models.torch_model import StoryModel
-from fastory.processors.consistent import self_attention_levels
 from fastory.processors.attention_backends import level_of
+from fastory.processors.consistent import self_attention_levels
 from fastory.processors.projected import Layer
 
 
