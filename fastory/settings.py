@@ -68,12 +68,13 @@ class ModeTraits:
     """What settings must know of a mode. own: the settings that it reads and not every mode does.
 
     A mode with `iterations` among them draws every frame in round 0 and in each of these, any other once. first_frame:
-    whether the story may give frame 0 as a picture. bank: of a mode whose first frames alone are seen by others, how many
-    of them where the user does not say.
+    whether the story may give frame 0 as a picture. character_pictures: whether those of characters are read. bank: of a
+    mode whose first frames alone are seen by others, how many of them where the user does not say.
     """
 
     own: tuple[str, ...]
     first_frame: bool = False
+    character_pictures: bool = False
     bank: int = 0
 
 
@@ -85,7 +86,8 @@ MODES: dict[str, ModeTraits] = {
             *("reference_interval", "regions", "cast_limit", "until", "tolerance"),
             *("restart", "reference_rise", "reference_momentum"),
             *("reference_weighting", "reference_ramp"),
-        )
+        ),
+        character_pictures=True,
     ),
     "causal": ModeTraits(("window", "drafts"), first_frame=True),
     "plain": ModeTraits(()),

@@ -147,9 +147,10 @@ class RunFolder:
             lines.append(f"the text, seed or cast of frames {numbers_listed(changed)}")
         if lines:
             hint = ""
-            if joining and changed:
+            wanted = sorted({*changed, *(identity.recast(self.manifest) if frames is None else ())})
+            if joining and wanted:
                 what = "To draw added frames against the rest" if appended else "To redraw single frames"
-                hint = f" {what}: --frames {numbers_listed(changed)}."
+                hint = f" {what}: --frames {numbers_listed(wanted)}."
             raise InputError(
                 f"{self.path} holds another run. What differs: {'; '.join(lines)}. "
                 f"Choose another --output, or --overwrite to draw it anew.{hint}"
@@ -209,6 +210,15 @@ class RunFolder:
         }
         self._old = {}
         self._write_story(story)
+
+    def take_inputs(self, story: Story) -> None:
+        """Keep pictures that a redraw is given in memory beside those that the run had; those stay, for a redraw taken back."""
+        new = {picture.name: picture.sha256 for picture in story.inputs()}
+        there = self.manifest.get("inputs", {})
+        if not new.keys() <= there.keys():
+            self.manifest["inputs"] = {**there, **new}
+            self.save_manifest()
+        self._write_inputs(story)
 
     def restore_story(self, story: Story) -> str | None:
         """Write story.yaml where it is missing or damaged. Returns a notice where it was changed and still is a story.

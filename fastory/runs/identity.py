@@ -5,14 +5,19 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastory.settings import Settings
+from fastory.settings import MODES, Settings
 from fastory.story import Story
 from fastory.wording import numbers_listed, shown
+
+CAST = (
+    "characters",
+    "first frame",
+)  # parts of a story that may be others in a redraw: what it draws is drawn with these
 
 
 @dataclass(frozen=True)
@@ -20,9 +25,10 @@ class Identity:
     """What a run folder belongs to. Two runs with one identity draw the same bytes on the same machine.
 
     story: Story.digest; rest: everything but the frames, and parts: its parts, by name; frames: a digest a frame; seeds:
-    the frames' own. inputs: pictures that were given in memory, their sha256 by the name a run folder keeps them under.
-    settings: resolved. models: sha256 by file name, LoRA weights included. dtype: only where it was
-    asked for.
+    the frames' own; casts: a digest a frame of its characters with their prompts and pictures, and of a first frame that is
+    read: a redraw knows by them which frames were drawn with others. inputs: pictures that were given in memory, their sha256
+    by the name a run folder keeps them under. settings: resolved. models: sha256 by file name, LoRA weights included. dtype:
+    only where it was asked for.
     """
 
     title: str
@@ -31,6 +37,7 @@ class Identity:
     parts: Mapping[str, str]
     frames: tuple[str, ...]
     seeds: tuple[int | None, ...]
+    casts: tuple[str, ...]
     settings: Mapping[str, Any]
     models: Mapping[str, str]
     dtype: str | None
@@ -44,8 +51,9 @@ class Identity:
         plain = json.loads(json.dumps(settings.identity()))
         rest, parts = story.digest_without_frames(), _parts(story)
         inputs = {picture.name: picture.sha256 for picture in story.inputs()}
+        casts = _casts(story, settings.mode)
         return cls(
-            story.title, story.digest(), rest, parts, frames, seeds, plain, dict(models), dtype, inputs
+            story.title, story.digest(), rest, parts, frames, seeds, casts, plain, dict(models), dtype, inputs
         )
 
     def digest(self) -> str:
@@ -62,7 +70,16 @@ class Identity:
             "parts": dict(self.parts),
             "frames": list(self.frames),
             "seeds": list(self.seeds),
+            "casts": list(self.casts),
         }
+
+    def record_after(self, manifest: Mapping[str, Any], redrawn: Collection[int]) -> dict[str, Any]:
+        """The story as a manifest holds it once these frames are drawn anew: the others keep what they were drawn with."""
+        there = self._casts_there(manifest["story"])
+        kept = [
+            there[i] if i < len(there) and i not in redrawn else cast for i, cast in enumerate(self.casts)
+        ]
+        return {**self.record(), "casts": kept}
 
     def differences(self, manifest: Mapping[str, Any], redrawn: Sequence[int] | None = None) -> list[str]:
         """What differs from the run that `manifest` describes, one line each; the frames' own text is left to `changed`.
@@ -71,7 +88,7 @@ class Identity:
         """
         appended = self.appended(manifest)
         joined = bool(appended) and redrawn is not None and set(appended) <= set(redrawn)
-        lines = [] if joined else self._story_differences(manifest["story"])
+        lines = [] if joined else self._story_differences(manifest["story"], () if redrawn is None else CAST)
         there = manifest["settings"]
         lines += [
             f"{name}: {shown(there.get(name))} there, {shown(self.settings.get(name))} here"
@@ -84,8 +101,11 @@ class Identity:
             lines.append(f"dtype: {manifest['machine']['dtype']} there, {self.dtype} here")
         return lines
 
-    def _story_differences(self, there: Mapping[str, Any]) -> list[str]:
-        """The story's title, number of frames, characters, ..: each by name where the manifest tells them apart."""
+    def _story_differences(self, there: Mapping[str, Any], but: Collection[str]) -> list[str]:
+        """The story's title, number of frames, characters, ..: each by name where the manifest tells them apart.
+
+        but: parts that may differ.
+        """
         if there["rest"] == self.rest:
             return []
         lines = []
@@ -93,16 +113,19 @@ class Identity:
             lines.append(f"the story: {shown(there['title'])} there, {shown(self.title)} here")
         if len(there["frames"]) != len(self.frames):
             lines.append(_frames_added_or_removed(there["frames"], self.frames))
+        if not there.get("parts"):
+            return lines or ["the story's characters, style, negative prompt or pictures"]
+        return [*lines, *(f"the story's {name}" for name in self._other_parts(there) if name not in but)]
+
+    def _other_parts(self, there: Mapping[str, Any]) -> list[str]:
+        """Names of parts that differ, those that only one of the two has among them."""
         parts = there.get("parts") or {}
-        lines += [
-            f"the story's {name}" for name in self.parts if name in parts and parts[name] != self.parts[name]
-        ]
-        return lines or ["the story's characters, style, negative prompt or pictures"]
+        return [name for name in sorted({*parts, *self.parts}) if parts.get(name) != self.parts.get(name)]
 
     def appended(self, manifest: Mapping[str, Any]) -> list[int]:
-        """Frames after the last one of the run; none where anything of the story differs but its frames."""
+        """Frames after the last one of the run; none where anything of the story differs but its frames and its cast."""
         there = manifest["story"]
-        if there["title"] != self.title or there.get("parts") != dict(self.parts):
+        if there["title"] != self.title or not set(self._other_parts(there)) <= set(CAST):
             return []
         return list(range(len(there["frames"]), len(self.frames)))
 
@@ -110,6 +133,25 @@ class Identity:
         """Frames whose caption, seed or cast differs from the manifest's."""
         there = manifest["story"]["frames"]
         return [i for i, digest in enumerate(self.frames) if i >= len(there) or there[i] != digest]
+
+    def recast(self, manifest: Mapping[str, Any]) -> list[int]:
+        """Frames of the run that were drawn with other prompts or pictures of their characters, or another first frame."""
+        there = self._casts_there(manifest["story"])
+        return [i for i, (was, now) in enumerate(zip(there, self.casts, strict=False)) if was != now]
+
+    def goes_on_from_another(self, manifest: Mapping[str, Any]) -> bool:
+        """Whether its mode draws all frames from a first one that is another picture than the run's."""
+        reads = MODES[self.settings["mode"]].first_frame
+        return reads and "first frame" in self._other_parts(manifest["story"])
+
+    def _casts_there(self, there: Mapping[str, Any]) -> list[str]:
+        """What each of the run's frames was drawn with. A manifest of before 2026-11 says it of the whole cast alone."""
+        if there.get("casts"):
+            return list(there["casts"])
+        same = not set(self._other_parts(there)) & set(CAST)
+        unknown, nobody = there["rest"], _sha256([])
+        count = len(there["frames"])
+        return [cast if same or cast == nobody else unknown for cast in self.casts[:count]]
 
 
 def run_paths(stories: Sequence[Story], output: str | Path | None) -> list[Path | None]:
@@ -140,7 +182,28 @@ def _parts(story: Story) -> dict[str, str]:
         "first frame": first,
         **({"initial pictures": initial} if initial else {}),
     }
-    return {name: hashlib.sha256(json.dumps(value).encode()).hexdigest() for name, value in parts.items()}
+    return {name: _sha256(value) for name, value in parts.items()}
+
+
+def _casts(story: Story, mode: str) -> tuple[str, ...]:
+    """A hash a frame of who is in it, as far as the mode reads it."""
+    traits, pictures = MODES[mode], story.picture_digests()
+    first = [pictures[story.first_frame]] if story.first_frame and traits.first_frame else []
+    said: dict[str, list[Any]] = {}
+    for character in story.characters:
+        shown = [pictures[picture] for picture in character.references] if traits.character_pictures else []
+        said[character.name] = [
+            character.name,
+            character.prompt,
+            *([character.scale, shown] if shown else []),
+        ]
+    return tuple(
+        _sha256([*first, *(said[name] for name in sorted(story.cast(i)))]) for i in range(len(story.frames))
+    )
+
+
+def _sha256(value: object) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def _frames_added_or_removed(there: Sequence[str], here: Sequence[str]) -> str:

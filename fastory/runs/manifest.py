@@ -46,6 +46,9 @@ class _Story(_Strict):
     frames: Annotated[list[Sha256], Field(min_length=1, max_length=MOST_FRAMES)]
     parts: dict[Name, Sha256] | None = None  # of `rest`, since 2026-11
     seeds: list[Annotated[int, Field(ge=0, lt=2**63)] | None] | None = None  # the frames' own, since 2026-11
+    casts: list[Sha256] | None = (
+        None  # a frame's characters and pictures as it was drawn with them, since 2026-11
+    )
 
 
 class _Picture(_Strict):

@@ -7,7 +7,7 @@ that the move is decided.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from fastory import files
@@ -21,6 +21,7 @@ from fastory.wording import numbers_listed
 
 def begin_redraw(
     folder: RunFolder,
+    story: Story,
     identity: Identity,
     frames: Sequence[int],
     seed: int | None,
@@ -28,36 +29,44 @@ def begin_redraw(
 ) -> bool:
     """Start, or take up again, the redrawing of `frames`. False where the same bytes would come of it.
 
-    seed: --redraw-seed. noise_seeds: for the redraw seeds by frame, the seed that each frame's noise then has. Raises
-    InputError for frames that do not exist and for a run that is not finished, before anything is recorded.
+    seed: --redraw-seed. noise_seeds: for the redraw seeds by frame, the seed that each frame's noise then has. The story may
+    have other characters or another first frame than the run: frames that are not redrawn stay as they are. Raises InputError
+    for frames that do not exist, for a first frame that all go on from and not all are redrawn, and for a run that is not
+    finished, before anything is recorded.
     """
     manifest = folder.manifest
     count = max(len(manifest["story"]["frames"]), len(identity.frames))
     if outside := [i for i in frames if not 0 <= i < count]:
         raise InputError(f"--frames: wanted 0 to {count - 1}, got {numbers_listed(outside)}")
+    if identity.goes_on_from_another(manifest) and len(frames) < count:
+        raise InputError(
+            f"--frames: all frames go on from the first, which is another picture now; wanted 0-, got {numbers_listed(frames)}"
+        )
     seeds = {str(i): seed for i in frames} if seed is not None else {}
     dropped = [] if seeds else _superseded_seeds(folder, identity, frames)
     wanted = {
         "frames": list(frames),
-        "story": identity.record(),
+        "story": identity.record_after(manifest, frames),
         "seeds": seeds,
         "dropped_seeds": dropped,
     }
     pending = manifest.get("redraw")
     if pending and {name: pending.get(name, []) for name in wanted} == wanted:
         _refuse_damaged(folder, frames)
+        folder.take_inputs(story)
         return True
     _refuse_unfinished(folder, frames)
     kept = {int(i): recorded for i, recorded in manifest["seeds"].items() if i not in dropped}
     noise = noise_seeds({**kept, **{int(i): seed for i, seed in seeds.items()}})
-    if pending is None and not identity.changed(manifest) and not _other_noise(folder, noise, frames):
+    other = identity.changed(manifest) or set(identity.recast(manifest)) & set(frames)
+    if pending is None and not other and not _other_noise(folder, noise, frames):
         return False
+    folder.check_free({**manifest, "story": identity.record(), "inputs": identity.inputs})
     folder.remove(_staged_files(folder))
-    if identity.appended(manifest):
-        folder.check_free({**manifest, "story": identity.record()})
     manifest["redraw"] = {**wanted, "pictures": {}}
     folder.trust_nothing()
     folder.save_manifest()
+    folder.take_inputs(story)
     return True
 
 
@@ -172,10 +181,11 @@ def _refuse_damaged(folder: RunFolder, redrawn: Sequence[int]) -> None:
         )
 
 
-def refuse_unrepeatable(folder: RunFolder) -> None:
+def refuse_unrepeatable(folder: RunFolder, recast: Collection[int]) -> None:
     """InputError where a picture is damaged that would come out otherwise now: it was drawn beside frames since redrawn.
 
-    A round that sees no other frame is drawn again as it was, and what the last redraw drew saw what is there now.
+    A round that sees no other frame is drawn again as it was, and what the last redraw drew saw what is there now. recast:
+    frames that were drawn with other characters.
     """
     history = folder.manifest.get("history")
     if not history:
@@ -184,7 +194,8 @@ def refuse_unrepeatable(folder: RunFolder) -> None:
     first_referring = 0 if folder.manifest["settings"].get("references_from") == "latest" else 1
     for k, i in _pictures_of(folder):
         name = picture_name(k, i)
-        if k >= first_referring and name not in last and not folder.has(k, i):
+        unlike = i in recast or (k >= first_referring and name not in last)
+        if unlike and not folder.has(k, i):
             raise InputError(
                 f"{folder.path / name} is damaged or missing, and cannot be drawn again as it was, since frames beside it "
                 f"were redrawn; put the file back, or redraw it: --frames {i} --redraw-seed N, or --overwrite the run"

@@ -23,7 +23,7 @@ from fastory.sampling.noise import frame_seed
 from fastory.sampling.sampler import is_guided, rows_per_frame
 from fastory.settings import LATEST_AT_ONCE, Settings
 from fastory.story import Story
-from fastory.wording import counted
+from fastory.wording import counted, numbers_listed
 
 
 @dataclass(frozen=True)
@@ -91,11 +91,17 @@ def open_folder(
         notices.append(give_up_redraw(folder))
     notices += _restore_story(folder, resolved)
     noise_seeds = partial(_noise_seeds, resolved.story, resolved.settings)
+    recast = [i for i in identity.recast(folder.manifest) if i not in (resolved.redrawn or ())]
     redrawing = resolved.redrawn is not None and begin_redraw(
-        folder, identity, resolved.redrawn, redraw_seed, noise_seeds
+        folder, resolved.story, identity, resolved.redrawn, redraw_seed, noise_seeds
     )
     if not redrawing:
-        refuse_unrepeatable(folder)
+        refuse_unrepeatable(folder, recast)
+    if recast:
+        notices.append(
+            f"frames {numbers_listed(recast)} stay as they were drawn, with what the story said of their characters then; "
+            f"--frames {numbers_listed(recast)} draws them as it says now"
+        )
     if resolved.redrawn is not None and not redrawing:
         notices.append("nothing to redraw: neither caption nor seed of these frames changed")
     return replace(resolved, model=model, notices=(*resolved.notices, *notices)), folder

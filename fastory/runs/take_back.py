@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,38 @@ from fastory.story import Frame, Story
 from fastory.wording import numbers_listed, shown
 
 
-def take_back(path: Path, number: str, frames: Mapping[int, Frame], seeds: Mapping[int, int | None]) -> bool:
+@dataclass(frozen=True)
+class GivenPictures:
+    """The pictures that a story was given before a redraw changed them. references: of characters, by name."""
+
+    references: Mapping[str, tuple[Path, ...]]
+    first_frame: Path | None = None
+
+    def put_into(self, story: Story) -> Story:
+        """The story with these in place of its own."""
+        cast = tuple(
+            replace(character, references=self.references.get(character.name, character.references))
+            for character in story.characters
+        )
+        return replace(story, characters=cast, first_frame=self.first_frame)
+
+
+def take_back(
+    path: Path,
+    number: str,
+    frames: Mapping[int, Frame],
+    seeds: Mapping[int, int | None],
+    *,
+    casts: Mapping[int, str] | None = None,
+    given_pictures: GivenPictures | None = None,
+) -> bool:
     """Put the pictures of history/NUMBER back. False where they are in their places already.
 
     frames: what the replaced frames said before that redraw; seeds: their redraw seeds then, None for none. Frames that it
-    appended are not among them, and leave the story. The run is drawn to its end afterwards, which makes its final pictures,
-    sheet and storybook anew and draws nothing. Raises InputError for a redraw that is none, for frames that others were
-    appended to, and for a run that is not finished.
+    appended are not among them, and leave the story. casts: what the manifest said that they were drawn with, where that is
+    known; given_pictures: the story's own before a redraw that changed them. The run is drawn to its end afterwards, which
+    makes its final pictures, sheet and storybook anew and draws nothing. Raises InputError for a redraw that is none, for
+    frames that others were appended to, and for a run that is not finished.
     """
     folder = RunFolder(path)
     try:
@@ -46,10 +71,13 @@ def take_back(path: Path, number: str, frames: Mapping[int, Frame], seeds: Mappi
                 f"{path} has no redraw {shown(number)} of frames {numbers_listed(sorted(frames))}"
             )
         appended = added or []
+        now = Story.read(path / "story.yaml")
         earlier = {name: (path / "history" / number / name).read_bytes() for name in names}
         if not appended and all(_sha256(data) == _recorded(folder, name) for name, data in earlier.items()):
             return False
-        _stage(folder, earlier, frames, seeds, appended)
+        story = replace(now, frames=_frames_before(folder, now.frames, frames, appended))
+        story = given_pictures.put_into(story) if given_pictures else story
+        _stage(folder, story, earlier, _wanted(folder, story, frames, seeds, casts or {}, appended))
         return True
     except OSError as error:
         raise FastoryError(f"{path}: a picture of history/{number} cannot be read: {error}") from error
@@ -57,25 +85,32 @@ def take_back(path: Path, number: str, frames: Mapping[int, Frame], seeds: Mappi
         folder.close()
 
 
-def _stage(
+def _wanted(
     folder: RunFolder,
-    earlier: Mapping[str, bytes],
+    story: Story,
     frames: Mapping[int, Frame],
     seeds: Mapping[int, int | None],
+    casts: Mapping[int, str],
     appended: Sequence[int],
-) -> None:
-    """Record the redraw, write its pictures, move them in."""
-    manifest, read = folder.manifest, Story.read(folder.path / "story.yaml")
-    story = replace(read, frames=_frames_before(folder, read.frames, frames, appended))
-    wanted: dict[str, Any] = {
+) -> dict[str, Any]:
+    """The redraw as a manifest says it."""
+    manifest = folder.manifest
+    record = Identity.of(story, settings_of(manifest), {}, None).record_after(manifest, frames)
+    record["casts"] = [casts.get(i, cast) if i in frames else cast for i, cast in enumerate(record["casts"])]
+    return {
         "frames": sorted([*frames, *appended]),
-        "story": Identity.of(story, settings_of(manifest), {}, None).record(),
+        "story": record,
         "seeds": {str(i): seed for i, seed in seeds.items() if seed is not None},
         "dropped_seeds": [
             str(i) for i, seed in seeds.items() if seed is None and str(i) in manifest["seeds"]
         ],
         "dropped_frames": list(appended),
     }
+
+
+def _stage(folder: RunFolder, story: Story, earlier: Mapping[str, bytes], wanted: Mapping[str, Any]) -> None:
+    """Record the redraw, write its pictures, move them in."""
+    manifest = folder.manifest
     pending = manifest.get("redraw")
     if pending is None and not manifest["products"]:
         raise InputError(f"{folder.path} is not finished; draw it to its end first")
@@ -83,8 +118,7 @@ def _stage(
         raise InputError(
             f"{folder.path} has another redraw that is not finished; finish it or give it up first"
         )
-    if len(story.frames) > len(read.frames):
-        folder.check_free({**manifest, "story": wanted["story"]})
+    folder.check_free({**manifest, "story": wanted["story"]})
     manifest["redraw"] = {**wanted, "pictures": {}}
     folder.trust_nothing()
     folder.save_manifest()

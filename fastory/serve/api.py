@@ -22,6 +22,7 @@ from fastory.serve import bodies, changes
 from fastory.serve.checks import check_story, notices_of
 from fastory.serve.drawing import Drawing
 from fastory.serve.gate import BodyRefused
+from fastory.serve.given_pictures import pictures_for_next, what_is_read
 from fastory.serve.pictures import pictures_api, takes_of
 from fastory.serve.shelf import InUse, NoSuchStory, Shelf, drawn
 from fastory.wording import last_words
@@ -91,7 +92,7 @@ def make_app(shelf: Shelf, drawing: Drawing) -> FastAPI:
     app.include_router(one_story_api(shelf, drawing))
     app.include_router(drawing_api(shelf, drawing))
     app.include_router(changes_api(shelf, drawing))
-    app.include_router(pictures_api(shelf))
+    app.include_router(pictures_api(shelf, drawing))
     for kind in (FastoryError, RequestValidationError, HTTPException, BodyRefused, Exception):
         app.add_exception_handler(kind, failure(shelf))
     return app
@@ -231,7 +232,7 @@ def one_story_api(shelf: Shelf, drawing: Drawing) -> APIRouter:
         "",
         response_model=bodies.Created,
         openapi_extra=changed_schema,
-        summary="Its name in the list, its locked frames",
+        summary="Its name in the list, its locked frames, pictures that what is drawn next goes by",
     )
     def change(story: str, body: bodies.Changes = changed) -> Any:
         notes = shelf.notes(shelf.known(story))
@@ -243,6 +244,10 @@ def one_story_api(shelf: Shelf, drawing: Drawing) -> APIRouter:
                     f"locked: wanted frames of the drawn story, 0 to {count - 1}, got {outside[0]}"
                 )
             notes["locked"] = sorted(set(body.locked))
+        if body.pictures is not None:
+            if drawing.state(story) not in ("finished", "draft"):
+                raise InUse("the story is in the queue or being drawn: give it pictures once it is finished")
+            notes["pictures"] = pictures_for_next(shelf, story, body.pictures)
         if body.name is not None:
             notes["name"] = body.name
         shelf.write_notes(story, notes)
@@ -291,6 +296,9 @@ def shown(shelf: Shelf, drawing: Drawing, story: str) -> dict[str, Any]:
         "redraw": (request or {}).get("frames"),
         "appended": ((request or {}).get("appended") or {}).get("captions", []),
         "takes": takes_of(manifest),
+        "reads": what_is_read(settings or shelf.said(story).get("settings")),
+        "next_pictures": notes.get("pictures"),
+        "recast": shelf.recast(story),
         "width": settings.get("width") if settings else None,
         "height": settings.get("height") if settings else None,
     }
@@ -399,7 +407,7 @@ def what_goes_on(shelf: Shelf, story: str, state: str, body: bodies.Draw) -> dic
         return {"kind": "draw"}
     if (manifest or {}).get("redraw") and request.get("kind") not in ("redraw", "take_back"):
         raise InUse("a redraw begun elsewhere is not finished: finish it there, or give it up")
-    kept = ("kind", "frames", "seed", "number", "before", "replaces", "appended")
+    kept = ("kind", "frames", "seed", "number", "before", "replaces", "appended", "pictures")
     return {"kind": "draw", **{name: request[name] for name in kept if name in request}}
 
 

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from fastory.story.schema import MAX_FRAMES, MAX_SEED, Fraction, Text
 
 FrameNumber = Annotated[int, Field(ge=0, lt=MAX_FRAMES)]
+PictureName = Annotated[str, Field(min_length=1, max_length=400)]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 State = Literal["draft", "queued", "drawing", "paused", "finished"]
 
@@ -30,11 +31,25 @@ class StoryText(_Strict):
     story: dict[str, Any]
 
 
+class Given(_Strict):
+    """Pictures of a drawn story by their names, as an upload answered or the story says them.
+
+    references: all of a character's; who is left out keeps what is there. first_frame: None keeps what is there.
+    """
+
+    references: dict[Text, Annotated[list[PictureName], Field(max_length=100)]] = {}
+    first_frame: PictureName | None = None
+
+
 class Changes(_Strict):
-    """name: that the list shows, the story's title is part of the run. locked: frames that are never redrawn."""
+    """name: that the list shows, the story's title is part of the run. locked: frames that are never redrawn.
+
+    pictures: what is drawn next goes by these; {} for those that the story has.
+    """
 
     name: Text | None = None
     locked: Annotated[list[FrameNumber], Field(max_length=MAX_FRAMES)] | None = None
+    pictures: Given | None = None
 
 
 class Draw(_Strict):
@@ -116,6 +131,14 @@ class Pace(BaseModel):
     seconds_left: float | None
 
 
+class NextPictures(BaseModel):
+    """Pictures that what is drawn next goes by. frames: in which they count."""
+
+    references: dict[str, list[str]]
+    first_frame: str | None
+    frames: list[int]
+
+
 class Summary(BaseModel):
     """A story in the list. newest: [round, frame, first hex digits of its file's hash] of a picture to show, or None."""
 
@@ -137,7 +160,8 @@ class Shown(Summary):
     redraw that replaced pictures, by its number; appended_by: frames that are there since it; undoable: redraws that can be
     taken back.
     redraw: what frames are to say after the redraw that is under way; appended: captions that it adds.
-    takes: what can be taken along now, names for /take.
+    takes: what can be taken along now, names for /take. reads: of `references`, `first_frame`, `boxes`, what the run does;
+    next_pictures: given since; recast: frames of a finished story that were drawn with other pictures than it has now.
     """
 
     story: dict[str, Any]
@@ -151,5 +175,8 @@ class Shown(Summary):
     redraw: dict[str, Any] | None
     appended: list[str]
     takes: list[str]
+    reads: list[str]
+    next_pictures: NextPictures | None
+    recast: list[int]
     width: int | None
     height: int | None

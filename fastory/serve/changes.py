@@ -8,6 +8,7 @@ from typing import Any
 from fastory.errors import InputError
 from fastory.serve import bodies
 from fastory.serve.checks import check_story
+from fastory.serve.given_pictures import given_now, what_is_read
 from fastory.serve.shelf import InUse, Shelf, is_finished
 
 
@@ -15,12 +16,16 @@ def redraw(shelf: Shelf, story: str, body: bodies.Redraw) -> dict[str, Any]:
     """The request. Raises InputError, or InUse for a locked frame or a story that is not finished, as all here."""
     frames = {change.frame: change.model_dump(exclude={"frame"}, exclude_none=True) for change in body.frames}
     _check_frames(shelf, story, frames)
+    if any(change.boxes for change in body.frames):
+        _check_boxes(shelf, story)
+    pictures = _next_pictures(shelf, story, frames)
     changes = {str(i): change for i, change in frames.items()}
     return {
         "kind": "redraw",
         "frames": changes,
         "seed": body.seed,
-        "replaces": _replaced(shelf, story, frames),
+        "replaces": _replaced(shelf, story, frames, pictures),
+        **pictures,
     }
 
 
@@ -31,8 +36,9 @@ def append(shelf: Shelf, story: str, body: bodies.Append) -> dict[str, Any]:
     check_story({**said, "frames": [*said["frames"], *body.captions]})
     after = len(manifest["story"]["frames"])
     appended = {"after": after, "captions": body.captions}
-    replaced = _replaced(shelf, story, ())
-    return {"kind": "redraw", "frames": {}, "appended": appended, "replaces": replaced}
+    pictures = _next_pictures(shelf, story, ())
+    replaced = _replaced(shelf, story, (), pictures)
+    return {"kind": "redraw", "frames": {}, "appended": appended, "replaces": replaced, **pictures}
 
 
 def take_back(shelf: Shelf, story: str, body: bodies.TakeBack) -> dict[str, Any]:
@@ -47,8 +53,16 @@ def take_back(shelf: Shelf, story: str, body: bodies.TakeBack) -> dict[str, Any]
     changed = [*map(int, before), *manifest.get("appended", {}).get(body.number, ())]
     there = [frame for frame in changed if frame < count]  # others come again
     _check_frames(shelf, story, there)
-    replaced = _replaced(shelf, story, there)
-    return {"kind": "take_back", "number": body.number, "before": before, "replaces": replaced}
+    earlier = shelf.notes(story).get("given", {}).get(body.number)
+    pictures = {"pictures": earlier} if earlier else {}
+    replaced = _replaced(shelf, story, there, pictures)
+    return {
+        "kind": "take_back",
+        "number": body.number,
+        "before": before,
+        "replaces": replaced,
+        **pictures,
+    }
 
 
 def undoable(manifest: Mapping[str, Any], notes: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -81,8 +95,40 @@ def _check_frames(shelf: Shelf, story: str, frames: Collection[int]) -> None:
         raise InUse(f"frame {locked[0]} is locked: unlock it to redraw it")
 
 
-def _replaced(shelf: Shelf, story: str, frames: Iterable[int]) -> dict[str, Any]:
-    """before: what these frames say, and their redraw seeds; after: the number of the last redraw before this one."""
-    said, manifest = shelf.said(story)["frames"], shelf.manifest(story) or {}
-    before = {str(i): {"frame": said[i], "seed": manifest["seeds"].get(str(i))} for i in frames}
-    return {"before": before, "after": max(map(int, manifest.get("history", {})), default=0)}
+def _check_boxes(shelf: Shelf, story: str) -> None:
+    """InputError for a run that does not read boxes: its other frames were drawn without regions, and stay so."""
+    settings = (shelf.manifest(story) or {})["settings"]
+    if "boxes" not in what_is_read(settings):
+        raise InputError(
+            "boxes: read by iterative mode alone, in a run that was begun with regions; wanted two named characters, or boxes "
+            "in the story's file, before it is drawn"
+        )
+
+
+def _next_pictures(shelf: Shelf, story: str, frames: Collection[int]) -> dict[str, Any]:
+    """The request's part for pictures that the story was given. InputError for a first frame without all that go on from it."""
+    pictures = shelf.notes(story).get("pictures")
+    if not pictures:
+        return {}
+    count = len(shelf.said(story)["frames"])
+    if pictures["first_frame"] is not None and len(frames) < count:
+        raise InputError(
+            f"all frames go on from the first, which is another picture now: redraw frames 0 to {count - 1} together"
+        )
+    return {"pictures": pictures}
+
+
+def _replaced(shelf: Shelf, story: str, frames: Iterable[int], pictures: Mapping[str, Any]) -> dict[str, Any]:
+    """What to remember for a take-back.
+
+    before: what these frames say, their redraw seeds and what they were drawn with; given: the story's pictures, where they
+    change; after: the number of the last redraw before this one.
+    """
+    said, manifest = shelf.said(story), shelf.manifest(story) or {}
+    casts = dict(enumerate(manifest["story"].get("casts") or ()))
+    before = {
+        str(i): {"frame": said["frames"][i], "seed": manifest["seeds"].get(str(i)), "cast": casts.get(i)}
+        for i in frames
+    }
+    now = given_now(said) if pictures else None
+    return {"before": before, "given": now, "after": max(map(int, manifest.get("history", {})), default=0)}

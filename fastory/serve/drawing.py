@@ -204,9 +204,10 @@ class Drawing:
         match end["event"]:
             case "RequestDone":
                 if "replaces" in request:
-                    remember(self.shelf, story, request["replaces"])
+                    remember(self.shelf, story, request)
                 self.shelf.write_request(story, None)
-                files.remove(self.shelf.draft(story))  # the run folder has the story and its pictures
+                if not self.shelf.notes(story).get("pictures"):
+                    files.remove(self.shelf.draft(story))  # the run folder has the story and its pictures
             case "RequestStopped" if request.get("stopped"):
                 self._give_up(story)
             case "RequestStopped":
@@ -284,11 +285,14 @@ class Drawing:
                 del self._listeners[story]
 
 
-def remember(shelf: Shelf, story: str, replaced: Mapping[str, Any]) -> None:
+def remember(shelf: Shelf, story: str, request: Mapping[str, Any]) -> None:
     """Keep what the frames of a redraw said before it under its number in the run folder's history; it may have drawn none."""
-    history = (shelf.manifest(story) or {}).get("history", {})
-    number = max(history, key=int, default="0")
+    history, replaced = (shelf.manifest(story) or {}).get("history", {}), request["replaces"]
+    number, notes = max(history, key=int, default="0"), shelf.notes(story)
     if int(number) > replaced["after"]:
-        notes = shelf.notes(story)
         notes.setdefault("before", {})[number] = replaced["before"]
-        shelf.write_notes(story, notes)
+        if replaced.get("given"):
+            notes.setdefault("given", {})[number] = replaced["given"]
+    if request["kind"] == "redraw" and request.get("pictures") == notes.get("pictures"):
+        notes.pop("pictures", None)  # the story has them now
+    shelf.write_notes(story, notes)

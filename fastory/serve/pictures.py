@@ -22,6 +22,7 @@ from fastory.runs.film import ffmpeg
 from fastory.runs.manifest import picture_name, rounds_of
 from fastory.runs.render import Layout, render
 from fastory.serve import bodies
+from fastory.serve.drawing import Drawing
 from fastory.serve.gate import MOST_PIXELS
 from fastory.serve.shelf import PICTURE, InUse, NoSuchStory, Shelf, is_finished
 
@@ -32,7 +33,7 @@ def file_of(kind: str) -> dict[str, Any]:
     return {"response_class": Response, "responses": {200: {"content": content}}}
 
 
-def pictures_api(shelf: Shelf) -> APIRouter:
+def pictures_api(shelf: Shelf, drawing: Drawing) -> APIRouter:
     """A story's pictures: those that it is given, and those that are drawn."""
     api = APIRouter(prefix="/stories/{story}")
     add_drawn(api, shelf)
@@ -48,12 +49,24 @@ def pictures_api(shelf: Shelf) -> APIRouter:
         status_code=201,
         response_model=bodies.Uploaded,
         openapi_extra=picture_schema,
-        summary="A picture of a character, or a first frame, for a draft",
+        summary="A picture of a character, or a first frame: of a draft, or for what is drawn next of a finished story",
     )
     async def upload(story: str, request: Request) -> Any:
-        shelf.known(story)
+        if shelf.has_run(shelf.known(story)) and drawing.state(story) != "finished":
+            raise InUse("the story is being drawn: give it pictures once it is finished")
         data = await request.body()
         return {"name": await run_in_threadpool(shelf.add_picture, story, data, MOST_PIXELS)}
+
+    @api.get("/inputs/{name}", **file_of("image/bmp"), summary="A picture that its run was given")
+    def given_picture(story: str, name: str) -> Response:
+        manifest, missing = shelf.manifest(shelf.known(story)) or {}, NoSuchStory("there is no such picture")
+        file = shelf.run(story) / "inputs" / name
+        if f"inputs/{name}" not in manifest.get("inputs", {}) or files.is_link_below(shelf.root, file):
+            raise missing
+        try:
+            return Response(file.read_bytes(), media_type="image/bmp")
+        except FileNotFoundError:
+            raise missing from None
 
     @api.get("/pictures/{name}", **file_of("image/*"), summary="A picture that was uploaded")
     def uploaded(story: str, name: str) -> Response:

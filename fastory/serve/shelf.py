@@ -27,7 +27,8 @@ from fastory import files
 from fastory.documents import read_json
 from fastory.errors import InputError
 from fastory.pictures import check_picture
-from fastory.runs.manifest import NAME, read_manifest, rounds_of
+from fastory.runs.identity import Identity
+from fastory.runs.manifest import NAME, read_manifest, rounds_of, settings_of
 from fastory.story import MAX_BYTES, Story
 from fastory.story.files import read_document
 from fastory.wording import shown
@@ -60,6 +61,7 @@ class Shelf:
             files.folder_for(self.own / name, HINT)
         self._manifests: dict[str, tuple[tuple[int, int], dict[str, Any]]] = {}
         self._sizes: dict[str, tuple[float, int]] = {}
+        self._recast: dict[str, tuple[dict[str, Any], list[int]]] = {}
 
     # -- which there are -----------------------------------------------------------------------------------------
 
@@ -132,6 +134,21 @@ class Shelf:
             self._inside(file if self.has_run(story) and file.is_file() else self._draft_file(story))
         )
 
+    def recast(self, story: str) -> list[int]:
+        """Frames of a finished story that were drawn with other pictures of their characters than it has now."""
+        manifest = self.manifest(story)
+        if manifest is None or not is_finished(manifest) or not manifest["story"].get("casts"):
+            return []
+        known = self._recast.get(story)
+        if known is None or known[0] is not manifest:
+            try:
+                now = Identity.of(self.read(story), settings_of(manifest), {}, None)
+                found = now.recast(manifest)
+            except InputError:  # a story file that was changed by hand; a redraw says what is the matter
+                found = []
+            known = self._recast[story] = (manifest, found)
+        return known[1]
+
     def _inside(self, file: Path) -> Path:
         """The file itself. Raises InputError where a link leads out of the folder, or may."""
         if files.is_link_below(self.root, file):
@@ -167,12 +184,13 @@ class Shelf:
         files.atomic_write(self._draft_file(story), text)
 
     def add_picture(self, story: str, data: bytes, most_pixels: int) -> str:
-        """Keep an uploaded picture with the draft. Returns the name that the story has to say.
+        """Keep an uploaded picture, of a draft or for what is drawn next. Returns the name that the story has to say.
 
         Raises InputError for what is no picture, and for one of more than `most_pixels`.
         """
-        if self.has_run(story):
-            raise InUse("the story is drawn already: duplicate it to give it other pictures")
+        manifest = self.manifest(story)
+        if manifest is not None and not is_finished(manifest):
+            raise InUse("the story is being drawn: give it pictures once it is finished")
         partial = self.draft(story) / f"upload-{secrets.token_hex(8)}"
         files.atomic_write(partial, data)
         try:
@@ -269,7 +287,8 @@ class Shelf:
         self._write_record("requests", story, request)
 
     def notes(self, story: str) -> dict[str, Any]:
-        """name, locked (frames), before (what frames said before each redraw)."""
+        """name, locked (frames), pictures (for what is drawn next), before and given (what frames said, and what pictures
+        the story had, before each redraw)."""
         return self._record("notes", story) or {}
 
     def write_notes(self, story: str, notes: Mapping[str, Any]) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fastory.errors import FastoryError
+from fastory.serve.given_pictures import given_before, with_given
 from fastory.serve.shelf import Shelf
 from fastory.story import Frame
 from fastory.story.self_contained import with_pictures_inside
@@ -120,6 +121,8 @@ def generate_arguments(shelf: Shelf, request: Mapping[str, Any]) -> dict[str, An
     if manifest is not None:
         arguments["settings"] = settings_of(manifest)
     if request["kind"] == "redraw":
+        if pictures := request.get("pictures"):
+            story = with_given(shelf, name, story, pictures)
         changes = {int(frame): change for frame, change in request["frames"].items()}
         frames = tuple(_changed(frame, changes.get(i, {})) for i, frame in enumerate(story.frames))
         if appended := request.get("appended"):  # once: story.yaml may have them already
@@ -136,7 +139,7 @@ def take_back_as_requested(shelf: Shelf, request: Mapping[str, Any]) -> None:
     from fastory.runs.take_back import take_back
     from fastory.story.schema import FrameEntry
 
-    frames, seeds = {}, {}
+    frames, seeds, casts = {}, {}, {}
     for number, before in request["before"].items():
         said = before["frame"] if isinstance(before["frame"], dict) else {"caption": before["frame"]}
         entry = FrameEntry.model_validate(said)
@@ -144,7 +147,12 @@ def take_back_as_requested(shelf: Shelf, request: Mapping[str, Any]) -> None:
         masks = tuple((name, shelf.run(request["story"]) / mask) for name, mask in entry.masks.items())
         frames[int(number)] = Frame(entry.caption, entry.seed, tuple(entry.characters), boxes, masks)
         seeds[int(number)] = before["seed"]
-    take_back(shelf.run(request["story"]), request["number"], frames, seeds)
+        if before.get("cast"):
+            casts[int(number)] = before["cast"]
+    pictures = request.get("pictures")
+    earlier = given_before(shelf, request["story"], pictures) if pictures else None
+    run = shelf.run(request["story"])
+    take_back(run, request["number"], frames, seeds, casts=casts, given_pictures=earlier)
 
 
 def _changed(frame: Any, change: Mapping[str, Any]) -> Any:

@@ -168,15 +168,63 @@ def test_captions_are_dragged_deleted_and_had_again_and_a_picture_is_dropped(
         page.find_element(By.ID, "undo").click()
         assert written() == left
     assert not page.find_element(By.ID, "undo").is_enabled()
-    buffer = io.BytesIO()
-    Image.new("RGB", (40, 40), "red").save(buffer, "PNG")
     zone = page.find_element(By.CSS_SELECTOR, ".person .drop")
-    page.execute_script(DROPPED, zone, base64.b64encode(buffer.getvalue()).decode())
+    page.execute_script(DROPPED, zone, png("red"))
     until(lambda: page.find_elements(By.CSS_SELECTOR, ".person .drop img"))
     shown = until(
         lambda: server.ask("GET", f"/stories/{story}").json["story"]["characters"]["Mia"].get("references")
     )
     assert len(shown) == 1 and server.ask("GET", f"/stories/{story}").json["story"]["frames"] == captions
+
+
+def png(colour: str) -> str:
+    """A small picture, as base64."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 40), colour).save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+@pytest.mark.slow
+def test_a_frame_is_redrawn_with_a_drawn_box_and_with_a_dropped_picture(page: Any, server: Server) -> None:
+    captions = ["Mia is sleeping in the snow", "Bo is jumping in the forest"]
+    characters = {"Mia": {"prompt": "a cat"}, "Bo": {"prompt": "a bear"}}
+    story = server.create({**STORY, "frames": captions, "characters": characters})
+    server.until(story, "finished")
+    before = contents(server.folder / story)
+    go(page, server, story)
+    until(lambda: len(shown(page)) == 2)
+    page.find_element(By.CSS_SELECTOR, ".frame .open").click()
+    sheet = until(lambda: page.find_element(By.CSS_SELECTOR, "dialog .boxing"))
+    width, height = sheet.size["width"], sheet.size["height"]
+    drag = ActionChains(page).move_to_element_with_offset(sheet, -width // 4, -height // 4).click_and_hold()
+    drag.move_by_offset(width // 2, height // 4).release().perform()
+    assert page.find_element(By.CSS_SELECTOR, "dialog .names").text == "Mia"
+    until(lambda: page.find_element(By.ID, "redraw").is_enabled())
+    page.find_element(By.ID, "redraw").click()
+    until(lambda: "001" in server.ask("GET", f"/stories/{story}").json["history"])
+    said = server.until(story, "finished")["story"]["frames"]
+    assert said[1] == captions[1] and said[0]["caption"] == captions[0]
+    assert said[0]["boxes"]["Mia"] == pytest.approx([0.25, 0.25, 0.75, 0.5], abs=0.02)
+    boxed = contents(server.folder / story)
+    assert boxed["frames/frame-000.png"] != before["frames/frame-000.png"]
+    assert boxed["frames/frame-001.png"] == before["frames/frame-001.png"]
+
+    page.find_element(By.CSS_SELECTOR, "dialog").send_keys(Keys.ESCAPE)
+    zone = until(lambda: page.find_element(By.CSS_SELECTOR, "#given .drop:not([inert])"))
+    page.execute_script(DROPPED, zone, png("blue"))
+    until(lambda: "Frame 0 was drawn" in page.find_element(By.ID, "given").text)
+    page.refresh()
+    until(lambda: page.find_element(By.ID, "redraw-given").text == "Redraw frame 0")
+    page.find_element(By.ID, "redraw-given").click()
+    until(lambda: "002" in server.ask("GET", f"/stories/{story}").json["history"])
+    server.until(story, "finished")
+    given = contents(server.folder / story)
+    assert given["frames/frame-000.png"] != boxed["frames/frame-000.png"]
+    assert given["frames/frame-001.png"] == before["frames/frame-001.png"]
+    until(lambda: not page.find_elements(By.ID, "redraw-given"))
+    picture = page.find_element(By.CSS_SELECTOR, "#given .drop img")
+    until(lambda: page.execute_script("return arguments[0].naturalWidth", picture) == 40)
+    assert [e for e in page.get_log("browser") if e["level"] == "SEVERE"] == []
 
 
 def test_nothing_moves_as_frames_arrive(page: Any, server: Server) -> None:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from PIL import Image
 from run_folders import contents
 from served import SETTINGS, STORY, Server
 
-from fastory import Story, StoryModel, generate
+from fastory import Character, Story, StoryModel, generate
 from fastory.serve.shelf import Shelf
 from fastory.serve.worker import generate_arguments
 
 pytest.importorskip("fastapi", reason="the server's extra: pip install .[serve]")
+
+CAST = ["Mia is sleeping in the snow", "a fox is jumping in the forest", "Mia is standing on the beach"]
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +127,54 @@ def test_a_story_goes_on_and_the_command_line_sees_the_same(server: Server, tmp_
         shown = server.until(story, "finished")
         assert shown["story"]["frames"] == STORY["frames"][:frames]
         assert pictures(server.folder / story) == there
+
+
+def test_a_drawn_story_is_given_pictures_and_the_command_line_sees_the_same(
+    server: Server, tmp_path: Path
+) -> None:
+    said = {**STORY, "frames": CAST, "characters": {"Mia": {"prompt": "a cat"}}}
+    story = server.create(said)
+    path = f"/stories/{story}"
+    server.until(story, "finished")
+    before = pictures(server.folder / story)
+    buffer = io.BytesIO()
+    Image.new("RGB", (48, 48), "blue").save(buffer, "PNG")
+    name = server.ask("POST", f"{path}/pictures", buffer.getvalue()).json["name"]
+
+    def give(**given: Any) -> Any:
+        return server.ask("PATCH", path, {"pictures": given})
+
+    for wrong, status in (
+        ({"references": {"Bo": [name]}}, 422),
+        ({"references": {"Mia": ["inputs/none.bmp"]}}, 422),
+        ({"references": {"Mia": ["../../story.yaml"]}}, 422),
+        ({"first_frame": name}, 422),
+    ):
+        assert give(**wrong).status == status, wrong
+    assert "read by causal mode alone" in give(first_frame=name).json["error"]
+    boxed = {"frames": [{"frame": 0, "boxes": {"Mia": [0.1, 0.1, 0.5, 0.9]}}]}
+    refused = server.ask("POST", f"{path}/redraw", boxed)
+    assert (refused.status, "wanted two named characters" in refused.json["error"]) == (422, True)
+    assert give(references={"Mia": [name]}).status == 200
+    shown = server.ask("GET", path).json
+    assert shown["next_pictures"]["frames"] == [0, 2] and shown["recast"] == []
+    assert server.ask("POST", f"{path}/redraw", {"frames": [{"frame": 0}]}).status == 202
+    shown = server.until(story, "finished")
+    after = pictures(server.folder / story)
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {"frames/frame-000.png", "iteration-01/frame-000.png", "sheet.png"}
+    assert shown["next_pictures"] is None and shown["recast"] == [2]
+    (kept,) = shown["story"]["characters"]["Mia"]["references"]
+    assert server.ask("GET", f"{path}/{kept}").body == (server.folder / story / kept).read_bytes()
+    mia = Character("Mia", "a cat", (Image.open(buffer),))
+    plain = Story.from_captions(CAST, title=STORY["title"], characters=[Character("Mia", "a cat")])
+    for told, more in ((plain, {}), (plain.with_characters([mia]), {"frames": [0]})):
+        list(generate(told, model=StoryModel.open("builtin"), output=tmp_path / "run", **SETTINGS, **more))
+    assert pictures(tmp_path / "run") == after
+    assert server.ask("POST", f"{path}/take-back", {"number": "001"}).status == 202
+    shown = server.until(story, "finished")
+    assert pictures(server.folder / story) == before and shown["recast"] == []
+    assert shown["story"]["characters"] == said["characters"]
 
 
 def test_what_is_stopped_is_as_before(server: Server) -> None:

@@ -38,6 +38,7 @@ export class Large {
     this.undoButton = button("Undo the changes", () => this.fill(), { className: "bare" });
     this.boxName = element("select", { "aria-label": "Character of the next box" });
     this.boxRow = element("div", { className: "row" }, [element("label", {}, [element("span", {}, ["Draw a box for"]), this.boxName]), button("No boxes", () => (this.boxes.set([]), this.showButtons()), { className: "bare" })]);
+    this.noBoxes = element("p", { className: "quiet" }, ["No boxes: they want two named characters, or boxes in the story file, before a story is drawn."]);
     this.boxes.nameOf = () => this.boxName.value;
     this.dialog = element("dialog", { "aria-labelledby": "large-name", onkeydown: (event) => this.key(event), onclose: () => this.run.figures[this.index]?.open.focus() }, [
       element("div", { className: "large" }, [
@@ -49,7 +50,7 @@ export class Large {
             button("Close", () => this.dialog.close(), { className: "bare" })])]),
           element("label", {}, [element("span", {}, ["Caption"]), this.text]),
           element("label", {}, [element("span", {}, ["Seed"]), this.seed]),
-          this.boxRow,
+          this.boxRow, this.noBoxes,
           element("div", { className: "row" }, [this.redrawButton, this.takeButton, this.lockButton]),
           this.undoButton, this.historyLabel, element("div", {}, [this.backButton]), this.facts,
           element("p", { className: "quiet" }, [...["← → frames", "↑ ↓ rounds", "L lock", "R another take"].flatMap((key, i) => [i ? ", " : "", key])]),
@@ -107,8 +108,10 @@ export class Large {
     this.boxes.set(Object.entries(frame?.boxes ?? {}));
     const names = Object.keys(this.run.story.story.characters ?? {});
     this.boxName.replaceChildren(...names.map((name) => element("option", { value: name }, [name])));
-    this.boxRow.hidden = names.length === 0;
-    this.boxes.active = names.length > 0;
+    const reads = this.run.story.reads.includes("boxes");
+    this.boxRow.hidden = !reads || names.length === 0;
+    this.noBoxes.hidden = reads || names.length === 0;
+    this.boxes.active = reads && names.length > 0;
     const numbers = Object.entries(this.run.story.history).filter(([, frames]) => frames.includes(String(this.index))).map(([number]) => number);
     this.historyLabel.hidden = numbers.length === 0;
     this.history.replaceChildren(element("option", { value: "" }, ["nothing"]), ...numbers.map((n) => element("option", { value: n }, [`before redraw ${Number(n)}`])));

@@ -2,6 +2,7 @@
 
 import { get, listen, pictureAddress, send } from "./api.js";
 import { button, element } from "./element.js";
+import { Given } from "./given.js";
 import { Large } from "./large.js";
 import { createStory, counted, STATES } from "./list.js";
 import { attempt, say } from "./say.js";
@@ -30,6 +31,7 @@ export class Run {
     this.story = story;
     this.round = null; // null follows the newest
     this.large = new Large(this);
+    this.given = new Given(this);
     this.build();
   }
 
@@ -92,7 +94,7 @@ export class Run {
       element("div", { className: "row spread" }, [element("div", {}, [this.heading, this.state]), this.actions]),
       element("div", { className: "pace" }, [element("div", { className: "row spread" }, [this.pace, this.notesButton]), this.bar, this.problem]),
       this.notes, this.rounds, this.grid,
-      element("div", { className: "side-by-side" }, [this.takeAlong(), this.continuing()]),
+      element("div", { className: "side-by-side" }, [this.takeAlong(), this.continuing(), this.given.card]),
       this.large.dialog,
     );
     this.showNotes();
@@ -125,6 +127,7 @@ export class Run {
     this.showTakes();
     this.goOn.disabled = this.goOnAnew.disabled = story.state !== "finished";
     this.showAppended();
+    this.given.show();
     this.large.show();
   }
 

@@ -1,6 +1,7 @@
 // A story that is being written: captions as cards, characters, how it is drawn. Every change is kept, and checked, at once.
 
-import { get, send, upload } from "./api.js";
+import { get, send } from "./api.js";
+import { dropZone } from "./drop.js";
 import { button, element } from "./element.js";
 import { attempt, say } from "./say.js";
 
@@ -190,21 +191,8 @@ class Draft {
     });
   }
 
-  /** Where pictures are dropped, or chosen; `taken` gets the names that the story says. */
   zone(names, alt, label, many, taken) {
-    const take = (list) => attempt(async () => {
-      const uploaded = [];
-      for (const file of many ? list : [...list].slice(0, 1)) uploaded.push((await upload(`/stories/${this.id}/pictures`, file)).name);
-      taken(uploaded);
-      this.changed();
-    });
-    const chosen = element("input", { type: "file", accept: "image/*", multiple: many, hidden: true, onchange: () => take(chosen.files) });
-    const pictures = names.map((name) => element("img", { src: `/stories/${this.id}/${name}`, alt }));
-    const zone = element("div", { className: "drop" }, [...pictures, button(label, () => chosen.click()), element("span", { className: "quiet" }, ["or drop here"]), chosen]);
-    zone.addEventListener("dragover", (event) => (event.preventDefault(), zone.classList.add("over")));
-    zone.addEventListener("dragleave", () => zone.classList.remove("over"));
-    zone.addEventListener("drop", (event) => (event.preventDefault(), zone.classList.remove("over"), take(event.dataTransfer.files)));
-    return zone;
+    return dropZone(`/stories/${this.id}`, { names, alt, label, many, taken: (uploaded) => (taken(uploaded), this.changed()) });
   }
 
   /** Causal mode: the picture that the story goes on from. */
