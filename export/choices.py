@@ -18,11 +18,13 @@ class Groups:
     """Groups of references that a UNet takes, a number that is fixed in its graph.
 
     shown: the frames, and one for every character with pictures. characters: further ones, of characters' own appearances;
-    with them every group has masks, which are inputs of the graph.
+    with them every group has masks, which are inputs of the graph. boxes: biases are, too, by which characters' words and
+    self-attention keep to their boxes.
     """
 
     shown: int = 1
     characters: int = 0
+    boxes: bool = False
 
     @property
     def count(self) -> int:
@@ -33,6 +35,13 @@ class Groups:
     def masked(self) -> bool:
         """Whether groups reach a part of the picture."""
         return self.characters > 0
+
+    def noted(self) -> dict[str, int | bool]:
+        """What fastory.json says of characters; nothing where none have references of their own."""
+        return {
+            **({"characters": self.characters} if self.masked else {}),
+            **({"boxes": True} if self.boxes else {}),
+        }
 
 
 SIDES = ("height", "width")
@@ -96,3 +105,7 @@ def check_binding(binding: str, groups: Groups) -> None:
         raise InputError(f"--groups: wanted 1 or more, got {groups.shown}")
     if groups.characters < 0:
         raise InputError(f"--characters: wanted 0 or more, got {groups.characters}")
+    if groups.boxes and not groups.characters:
+        raise InputError(
+            "--boxes is about characters with references of their own; give --characters as well"
+        )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastory.conditioning.regions import SILENT
 from fastory.models.export_folder import factored
 
 Axis = int | str
@@ -99,6 +100,11 @@ def random_mask(generator: torch.Generator, shape: tuple[int, ...]) -> Tensor:
 def random_shares(generator: torch.Generator, shape: tuple[int, ...]) -> Tensor:
     """Fractions, 0 and 1 among them: a third each."""
     return (3 * torch.rand(shape, generator=generator) - 1).clamp(0, 1)
+
+
+def random_bias(generator: torch.Generator, shape: tuple[int, ...]) -> Tensor:
+    """Logarithms of such fractions, as far down as a bias goes."""
+    return random_shares(generator, shape).clamp(min=SILENT).log()
 
 
 def random_padding(generator: torch.Generator, shape: tuple[int, ...]) -> Tensor:

@@ -82,27 +82,27 @@ def export_onnx(
     *,
     groups: int = 1,
     characters: int = 0,
+    boxes: bool = False,
     binding: str = "ort",
     overwrite: bool = False,
 ) -> Iterator[Event]:
     """Export `model`, which lies on the CPU in the wanted type; yields events, the last one Finished.
 
-    output: ./engines/<model>-<hash> by default. groups: of references (frames are one, every character with pictures one
-    more). characters: further groups for characters' own appearances, with whom masks are inputs of the UNet's graph.
-    binding: ort, portable or trt. The same call on a finished export only changes its binding.
+    output: ./engines/<model>-<hash> by default. groups, characters, boxes: choices.Groups, groups being those shown. binding:
+    ort, portable or trt. The same call on a finished export only changes its binding.
     overwrite: replace an export that is there, once the new one is whole; a folder with files of others is refused.
     Everything is checked before the first event: raises InputError. While exporting, raises FastoryError for a full disk,
     for a folder that another process exports into, and for a graph that does not compute what torch computes; what was
     written is taken away again.
     """
     packages.require("an export", "onnx", "onnx", "onnxscript", "onnxruntime")
-    wanted = Groups(groups, characters)
+    wanted = Groups(groups, characters, boxes)
     check_binding(binding, wanted)
     identity = {
         "model": model.hashes,
         "dtype": model.placement.dtype_name,
         "groups": groups,
-        **({"characters": characters} if characters else {}),
+        **wanted.noted(),
         "fastory": __version__,
     }
     folder = Path(output) if output else default_folder(model, identity)
@@ -383,7 +383,7 @@ def _manifest(
         "opset": OPSET,
         "binding": binding,
         "groups": groups.count,
-        **({"characters": groups.characters} if groups.masked else {}),
+        **groups.noted(),
         "tokens_per_ref": model.tokens_per_ref,
         "size_factor": model.size_factor,
         "vae_factor": model.vae_factor,

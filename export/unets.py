@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastory.conditioning.history import HistoryContext
-from fastory.conditioning.references import LayerReferences, ReferenceContext, mask_name
+from fastory.conditioning.references import LayerReferences, ReferenceContext
+from fastory.conditioning.regions import LEVELS, Grid
 from fastory.export.choices import Groups
 from fastory.export.component import (
     BEHIND_ALL,
@@ -18,26 +20,28 @@ from fastory.export.component import (
     Axis,
     Component,
     Input,
+    random_bias,
     random_mask,
     random_padding,
     random_shares,
 )
 from fastory.kernels.banded import banded_causal_attention
+from fastory.models.engine_inputs import MASK, SELF_BIAS, TEXT_BIAS, level_name
 from fastory.models.torch_model import StoryModel
 from fastory.processors.attention_backends import level_of
 from fastory.processors.consistent import self_attention_levels
-from fastory.processors.projected import Layer
+from fastory.processors.projected import Layer, attend_apart
 
 
 class _Unet(nn.Module):
-    """The UNet with references; masks, and SDXL's and LCM's further inputs, by name."""
+    """The UNet with references; masks and biases, and SDXL's and LCM's further inputs, by name."""
 
     def __init__(
-        self, unet: nn.Module, tokens_per_ref: int, masks: tuple[int, ...], added: tuple[str, ...]
+        self, unet: nn.Module, tokens_per_ref: int, placed: tuple[str, ...], added: tuple[str, ...]
     ) -> None:
-        """masks: the levels of cross-attention that have one, each an input before those `added`."""
+        """placed: the inputs by which characters keep to their part of the picture, which come before those `added`."""
         super().__init__()
-        self.unet, self.tokens_per_ref, self.masks, self.added = unet, tokens_per_ref, masks, added
+        self.unet, self.tokens_per_ref, self.placed, self.added = unet, tokens_per_ref, placed, added
 
     def forward(
         self,
@@ -52,24 +56,39 @@ class _Unet(nn.Module):
     ) -> Tensor:
         """The inputs of ReferenceContext beside latents and timestep -> prediction (B, c, h, w)."""
         own = (text_kv, ref_kv, scale, ref_visible, ref_offsets, self.tokens_per_ref)
-        masks, added = further[: len(self.masks)], further[len(self.masks) :]
+        count = len(self.placed)
         context = ReferenceContext(*own)
-        if masks:
-            flat = {level: mask.flatten(2) for level, mask in zip(self.masks, masks, strict=True)}
-            context = _Masked(*own, unet=self.unet, levels=flat)
-        return call_unet(self.unet, sample, timestep, context, dict(zip(self.added, added, strict=True)))
+        if count:
+            levels = dict(zip(self.placed, further[:count], strict=True))
+            context = _Placed(*own, unet=self.unet, levels=levels)
+        added = dict(zip(self.added, further[count:], strict=True))
+        return call_unet(self.unet, sample, timestep, context, added)
 
 
 @dataclass(frozen=True)
-class _Masked(ReferenceContext):
-    """In a graph, where a layer's number of query tokens is not known: levels[n] is the mask at sides halved n times."""
+class _Placed(ReferenceContext):
+    """In a graph, where a layer's number of query tokens is not known: masks and biases by the names of a level's inputs."""
 
     unet: Any = None
-    levels: Mapping[int, Tensor] = field(default_factory=dict)
+    levels: Mapping[str, Tensor] = field(default_factory=dict)
 
     def of_layer(self, layer: Layer, queries: int) -> LayerReferences:
-        """With the mask of the layer's level."""
-        return replace(super().of_layer(layer, queries), mask=self.levels[level_of(self.unet, layer.name)])
+        """With the mask and the text's bias of the layer's level."""
+        level = level_of(self.unet, layer.name)
+        bias = self.levels.get(level_name(TEXT_BIAS, level))
+        return replace(
+            super().of_layer(layer, queries),
+            mask=self.levels[level_name(MASK, level)].flatten(2),
+            text_bias=None if bias is None else bias.flatten(1, 2),
+        )
+
+    def self_attention(self, tokens: int) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+        """With the bias of the level that has as many tokens."""
+        for level in LEVELS:
+            bias = self.levels.get(level_name(SELF_BIAS, level))
+            if bias is not None and tokens == bias.shape[1] * bias.shape[2]:
+                return partial(attend_apart, bias=bias.flatten(3).flatten(1, 2))
+        return None
 
 
 class _CausalUnet(nn.Module):
@@ -206,13 +225,13 @@ def unet(model: StoryModel, groups: Groups) -> Component:
         "ref_offsets": Input((groups.count + 1,), torch.int32, shared_out if groups.masked else offsets),
         "scale": Input((groups.count,), torch.float32, lambda generator, shape: torch.full(shape, 0.4)),
     }
-    masks = _masks(model, groups) if groups.masked else {}
+    placed = _placed(model, groups)
     added = _added(model)
     traced, checks, hot = _unet_sizes(model, references=7 if is_large(model) else 100)
     return Component(
         "unet",
-        _Unet(model.unet, tokens, tuple(masks), tuple(added)),
-        {**inputs, **{mask_name(level): mask for level, mask in masks.items()}, **added},
+        _Unet(model.unet, tokens, tuple(placed), tuple(added)),
+        {**inputs, **placed, **added},
         {"prediction": out},
         {**ranges, "text": RANGES["text"], "references": RANGES["references"]},
         traced,
@@ -222,14 +241,26 @@ def unet(model: StoryModel, groups: Groups) -> Component:
     )
 
 
-def _masks(model: StoryModel, groups: Groups) -> dict[int, Input]:
-    """The masks of the groups for each level of cross-attention: (B, G, h, w), the sides of its query tokens."""
+def _placed(model: StoryModel, groups: Groups) -> dict[str, Input]:
+    """Of each level of attention the groups' masks and, with boxes, the biases of text and of self-attention.
+
+    Self-attention is bounded where a layer has at most BOUNDED tokens in a picture of the model's own size.
+    """
+    found: dict[str, Input] = {}
     deepest = model.size_factor // model.vae_factor
-    found = {}
-    for level in self_attention_levels(model.unet):
+    width, height = (side // model.vae_factor for side in model.native_size)
+    bounded = Grid(height, width).bounded_layers()
+    for level in self_attention_levels(model.unet) if groups.masked else ():
         n = deepest // 2**level
         sides = (f"{n}*height", f"{n}*width") if n > 1 else ("height", "width")
-        found[level] = Input(("batch", groups.count, *sides), torch.float32, random_shares)
+        axes: dict[str, tuple[Axis, ...]] = {MASK: ("batch", groups.count, *sides)}
+        if groups.boxes:
+            axes[TEXT_BIAS] = ("batch", *sides, "text")
+            if bounded.get((height // 2**level) * (width // 2**level)):
+                axes[SELF_BIAS] = ("batch", *sides, *sides)
+        for what, shape in axes.items():
+            make = random_shares if what == MASK else random_bias
+            found[level_name(what, level)] = Input(shape, torch.float32, make)
     return found
 
 

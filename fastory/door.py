@@ -128,12 +128,14 @@ def check_output(output: Path | None, stories: Sequence[Story]) -> None:
         files.check_unlocked(path, "draws into", "choose another --output")
 
 
-def check_export(output: Path | None, dtype: str, binding: str, *, groups: int, characters: int) -> None:
+def check_export(
+    output: Path | None, dtype: str, binding: str, groups: int, characters: int, boxes: bool
+) -> None:
     """InputError for values that no export takes; FastoryError where another process exports into `output`."""
     from fastory.export.choices import Groups, check_binding, check_is_no_file
 
     settings.check_placement("cpu", dtype, "off")
-    check_binding(binding, Groups(groups, characters))
+    check_binding(binding, Groups(groups, characters, boxes))
     if output is not None:
         path = user_path(output, "--output")
         check_is_no_file(path)

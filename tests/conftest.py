@@ -110,11 +110,13 @@ def export_folder(causal_builtin_folder: Path, tmp_path_factory: pytest.TempPath
 def masked_export_folder(
     export_folder: Path, causal_builtin_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """The same for the appearances of two characters as well, with masks."""
+    """The same for the appearances of two characters as well, with masks and boxes."""
     from masked_export import with_masks
 
     from fastory import StoryModel
     from fastory.export.choices import Groups
 
     model = StoryModel.open(str(causal_builtin_folder), device="cpu", dtype="float32")
-    return with_masks(export_folder, model, Groups(2, 2), tmp_path_factory.mktemp("engines") / "masked")
+    return with_masks(
+        export_folder, model, Groups(2, 2, boxes=True), tmp_path_factory.mktemp("engines") / "masked"
+    )

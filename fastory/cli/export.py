@@ -52,6 +52,10 @@ Characters = Annotated[
         METHOD, help="Groups for characters' own appearances (--regions), of which masks are inputs then."
     ),
 ]
+Boxes = Annotated[
+    bool,
+    option(METHOD, "--boxes", help="With --characters: their words and self-attention keep to boxes, too."),
+]
 Bind = Annotated[str, choice(METHOD, BINDINGS, help="What computes attention (default ort, ONNX Runtime).")]
 Rtx = Annotated[
     str | None,
@@ -94,6 +98,7 @@ def export(
     dtype: Dtype = "float32",
     groups: Groups = 1,
     characters: Characters = 0,
+    boxes: Boxes = False,
     bind: Bind = "ort",
     rtx: Rtx = None,
     size: Size = None,
@@ -121,8 +126,8 @@ def exported(requested: Mapping[str, Any]) -> Iterator[Any]:
     packages.require("fastory export", "onnx", "onnx", "onnxscript", "onnxruntime")
     from fastory import door
 
-    how = {name: requested[name] for name in ("groups", "characters")}
-    door.check_export(requested["output"], requested["dtype"], requested["bind"], **how)
+    groups = [requested[name] for name in ("groups", "characters", "boxes")]
+    door.check_export(requested["output"], requested["dtype"], requested["bind"], *groups)
     bounds = engine_bounds(requested["rtx"], requested["size"] or []) if requested["trt"] else {}
     model = ModelOptions.among(requested).open("cpu", requested["dtype"], "off")
     return export_and_build(model, requested, bounds, flags)
@@ -135,7 +140,7 @@ def export_and_build(
     from fastory.export.onnx import Finished, export_onnx
     from fastory.export.tensorrt import build, build_rtx
 
-    how = {name: requested[name] for name in ("groups", "characters", "overwrite")}
+    how = {name: requested[name] for name in ("groups", "characters", "boxes", "overwrite")}
     for event in export_onnx(model, requested["output"], binding=requested["bind"], **how):
         yield event
     if requested["trt"]:

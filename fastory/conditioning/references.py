@@ -7,7 +7,7 @@ of a group is the null block, the unconditional reference, which unconditional r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -23,11 +23,6 @@ from fastory.processors.projected import Layer, attend_apart, attend_references
 def count_blocks(pictures: Sequence[int]) -> int:
     """Blocks of groups with so many pictures each: the pictures, and a null block a group."""
     return sum(count + 1 for count in pictures)
-
-
-def mask_name(level: int) -> str:
-    """The input of an exported UNet for the masks where the latents' sides were halved `level` times."""
-    return f"mask_{2**level}"
 
 
 def everywhere(frame: int) -> None:
@@ -234,21 +229,6 @@ class ReferenceContext:
             "ref_offsets": self.ref_offsets,
             "scale": self.scale,
         }
-
-    def mask_inputs(self, grid: Grid, levels: Iterable[int]) -> dict[str, Tensor]:
-        """The masks by the names of the inputs of a UNet that was exported with them; ones where all groups reach all.
-
-        levels: how often the latents' sides, `grid`, were halved where the UNet has cross-attention.
-        """
-        found, shape = {}, (len(self.ref_visible), len(self.scale))
-        for level in levels:
-            sides = grid.sides(2**level)
-            if self.masks is None:
-                found[mask_name(level)] = self.scale.new_ones(*shape, *sides)
-            else:
-                mask = self.masks[sides[0] * sides[1]]
-                found[mask_name(level)] = mask.unflatten(2, sides).expand(*shape, *sides)
-        return found
 
     def of_groups(self, groups: int) -> ReferenceContext:
         """The same with `groups` groups, the further ones empty; without references one block that nobody sees.

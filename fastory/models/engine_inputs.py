@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Callable, Container
 
 from torch import Tensor
 
-from fastory.conditioning.references import ReferenceContext, mask_name
+from fastory.conditioning.references import ReferenceContext
 from fastory.conditioning.regions import LEVELS, Grid
 from fastory.models.protocol import UnetInputs
+
+MASK, TEXT_BIAS, SELF_BIAS = "mask", "text_bias", "self_bias"
+
+
+def level_name(what: str, level: int) -> str:
+    """The input for masks or biases of the layers at which the latents' sides were halved `level` times."""
+    return f"{what}_{2**level}"
 
 
 def unet_inputs(inputs: UnetInputs, groups: int, wanted: Container[str]) -> dict[str, Tensor]:
@@ -22,6 +29,36 @@ def unet_inputs(inputs: UnetInputs, groups: int, wanted: Container[str]) -> dict
     context = inputs.context
     if isinstance(context, ReferenceContext):
         context = context.of_groups(groups)
-        levels = [level for level in LEVELS if mask_name(level) in wanted]
-        tensors |= context.mask_inputs(Grid(*inputs.latents.shape[2:]), levels)
+        grid = Grid(*inputs.latents.shape[2:])
+        tensors |= {
+            name: make()
+            for level in LEVELS
+            for name, make in _of_level(context, level, grid.sides(2**level)).items()
+            if name in wanted
+        }
     return {**tensors, **context.inputs()}
+
+
+def _of_level(
+    context: ReferenceContext, level: int, sides: tuple[int, int]
+) -> dict[str, Callable[[], Tensor]]:
+    """The masks (B, G, h, w), and the biases of text (B, h, w, Lt) and of self-attention (B, h, w, h, w), of one level."""
+    like, tokens, text = context.scale, sides[0] * sides[1], context.text_kv.shape[1]
+    rows = len(context.ref_visible)
+
+    def mask() -> Tensor:
+        found = (context.masks or {}).get(tokens)
+        shape = (rows, len(like), *sides)
+        return like.new_ones(shape) if found is None else found.unflatten(2, sides).expand(shape)
+
+    def text_bias() -> Tensor:
+        found = (context.text_bias or {}).get(tokens)
+        return like.new_zeros(rows, *sides, text) if found is None else found.unflatten(1, sides)
+
+    def self_bias() -> Tensor:
+        found = (context.self_bias or {}).get(tokens)
+        shape = (rows, *sides, *sides)
+        return like.new_zeros(shape) if found is None else found.reshape(shape)
+
+    makers = {MASK: mask, TEXT_BIAS: text_bias, SELF_BIAS: self_bias}
+    return {level_name(what, level): make for what, make in makers.items()}

@@ -273,8 +273,8 @@ class EngineModel:
 
     @property
     def takes_biases(self) -> bool:
-        """The graphs have no inputs for biases."""
-        return False
+        """Whether it was exported for boxes, which the UNet of iterative mode alone is."""
+        return self.unet == "unet" and bool(self.manifest.get("boxes"))
 
     @torch.inference_mode()
     def encode_picture(self, image: Image.Image) -> Tensor:

@@ -79,6 +79,7 @@ class ExportManifest(BaseModel):
     dtype: Literal["float32", "float16", "bfloat16"]
     groups: Annotated[Size, Field(le=10_000)]
     characters: Annotated[Count, Field(le=10_000)] = 0
+    boxes: StrictBool = False
     binding: Literal["ort", "portable", "trt"]
     size_factor: Annotated[Size, Field(le=10_000)]
     vae_factor: Annotated[Size, Field(le=10_000)]

@@ -335,7 +335,7 @@ class Causal:
 
     def notices(self, model: Model, story: Story, settings: Settings) -> Iterator[str]:
         """That pictures of characters are not read, and by an export no boxes."""
-        if any(frame.is_laid_out for frame in story.frames) and not model.takes_biases:
+        if any(frame.is_laid_out for frame in story.frames) and not model.causal.takes_biases:
             yield (
                 f"`boxes` and `masks` are not used: in causal mode {model.name} has no inputs for them; draw with the model it "
                 "was exported from"

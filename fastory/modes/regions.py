@@ -114,16 +114,17 @@ def no_masks(model: Model, story: Story, settings: Settings, prompts: Sequence[s
     """A line where a story's regions are off, or half of its boxes, because of what a model was exported without."""
     if model.takes_biases or wanted(model, story, settings, prompts) == "off":
         return ()
+    laid_out = any(frame.is_laid_out for frame in story.frames)
     if not model.takes_masks:
-        count = len(named(story, settings))
+        count = f"{len(named(story, settings))}{' --boxes' if laid_out else ''}"
         return (
             f"regions are off: {model.name} was exported without masks, and its characters see all pictures alike; for "
             f"references of their own export it with --characters {count}",
         )
-    if any(frame.is_laid_out for frame in story.frames):
+    if laid_out:
         return (
             f"`boxes` and `masks` hold characters' references alone: {model.name} was exported without what keeps their words "
-            "and self-attention there; draw with the model it was exported from",
+            "and self-attention there; export it with --boxes as well",
         )
     return ()
 

@@ -12,9 +12,10 @@ import torch
 
 from fastory import InputError, Story, StoryModel
 from fastory.conditioning.references import Group, ReferenceContext, References
-from fastory.conditioning.regions import Grid, from_maps, rest_of
+from fastory.conditioning.regions import Grid, from_maps, rest_of, self_bias, text_bias
 from fastory.models.engine_model import EngineModel
 from fastory.models.protocol import UnetInputs
+from fastory.runs.notices import story_notices
 from fastory.runs.resolve import ResolvedStory, resolve_story
 
 # Of 7 cross-attention layers and the convolutions between them, in float32; parity measures 5e-6 of values near 4.
@@ -81,6 +82,27 @@ def test_the_graph_reads_the_masks_of_every_layer(
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize(("height", "width"), [(16, 16), (8, 20)])
+def test_the_graph_reads_the_biases_of_every_layer(
+    height: int, width: int, model: StoryModel, engine: EngineModel
+) -> None:
+    """Of a character's words, and of its pixels, in the rows of a frame with boxes beside one without."""
+    grid = Grid(height, width)
+    masks = {"one": grid.box((0, 0, 0.45, 0.8)), "two": grid.box((0.5, 0.1, 1, 1))}
+    plain = inputs(model, height, width)
+    text = text_bias(masks, {"one": [3, 4], "two": [7]}, 40, grid)
+    apart = self_bias(list(masks.values()), grid)
+    both = [
+        {n: torch.cat([torch.zeros_like(bias), bias]) for n, bias in one.items()} for one in (text, apart)
+    ]
+    for biases in ({"text_bias": both[0]}, {"self_bias": both[1]}):
+        given = replace(plain, context=replace(plain.context, **biases))
+        expected = model.predict(given)
+        assert (engine.predict(given) - expected).abs().max() <= CLOSE
+        assert (expected - model.predict(plain))[1].abs().max() > 100 * CLOSE
+
+
+@torch.inference_mode()
 def test_masks_of_ones_are_none(model: StoryModel, engine: EngineModel, export_folder: Path) -> None:
     given = inputs(model, 16, 16)
     ones = {tokens: torch.ones_like(mask) for tokens, mask in given.context.masks.items()}
@@ -137,6 +159,31 @@ def test_an_export_without_masks_says_what_two_characters_need(export_folder: Pa
     assert not [line for line in resolved(plain, given, regions="off").notices if "regions" in line]
     with pytest.raises(InputError, match=r"restart: .*export it with --characters 1 or more"):
         resolved(plain, given, restart=0.5, iterations=2)
+
+
+def test_boxes_say_what_an_export_without_biases_leaves_off(
+    engine: EngineModel, export_folder: Path, tmp_path: Path
+) -> None:
+    placed = {"caption": "Ann and Bob are standing", "boxes": {"Ann": [0, 0, 0.5, 1]}}
+    characters = {name: {"prompt": "a fox"} for name in ("Ann", "Bob")}
+    (tmp_path / "boxes.json").write_text(
+        json.dumps({"version": 1, "characters": characters, "frames": [placed, "Bob is standing"]})
+    )
+    given = Story.read(tmp_path / "boxes.json")
+    assert not [line for line in resolved(engine, given).notices if "export" in line]
+    (said,) = [line for line in resolved(without(engine, "boxes"), given).notices if "export" in line]
+    assert said.endswith("export it with --boxes as well")
+    causal = resolved(engine, given, mode="causal", iterations=None)
+    lines = story_notices(engine, given, causal.settings, causal.prompts)
+    assert [line for line in lines if "in causal mode builtin has no inputs for them" in line]
+    plain = EngineModel.open_engine(export_folder, device="cpu")
+    assert any(line.endswith("--characters 2 --boxes") for line in resolved(plain, given).notices)
+
+
+def without(model: EngineModel, key: str) -> EngineModel:
+    """The export as one that does not say `key`."""
+    manifest = {name: value for name, value in model.folder.manifest.items() if name != key}
+    return EngineModel(replace(model.folder, manifest=manifest), model.placement, model.session_of)
 
 
 def test_characters_that_cannot_be_found_in_one_call_are_refused_at_the_door(

@@ -36,6 +36,7 @@ frames:
 - %s
 """
 FOUND = "Ann and Bob are standing on the beach"
+BOXES = f"{{caption: {FOUND}, boxes: {{Ann: [0, 0, 0.5, 1], Bob: [0.5, 0, 1, 1]}}}}"
 ROUND = 1e-3  # of a picture in 0 .. 1, before it is rounded to 8 bits
 WHOLE = 40.0  # dB
 
@@ -161,24 +162,25 @@ def two(folder: Path, last: str) -> Story:
     return Story.read(folder / "two.yaml")
 
 
+@pytest.mark.parametrize(("last", "rounds"), [(FOUND, 2), (BOXES, 1)], ids=["found", "boxes"])
 def test_two_characters_are_drawn_apart(
-    model: StoryModel, masked_engine: EngineModel, tmp_path: Path
+    last: str, rounds: int, model: StoryModel, masked_engine: EngineModel, tmp_path: Path
 ) -> None:
-    """Round by round from the same pictures, in which they are found; and the whole story."""
-    story = two(tmp_path, FOUND)
-    own = drawn(model, story, batch_size=2, **APART)
-    for rounds in (0, 1, 2):
+    """Round by round from the same pictures, in which they are found or have boxes; and the whole story."""
+    story = two(tmp_path, last)
+    own = drawn(model, story, batch_size=2, iterations=rounds, **APART)
+    for k in range(rounds + 1):
         pairs = [
-            list(floats(one, "iterative", Earlier(own, (rounds, None)), story, **APART))
+            list(floats(one, "iterative", Earlier(own, (k, None)), story, **APART))
             for one in (model, masked_engine)
         ]
         assert len(pairs[0]) == len(pairs[1]) == 3
         assert max((a - b).abs().max() for a, b in zip(*pairs, strict=True)) <= ROUND
-    other = drawn(masked_engine, story, **APART)
-    last = [key for key in own if key[0] == 2]
-    assert np.mean([psnr(own[key], other[key]) for key in last]) >= WHOLE
-    alike = drawn(model, story, **{**APART, "regions": "off"})
-    assert np.mean([psnr(alike[key], other[key]) for key in last]) < WHOLE - 10
+    other = drawn(masked_engine, story, iterations=rounds, **APART)
+    final = [key for key in own if key[0] == rounds]
+    assert np.mean([psnr(own[key], other[key]) for key in final]) >= WHOLE
+    alike = drawn(model, story, iterations=rounds, **{**APART, "regions": "off"})
+    assert np.mean([psnr(alike[key], other[key]) for key in final]) < WHOLE - 10
 
 
 def test_frames_that_see_each_other_are_refused_before_anything_is_drawn(engine: EngineModel) -> None:

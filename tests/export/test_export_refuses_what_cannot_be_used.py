@@ -209,13 +209,27 @@ def test_a_folder_of_the_users_beside_the_export_stays(model: StoryModel, copy: 
         (["export", "--bind", "cuda"], "--bind: wanted one of ort, portable, trt"),
         (["export", "--groups", "0"], "--groups: wanted 1 or more"),
         (["export", "--characters", "-1"], "--characters: wanted 0 or more"),
+        (
+            ["export", "--boxes"],
+            "--boxes is about characters with references of their own; give --characters",
+        ),
         (["export", "--trt", "--size", "depth=3"], "NAME one of batch"),
         (["export", "--trt", "--rtx", "sm90"], "--rtx sm90: TensorRT for RTX builds for"),
         (["export", "--refit"], "--refit is about engines; give --trt"),
         (["generate", "flag", "--engine", "nowhere"], "holds no fastory.json"),
         (["generate", "flag", "--engine", "nowhere", "--lora", "a"], "--lora is given when it is exported"),
     ],
-    ids=["bind", "groups", "characters", "size", "target", "engines", "no-engine", "engine-and-lora"],
+    ids=[
+        "bind",
+        "groups",
+        "characters",
+        "boxes",
+        "size",
+        "target",
+        "engines",
+        "no-engine",
+        "engine-and-lora",
+    ],
 )
 def test_the_command_line_says_what_was_wanted(arguments: list[str], said: str) -> None:
     result = CliRunner().invoke(app, arguments)

@@ -48,6 +48,15 @@ def test_the_builtin_unet_builds_for_one_to_a_hundred_references(engines: Path) 
 
 
 @pytest.mark.slow
+def test_the_builtin_unet_builds_with_masks_and_boxes(masked_export_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(masked_export_folder, tmp_path / "masked", copy_function=os.link))
+    built = list(build_rtx(folder, "sm89", components=["unet", "vae_encoder"], sizes={"batch": (1, 16)}))
+    assert [one.component for one in built] == ["unet", "vae_encoder"]
+    profile = json.loads((folder / "engines.json").read_text())["engines"][built[0].engine.name]["profile"]
+    assert profile["mask_2"][2] == [16, 4, 12, 12] and profile["self_bias_2"][2] == [16, 12, 12, 12, 12]
+
+
+@pytest.mark.slow
 def test_every_other_component_builds(engines: Path) -> None:
     names = [name for name in ExportFolder.open(engines).components if name != "unet"]
     assert {"text_encoder", "image_encoder", "vae_decoder", "unet_causal", "history_attention"} <= set(names)

@@ -26,7 +26,7 @@ def with_masks(export: Path, model: StoryModel, groups: Groups, folder: Path) ->
         for component in components(model, groups)
         if component.name in OTHERS
     }
-    manifest |= {"groups": groups.count, "characters": groups.characters}
+    manifest |= {"groups": groups.count, **groups.noted()}
     manifest["components"] |= others
     write_manifest(folder, {**manifest, "files": hashes_of(folder)})
     return folder
