@@ -11,16 +11,17 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from fastory.checkpoints.history_encoder import HistoryConfig
+from fastory.conditioning import biases
+from fastory.conditioning.biases import Attention, Biases
 from fastory.conditioning.context import Context
 from fastory.conditioning.regions import Grid
-from fastory.processors.projected import Layer, attend_apart, attend_window
+from fastory.processors.projected import Layer, attend_window
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,8 @@ class HistoryRow:
 
     kv: Tensor
     padding: Tensor
-    bias: dict[int, Tensor] | None = None
-    self_bias: dict[int, Tensor] | None = None
+    bias: Biases | None = None
+    self_bias: Biases | None = None
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,9 @@ class LayerHistory:
     bias: Tensor | None
     self_bias: Tensor | None
 
-    def self_attention(self, tokens: int) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+    def self_attention(self, tokens: int) -> Attention | None:
         """As of HistoryContext: of this layer's own number of tokens."""
-        return None if self.self_bias is None else partial(attend_apart, bias=self.self_bias)
+        return biases.self_attention(self.self_bias)
 
     def attend(self, layer: Layer, query: Tensor) -> Tensor:
         """query (B, L, H, d) -> (B, L, H, d)."""
@@ -78,21 +79,19 @@ class HistoryContext:
     padding: Tensor
     caption_tokens: int
     frame_tokens: int
-    bias: dict[int, Tensor] | None = None
-    self_bias: dict[int, Tensor] | None = None
+    bias: Biases | None = None
+    self_bias: Biases | None = None
 
     def put(self, index: int, row: HistoryRow) -> None:
         """Write a row's caption and history where row `index` of the buffers is: every row has a story of its own."""
         self.kv[index : index + 1] = row.kv
         self.padding[index : index + 1] = row.padding
-        for room, own in ((self.bias, row.bias), (self.self_bias, row.self_bias)):
-            for tokens, bias in (room or {}).items():
-                bias[index : index + 1] = 0 if own is None else own[tokens]
+        biases.put(self.bias, index, row.bias)
+        biases.put(self.self_bias, index, row.self_bias)
 
-    def self_attention(self, tokens: int) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+    def self_attention(self, tokens: int) -> Attention | None:
         """Of a layer of so many tokens: query, keys, values (B, L, H, d) -> (B, L, H, d); None where it is as ever."""
-        bias = (self.self_bias or {}).get(tokens)
-        return None if bias is None else partial(attend_apart, bias=bias)
+        return biases.self_attention((self.self_bias or {}).get(tokens))
 
     def attend(self, layer: Layer, query: Tensor) -> Tensor:
         """query (B, L, H, d) -> (B, L, H, d)."""
@@ -111,12 +110,13 @@ class HistoryContext:
 
     def last_rows(self, count: int) -> HistoryContext:
         """The last `count` rows, in the same memory."""
-        bias, self_bias = (
-            biases and {tokens: of_rows[-count:] for tokens, of_rows in biases.items()}
-            for biases in (self.bias, self.self_bias)
+        return replace(
+            self,
+            kv=self.kv[-count:],
+            padding=self.padding[-count:],
+            bias=biases.last_rows(self.bias, count),
+            self_bias=biases.last_rows(self.self_bias, count),
         )
-        kv, padding = self.kv[-count:], self.padding[-count:]
-        return replace(self, kv=kv, padding=padding, bias=bias, self_bias=self_bias)
 
     def without_references(self) -> HistoryContext:
         """A history is no reference."""

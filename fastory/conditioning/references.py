@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fastory.conditioning import biases
+from fastory.conditioning.biases import Attention, Biases
 from fastory.conditioning.context import Context
 from fastory.conditioning.regions import Grid, layer_masks
-from fastory.processors.projected import Layer, attend_apart, attend_references
+from fastory.processors.projected import Layer, attend_references
 
 
 def count_blocks(pictures: Sequence[int]) -> int:
@@ -72,8 +73,8 @@ class ReferenceRow:
     ref_visible: Tensor
     ref_ranges: Tensor
     masks: dict[int, Tensor] | None = None
-    text_bias: dict[int, Tensor] | None = None
-    self_bias: dict[int, Tensor] | None = None
+    text_bias: Biases | None = None
+    self_bias: Biases | None = None
 
 
 @dataclass(frozen=True)
@@ -91,9 +92,9 @@ class LayerReferences:
     text_bias: Tensor | None
     self_bias: Tensor | None
 
-    def self_attention(self, tokens: int) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+    def self_attention(self, tokens: int) -> Attention | None:
         """As of ReferenceContext: of this layer's own number of tokens."""
-        return None if self.self_bias is None else partial(attend_apart, bias=self.self_bias)
+        return biases.self_attention(self.self_bias)
 
     def attend(self, layer: Layer, query: Tensor) -> Tensor:
         """query (B, L, H, d) -> (B, L, H, d)."""
@@ -132,8 +133,8 @@ class ReferenceContext:
     ref_offsets: Tensor
     tokens_per_ref: int
     masks: dict[int, Tensor] | None = None
-    text_bias: dict[int, Tensor] | None = None
-    self_bias: dict[int, Tensor] | None = None
+    text_bias: Biases | None = None
+    self_bias: Biases | None = None
     ref_ranges: Tensor | None = None
 
     def put(self, index: int, row: ReferenceRow) -> None:
@@ -146,14 +147,12 @@ class ReferenceContext:
             assert row.masks is not None
             for tokens, mask in self.masks.items():
                 mask[index : index + 1] = row.masks[tokens]
-        for room, own in ((self.text_bias, row.text_bias), (self.self_bias, row.self_bias)):
-            for tokens, bias in (room or {}).items():
-                bias[index : index + 1] = 0 if own is None else own[tokens]
+        biases.put(self.text_bias, index, row.text_bias)
+        biases.put(self.self_bias, index, row.self_bias)
 
-    def self_attention(self, tokens: int) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+    def self_attention(self, tokens: int) -> Attention | None:
         """Of a layer of so many tokens: query, keys, values (B, L, H, d) -> (B, L, H, d); None where it is as ever."""
-        bias = (self.self_bias or {}).get(tokens)
-        return None if bias is None else partial(attend_apart, bias=bias)
+        return biases.self_attention((self.self_bias or {}).get(tokens))
 
     def attend(self, layer: Layer, query: Tensor) -> Tensor:
         """query (B, L, H, d) -> (B, L, H, d)."""
@@ -179,18 +178,14 @@ class ReferenceContext:
         masks = self.masks and {
             L: mask if len(mask) == 1 else mask[-count:] for L, mask in self.masks.items()
         }
-        text_bias, self_bias = (
-            biases and {L: bias[-count:] for L, bias in biases.items()}
-            for biases in (self.text_bias, self.self_bias)
-        )
         return replace(
             self,
             text_kv=self.text_kv[-count:],
             ref_visible=self.ref_visible[-count:],
             ref_ranges=None if self.ref_ranges is None else self.ref_ranges[-count:],
             masks=masks,
-            text_bias=text_bias,
-            self_bias=self_bias,
+            text_bias=biases.last_rows(self.text_bias, count),
+            self_bias=biases.last_rows(self.self_bias, count),
         )
 
     def without_references(self) -> ReferenceContext:
@@ -321,16 +316,14 @@ class References:
         self,
         frame: int,
         text_kv: Tensor,
-        text_bias: dict[int, Tensor] | None = None,
-        self_bias: dict[int, Tensor] | None = None,
+        text_bias: Biases | None = None,
+        self_bias: Biases | None = None,
     ) -> ReferenceRow:
         """What the conditional row of `frame` attends to."""
         seen = self._seen([group.visible(frame) for group in self.groups])
         return ReferenceRow(text_kv, *seen, self.masks(frame), text_bias, self_bias)
 
-    def null_row(
-        self, frame: int, text_kv: Tensor, self_bias: dict[int, Tensor] | None = None
-    ) -> ReferenceRow:
+    def null_row(self, frame: int, text_kv: Tensor, self_bias: Biases | None = None) -> ReferenceRow:
         """What its unconditional row attends to."""
         seen = self._seen([group.null_visible(frame) for group in self.groups])
         return ReferenceRow(text_kv, *seen, self.masks(frame), self_bias=self_bias)

@@ -10,15 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
+from fastory.conditioning.biases import Biases
 from fastory.conditioning.regions import Grid, apart, history_bias, self_bias, text_bias
 from fastory.models.protocol import Model, WithHistory
 from fastory.models.text import nearest_tokens, token_places
 from fastory.modes.regions import mentions, placed
 from fastory.story import Story
-
-Biases = dict[int, Tensor]
 
 
 class LaidOut:
