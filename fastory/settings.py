@@ -68,13 +68,14 @@ class ModeTraits:
     """What settings must know of a mode. own: the settings that it reads and not every mode does.
 
     A mode with `iterations` among them draws every frame in round 0 and in each of these, any other once. first_frame:
-    whether the story may give frame 0 as a picture. character_pictures: whether those of characters are read. bank: of a
-    mode whose first frames alone are seen by others, how many of them where the user does not say.
+    whether the story may give frame 0 as a picture. character_pictures, boxes: whether it reads those of characters, boxes
+    without regions. bank: of a mode whose first frames alone are seen by others, how many where the user does not say.
     """
 
     own: tuple[str, ...]
     first_frame: bool = False
     character_pictures: bool = False
+    boxes: bool = False
     bank: int = 0
 
 
@@ -89,7 +90,7 @@ MODES: dict[str, ModeTraits] = {
         ),
         character_pictures=True,
     ),
-    "causal": ModeTraits(("window", "drafts"), first_frame=True),
+    "causal": ModeTraits(("window", "drafts"), first_frame=True, boxes=True),
     "plain": ModeTraits(()),
     "reference": ModeTraits(("bank", "reference_scale", "reference_fit", "reference_interval"), bank=1),
     "consistent": ModeTraits(("bank", "sampling_rate"), bank=4),

@@ -96,12 +96,12 @@ def _check_frames(shelf: Shelf, story: str, frames: Collection[int]) -> None:
 
 
 def _check_boxes(shelf: Shelf, story: str) -> None:
-    """InputError for a run that does not read boxes: its other frames were drawn without regions, and stay so."""
+    """InputError for a run that does not read boxes. One of iterative mode that was begun without regions stays so."""
     settings = (shelf.manifest(story) or {})["settings"]
     if "boxes" not in what_is_read(settings):
         raise InputError(
-            "boxes: read by iterative mode alone, in a run that was begun with regions; wanted two named characters, or boxes "
-            "in the story's file, before it is drawn"
+            "boxes: this run does not read them; in iterative mode they want two named characters, or boxes in the story's "
+            "file, before it is drawn"
         )
 
 

@@ -154,7 +154,7 @@ def test_a_drawn_story_is_given_pictures_and_the_command_line_sees_the_same(
     assert "read by causal mode alone" in give(first_frame=name).json["error"]
     boxed = {"frames": [{"frame": 0, "boxes": {"Mia": [0.1, 0.1, 0.5, 0.9]}}]}
     refused = server.ask("POST", f"{path}/redraw", boxed)
-    assert (refused.status, "wanted two named characters" in refused.json["error"]) == (422, True)
+    assert (refused.status, "they want two named characters" in refused.json["error"]) == (422, True)
     assert give(references={"Mia": [name]}).status == 200
     shown = server.ask("GET", path).json
     assert shown["next_pictures"]["frames"] == [0, 2] and shown["recast"] == []

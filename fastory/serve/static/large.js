@@ -38,7 +38,7 @@ export class Large {
     this.undoButton = button("Undo the changes", () => this.fill(), { className: "bare" });
     this.boxName = element("select", { "aria-label": "Character of the next box" });
     this.boxRow = element("div", { className: "row" }, [element("label", {}, [element("span", {}, ["Draw a box for"]), this.boxName]), button("No boxes", () => (this.boxes.set([]), this.showButtons()), { className: "bare" })]);
-    this.noBoxes = element("p", { className: "quiet" }, ["No boxes: they want two named characters, or boxes in the story file, before a story is drawn."]);
+    this.noBoxes = element("p", { className: "quiet" }, ["No boxes: this run does not read them. In iterative mode they want two named characters, or boxes in the story file, before it is drawn."]);
     this.boxes.nameOf = () => this.boxName.value;
     this.dialog = element("dialog", { "aria-labelledby": "large-name", onkeydown: (event) => this.key(event), onclose: () => this.run.figures[this.index]?.open.focus() }, [
       element("div", { className: "large" }, [
