@@ -77,6 +77,7 @@ def test_the_parts_are_views_and_a_unet_that_shared_them_keeps_its_own() -> None
     assert is_fused(attn) and not is_fused(shared) and shared.to_k.weight is before
     assert torch.equal(attn.to_k.weight, before)
     assert attn.to_k.weight.untyped_storage().data_ptr() == attn.to_qkv.weight.untyped_storage().data_ptr()
+    assert not any(weight.requires_grad for weight in (attn.to_qkv.weight, attn.to_k.weight))
 
 
 @torch.inference_mode()
@@ -92,7 +93,16 @@ def test_what_stands_in_a_projections_place_is_called() -> None:
 
 
 def test_layers_with_more_than_projections_stay() -> None:
-    for change in ({"bias": True}, {"cross_attention_dim": 32}, {"residual_connection": True}):
+    for change in (
+        {"bias": True},
+        {"cross_attention_dim": 32},
+        {"residual_connection": True},
+        {"rescale_output_factor": 2.0},
+        {"kv_heads": 1},
+        {"qk_norm": "layer_norm"},
+        {"norm_num_groups": 8},
+        {"spatial_norm_dim": 8},
+    ):
         attn = Attention(64, heads=2, dim_head=32, processor=SelfAttention(), **change)
         fuse_self_attention(attn)
         assert not is_fused(attn)
@@ -124,7 +134,7 @@ class Updated:
 def test_updates_of_causal_mode_reach_the_joined_weight() -> None:
     model = random_model("small-sd15", Placement(CPU, torch.float32, 1))
     fuse_self_attention(model.unet)
-    name = next(n for n, m in model.unet.named_modules() if n.endswith("attn1"))
+    name, other = [n for n, m in model.unet.named_modules() if n.endswith("attn1")][:2]
     update = torch.randn(model.unet.get_submodule(name).to_v.weight.shape)
     made = causal_copy(Updated(model.unet, {f"{name}.to_v": update}))  # type: ignore[arg-type]
     ours, before = made.unet.get_submodule(name), model.unet.get_submodule(name)
@@ -132,3 +142,5 @@ def test_updates_of_causal_mode_reach_the_joined_weight() -> None:
     assert torch.equal(ours.to_qkv.weight, torch.cat([query, keys, values + update]))
     assert made.unet.get_submodule(name).to_qkv is not before.to_qkv
     assert is_fused(ours) and torch.equal(values, before.to_v.weight)
+    same = [unet.get_submodule(other).to_qkv.weight for unet in (made.unet, model.unet)]
+    assert same[0] is same[1]  # no update, no copy
