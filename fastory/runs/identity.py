@@ -118,14 +118,15 @@ class Identity:
         return [*lines, *(f"the story's {name}" for name in self._other_parts(there) if name not in but)]
 
     def _other_parts(self, there: Mapping[str, Any]) -> list[str]:
-        """Names of parts that differ, those that only one of the two has among them."""
-        parts = there.get("parts") or {}
+        """Names of parts that differ, those that only one of the two has among them; a manifest of before 2026-11 has none."""
+        parts = there.get("parts") or self.parts
         return [name for name in sorted({*parts, *self.parts}) if parts.get(name) != self.parts.get(name)]
 
     def appended(self, manifest: Mapping[str, Any]) -> list[int]:
         """Frames after the last one of the run; none where anything of the story differs but its frames and its cast."""
         there = manifest["story"]
-        if there["title"] != self.title or not set(self._other_parts(there)) <= set(CAST):
+        other = set(self._other_parts(there)) - set(CAST)
+        if there["title"] != self.title or not there.get("parts") or other:
             return []
         return list(range(len(there["frames"]), len(self.frames)))
 
