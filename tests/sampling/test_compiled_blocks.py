@@ -29,6 +29,7 @@ from torch._inductor.scheduler import ExternKernelSchedulerNode
 from fastory import InputError, Story, StoryModel, generate
 from fastory.events import Compiling, FrameDrawn, Notice
 from fastory.processors import compiled
+from fastory.processors.fused import fuse_self_attention
 from fastory.runs.compiling import decide
 from fastory.runs.resolve import resolve_story
 from fastory.runtime import Placement
@@ -177,6 +178,7 @@ def launched(block: torch.nn.Module, arguments: Any, values: dict[str, Any]) -> 
 def test_launches_of_a_compiled_full_size_unet_call(name: str) -> None:
     """Of every kind of a block of the small UNet, times such blocks of the full-size one, and what is around the blocks."""
     small = random_model(f"small-{name}", Placement(torch.device("cpu"), torch.float32, 1))
+    fuse_self_attention(small.unet)  # as on CUDA
     called: dict[tuple[Any, ...], Counter[str]] = {}
 
     def keep(block: torch.nn.Module, arguments: Any, values: dict[str, Any]) -> None:
