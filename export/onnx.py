@@ -40,6 +40,7 @@ from fastory.models.export_folder import (
 from fastory.models.torch_model import StoryModel
 
 RANGES = "pkg.torch.export.ExportedProgram.range_constraints"  # of the exporter's metadata
+TRACE = "pkg.torch.onnx.stack_trace"  # files and lines of the machine that exported
 
 
 @dataclass(frozen=True)
@@ -234,6 +235,8 @@ def _traced(component: Component) -> torch.onnx.ONNXProgram:
 
 def _save(program: torch.onnx.ONNXProgram, file: Path) -> None:
     _sort_ranges(program.model.graph.metadata_props)
+    for node in program.model.graph:
+        node.metadata_props.pop(TRACE, None)
     files.write(file, lambda path: program.save(str(path), external_data=True))
 
 

@@ -1,4 +1,4 @@
-"""Two processes export the same: no set's order, which is another in every process, gets into a file."""
+"""Equal exports are equal bytes: no set's order, another in every process, and no path of the tracing gets into a file."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastory.export.onnx import RANGES, _sort_ranges
 
@@ -59,3 +60,12 @@ def test_the_noted_ranges_are_sorted_and_none_is_lost() -> None:
     assert noted["other"] == "{b, a}"
     _sort_ranges(without := {})
     assert without == {}
+
+
+def test_no_path_of_this_machine_is_in_a_graph(export_folder: Path) -> None:
+    """The exporter notes at every node the files that it was traced through."""
+    graphs = sorted(export_folder.rglob("*.onnx"))
+    assert len(graphs) > 5
+    for file in graphs:
+        data = file.read_bytes()
+        assert b".py" not in data and str(Path(torch.__file__).parent).encode() not in data, file.name
