@@ -38,7 +38,7 @@ class CaptionsAlone(Iterative):
     def unused(self, story, settings):
         return {}
 
-    def notices(self, story, settings):
+    def notices(self, model, story, settings):
         yield "this is a plug-in's mode"
 
     def method(self, settings):
