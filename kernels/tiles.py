@@ -202,18 +202,6 @@ def seen_range(flags, first, last, SEEN: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def unseen_range(flags, first, last, SEEN: tl.constexpr, BLOCK_N: tl.constexpr):
-    """gap, gap_end for attend_keys: all of flags[first:last] that are not SEEN lie in it; None where tiles are narrow.
-
-    A tile of 16 keys is masked faster than it is looked up, and its kernels (wide heads in float32) lack registers.
-    """
-    gap, gap_end = None, None
-    if BLOCK_N > 16:
-        gap, gap_end = seen_range(flags, first, last, 1 - SEEN, 128)
-    return gap, gap_end
-
-
-@triton.jit
 def store_part(rows, keep, x, FIRST: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr):
     """Writes columns FIRST .. FIRST + WIDTH, as far as they exist, of the rows at these pointers."""
     column = FIRST + tl.arange(0, WIDTH)

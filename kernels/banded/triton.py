@@ -29,7 +29,6 @@ from fastory.kernels.tiles import (
     split,
     store_rows,
     stride_divisor,
-    unseen_range,
 )
 
 CONFIGS = Path(__file__).with_name("configs")
@@ -88,16 +87,19 @@ def banded_kernel(
     q0, q1 = load_rows(q + step * q_token, keep, D, D0, D1)
     top, total, acc0, acc1 = empty_softmax(BLOCK_M, D0, D1)
     history = key_padding
+    # All keys that are padding lie in [gap, gap_end). A tile of 16 keys is masked faster than it is looked up, and its kernels
+    # (wide heads in float32) lack registers.
     gap, gap_end = None, None
     if key_padding is not None:
-        gap, gap_end = unseen_range(key_padding, prefix * 0, prefix, 0, BLOCK_N)
+        if BLOCK_N > 16:
+            gap, gap_end = seen_range(key_padding, prefix * 0, prefix, 1, 128)
         history = key_padding + prefix
     top, total, acc0, acc1 = attend_keys(
         q0, q1, k, v, key_padding, gap, gap_end, None, None, prefix * 0, prefix, k_token, v_token,
         top, total, acc0, acc1, 0, 1, True, D, D0, D1, SCALE, PRECISION, UPCAST, BLOCK_N,
     )  # fmt: skip
-    if key_padding is not None:
-        gap, gap_end = unseen_range(history, first, last, 0, BLOCK_N)
+    if gap is not None:
+        gap, gap_end = seen_range(history, first, last, 1, 128)
     oldest, newest = None, None
     if not ONE_GROUP:
         newest = (group + 1) * group_size
