@@ -30,7 +30,7 @@ from fastory.models.engine_inputs import MASK, SELF_BIAS, TEXT_BIAS, level_name
 from fastory.models.torch_model import StoryModel
 from fastory.processors.attention_backends import level_of
 from fastory.processors.consistent import self_attention_levels
-from fastory.processors.projected import Layer, attend_apart
+from fastory.processors.projected import Layer, attend_biased
 
 
 class _Unet(nn.Module):
@@ -87,7 +87,7 @@ class _Placed(ReferenceContext):
         for level in LEVELS:
             bias = self.levels.get(level_name(SELF_BIAS, level))
             if bias is not None and tokens == bias.shape[1] * bias.shape[2]:
-                return partial(attend_apart, bias=bias.flatten(3).flatten(1, 2))
+                return partial(attend_biased, bias=bias.flatten(3).flatten(1, 2))
         return None
 
 

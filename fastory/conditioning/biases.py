@@ -7,7 +7,7 @@ from functools import partial
 
 from torch import Tensor
 
-from fastory.processors.projected import attend_apart
+from fastory.processors.projected import attend_biased
 
 Biases = dict[int, Tensor]
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -27,4 +27,4 @@ def last_rows(biases: Biases | None, count: int) -> Biases | None:
 
 def self_attention(bias: Tensor | None) -> Attention | None:
     """Self-attention with this bias (B, L, L); None where it is as ever."""
-    return None if bias is None else partial(attend_apart, bias=bias)
+    return None if bias is None else partial(attend_biased, bias=bias)

@@ -76,9 +76,7 @@ def attend_references(
     k_ref, v_ref = layer.keys_values(ref_kv)
     text: Tensor | None = None
     if text_bias is not None:
-        heads_first = (query.transpose(1, 2), k_text.transpose(1, 2), v_text.transpose(1, 2))
-        bias = text_bias[:, None].to(query.dtype)
-        text = functional.scaled_dot_product_attention(*heads_first, attn_mask=bias).transpose(1, 2)
+        text = attend_biased(query, k_text, v_text, text_bias)
         # The operator has no bias of text; one key without value leaves it the references alone.
         k_text = v_text = torch.zeros_like(k_text[:, :1])
     out = grca(
@@ -107,8 +105,8 @@ def attend_all(query: Tensor, keys: Tensor, values: Tensor, backend: str | None 
     return attend(query.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2)).transpose(1, 2)
 
 
-def attend_apart(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
-    """Self-attention whose scores have bias (B, L, L) added: query, keys, values (B, L, H, d) -> (B, L, H, d)."""
+def attend_biased(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+    """Attention whose scores have bias (B, L, K) added: query (B, L, H, d), keys and values (B, K, H, d) -> (B, L, H, d)."""
     heads_first = (query.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2))
     mask = bias[:, None].to(query.dtype)
     return functional.scaled_dot_product_attention(*heads_first, attn_mask=mask).transpose(1, 2)
@@ -131,10 +129,7 @@ def attend_window(
     """
     keys, values = layer.keys_values(kv)
     if bias is not None:  # the operator has none; and with every pixel behind the window there is no band
-        hidden = bias.masked_fill(padding[:, None], -torch.inf)
-        heads_first = (query.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2))
-        mask = hidden[:, None].to(query.dtype)
-        return functional.scaled_dot_product_attention(*heads_first, attn_mask=mask).transpose(1, 2)
+        return attend_biased(query, keys, values, bias.masked_fill(padding[:, None], -torch.inf))
     frames = (kv.shape[1] - caption_tokens) // frame_tokens
     return banded_causal_attention(
         query,
