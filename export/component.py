@@ -107,6 +107,13 @@ def random_bias(generator: torch.Generator, shape: tuple[int, ...]) -> Tensor:
     return random_shares(generator, shape).clamp(min=SILENT).log()
 
 
+def some_padding(generator: torch.Generator, shape: tuple[int, ...]) -> Tensor:
+    """True for about half, never for the first: every row sees something."""
+    hidden = ~random_mask(generator, shape)
+    hidden[..., 0] = False
+    return hidden
+
+
 def random_padding(generator: torch.Generator, shape: tuple[int, ...]) -> Tensor:
     """True for about half; the first of several rows all True: it sees nothing."""
     return ~random_mask(generator, shape)

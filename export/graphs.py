@@ -53,7 +53,7 @@ def components(model: StoryModel, groups: Groups) -> Iterator[Component]:
     if causal:
         tuned = model.causal
         yield text_projector("text_projector_causal", tuned)
-        yield unet_causal(tuned)
+        yield unet_causal(tuned, groups.boxes)
         yield from history(model)
 
 

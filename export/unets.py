@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastory.conditioning.history import HistoryContext
 from fastory.conditioning.references import LayerReferences, ReferenceContext
 from fastory.conditioning.regions import LEVELS, Grid
-from fastory.export.choices import Groups
+from fastory.export.choices import SIDES, Groups
 from fastory.export.component import (
     BEHIND_ALL,
     RANGES,
@@ -24,9 +24,10 @@ from fastory.export.component import (
     random_mask,
     random_padding,
     random_shares,
+    some_padding,
 )
 from fastory.kernels.banded import banded_causal_attention
-from fastory.models.engine_inputs import MASK, SELF_BIAS, TEXT_BIAS, level_name
+from fastory.models.engine_inputs import HISTORY_BIAS, MASK, SELF_BIAS, TEXT_BIAS, level_name
 from fastory.models.torch_model import StoryModel
 from fastory.processors.attention_backends import level_of
 from fastory.processors.consistent import self_attention_levels
@@ -84,31 +85,55 @@ class _Placed(ReferenceContext):
 
     def self_attention(self, tokens: int) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
         """With the bias of the level that has as many tokens."""
-        for level in LEVELS:
-            bias = self.levels.get(level_name(SELF_BIAS, level))
-            if bias is not None and tokens == bias.shape[1] * bias.shape[2]:
-                return partial(attend_biased, bias=bias.flatten(3).flatten(1, 2))
-        return None
+        return _bounded(self.levels, tokens)
+
+
+def _bounded(levels: Mapping[str, Tensor], tokens: int) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+    """Self-attention with the bias of the level that has as many tokens; None where none has."""
+    for level in LEVELS:
+        bias = levels.get(level_name(SELF_BIAS, level))
+        if bias is not None and tokens == bias.shape[1] * bias.shape[2]:
+            return partial(attend_biased, bias=bias.flatten(3).flatten(1, 2))
+    return None
 
 
 class _CausalUnet(nn.Module):
-    """The UNet of causal mode: K and V of the caption and the window, and which of them are padding."""
+    """The UNet of causal mode: K and V of the caption and the window, which of them are padding, and biases by name."""
 
-    def __init__(self, unet: nn.Module, added: tuple[str, ...]) -> None:
+    def __init__(self, unet: nn.Module, placed: tuple[str, ...], added: tuple[str, ...]) -> None:
+        """placed, added: as of _Unet."""
         super().__init__()
-        self.unet, self.added = unet, added
+        self.unet, self.placed, self.added = unet, placed, added
 
     def forward(
-        self, sample: Tensor, timestep: Tensor, kv: Tensor, padding: Tensor, *added: Tensor
+        self, sample: Tensor, timestep: Tensor, kv: Tensor, padding: Tensor, *further: Tensor
     ) -> Tensor:
         """kv (B, n, W), padding (B, n) -> prediction (B, c, h, w)."""
-        return call_unet(
-            self.unet,
-            sample,
-            timestep,
-            _AllPast(kv, padding, 0, 1),
-            dict(zip(self.added, added, strict=True)),
-        )
+        count = len(self.placed)
+        context: HistoryContext = _AllPast(kv, padding, 0, 1)
+        if count:
+            levels = dict(zip(self.placed, further[:count], strict=True))
+            context = _PlacedPast(kv, padding, 0, 1, unet=self.unet, levels=levels)
+        added = dict(zip(self.added, further[count:], strict=True))
+        return call_unet(self.unet, sample, timestep, context, added)
+
+
+@dataclass(frozen=True)
+class _PlacedPast(HistoryContext):
+    """In a graph: biases by the names of a level's inputs, as of _Placed."""
+
+    unet: Any = None
+    levels: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def attend(self, layer: Layer, query: Tensor) -> Tensor:
+        """With the bias of the layer's level; all that is not padding is seen."""
+        bias = self.levels[level_name(HISTORY_BIAS, level_of(self.unet, layer.name))].flatten(1, 2)
+        keys, values = layer.keys_values(self.kv)
+        return attend_biased(query, keys, values, bias.masked_fill(self.padding[:, None], -torch.inf))
+
+    def self_attention(self, tokens: int) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+        """With the bias of the level that has as many tokens."""
+        return _bounded(self.levels, tokens)
 
 
 class _AllPast(HistoryContext):
@@ -246,38 +271,47 @@ def _placed(model: StoryModel, groups: Groups) -> dict[str, Input]:
 
     Self-attention is bounded where a layer has at most BOUNDED tokens in a picture of the model's own size.
     """
+    axes: dict[str, tuple[Axis, ...]] = {MASK: (groups.count, *SIDES)} if groups.masked else {}
+    if groups.boxes:
+        axes |= {TEXT_BIAS: (*SIDES, "text"), SELF_BIAS: (*SIDES, *SIDES)}
+    return _by_level(model, axes)
+
+
+def _by_level(model: StoryModel, axes: Mapping[str, tuple[Axis, ...]]) -> dict[str, Input]:
+    """Inputs of each level of attention. axes: behind the batch, SIDES for height and width of the level."""
     found: dict[str, Input] = {}
     deepest = model.size_factor // model.vae_factor
     width, height = (side // model.vae_factor for side in model.native_size)
     bounded = Grid(height, width).bounded_layers()
-    for level in self_attention_levels(model.unet) if groups.masked else ():
+    for level in self_attention_levels(model.unet):
         n = deepest // 2**level
-        sides = (f"{n}*height", f"{n}*width") if n > 1 else ("height", "width")
-        axes: dict[str, tuple[Axis, ...]] = {MASK: ("batch", groups.count, *sides)}
-        if groups.boxes:
-            axes[TEXT_BIAS] = ("batch", *sides, "text")
-            if bounded.get((height // 2**level) * (width // 2**level)):
-                axes[SELF_BIAS] = ("batch", *sides, *sides)
-        for what, shape in axes.items():
+        tokens = (height // 2**level) * (width // 2**level)
+        for what, behind in axes.items():
+            if what == SELF_BIAS and tokens not in bounded:
+                continue
+            shape = tuple(f"{n}*{axis}" if axis in SIDES and n > 1 else axis for axis in behind)
             make = random_shares if what == MASK else random_bias
-            found[level_name(what, level)] = Input(shape, torch.float32, make)
+            found[level_name(what, level)] = Input(("batch", *shape), torch.float32, make)
     return found
 
 
-def unet_causal(model: StoryModel) -> Component:
-    """The UNet of causal mode with a window of any length. model: StoryModel.causal."""
+def unet_causal(model: StoryModel, boxes: bool = False) -> Component:
+    """The UNet of causal mode with a window of any length. model: StoryModel.causal. boxes: as of Groups."""
     latents, ranges, out = _latents(model)
+    placed = _by_level(model, {HISTORY_BIAS: (*SIDES, "keys"), SELF_BIAS: (*SIDES, *SIDES)}) if boxes else {}
     inputs = {
         **latents,
         "kv": Input(("batch", "keys", model.layers.width), model.dtype),
-        "padding": Input(("batch", "keys"), torch.bool, random_padding),
+        # A sum of scores and biases has no answer for a row that sees nothing, which no call has.
+        "padding": Input(("batch", "keys"), torch.bool, some_padding if boxes else random_padding),
+        **placed,
     }
     added = _added(model)
     text = int(model.pipeline.tokenizer.model_max_length)
     traced, checks, hot = _unet_sizes(model, keys=9 * text)
     return Component(
         "unet_causal",
-        _CausalUnet(model.unet, tuple(added)),
+        _CausalUnet(model.unet, tuple(placed), tuple(added)),
         {**inputs, **added},
         {"prediction": out},
         {**ranges, "keys": RANGES["keys"]},

@@ -90,7 +90,7 @@ MODES: dict[str, ModeTraits] = {
         ),
         character_pictures=True,
     ),
-    "causal": ModeTraits(("window", "drafts"), first_frame=True, boxes=True),
+    "causal": ModeTraits(("window", "drafts", "regions"), first_frame=True, boxes=True),
     "plain": ModeTraits(()),
     "reference": ModeTraits(("bank", "reference_scale", "reference_fit", "reference_interval"), bank=1),
     "consistent": ModeTraits(("bank", "sampling_rate"), bank=4),
@@ -106,8 +106,8 @@ class Settings:
     the round whose pictures are references: `last` is the paper's, `latest` has those of this round in place of the last one's
     as soon as they are drawn, micro-batch after micro-batch in the order of the frames, so that round 0 sees its first ones.
     reference_start: the first round in which pictures given for a character are references. regions: whether characters
-    have references of their own, each where it stands: those that a story names, or the animals of the built-in model's plain
-    stories; `on` under the references `all` too, see modes/regions.py.
+    have references of their own, in causal mode words and history, each where it stands: those that a story names, or the
+    animals of the built-in model's plain stories; `on` under the references `all` too, see modes/regions.py.
     cast_limit: the appearances of a character that are its references then, those that
     stand for all best; 0 for all. pronouns: whether `he` or `they` in a caption without a name mean named characters of the
     story, see story/pronouns.py. window: L_M of causal mode,

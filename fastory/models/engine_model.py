@@ -32,7 +32,7 @@ from fastory.conditioning.history import EncodedFrame
 from fastory.errors import InputError
 from fastory.model_names import local_path
 from fastory.models.engine_history import EngineHistory, ExportedHistory
-from fastory.models.engine_inputs import unet_inputs
+from fastory.models.engine_inputs import HISTORY_BIAS, unet_inputs
 from fastory.models.engine_sessions import (
     bounded_by_engines,
     check_ports,
@@ -273,8 +273,11 @@ class EngineModel:
 
     @property
     def takes_biases(self) -> bool:
-        """Whether it was exported for boxes, which the UNet of iterative mode alone is."""
-        return self.unet == "unet" and bool(self.manifest.get("boxes"))
+        """Whether it was exported for boxes; one of before causal mode read them has no inputs for them there."""
+        if self.unet == "unet" or not self.has(self.unet):
+            return bool(self.manifest.get("boxes"))
+        inputs = self.folder.components[self.unet]["inputs"]
+        return any(name.startswith(HISTORY_BIAS) for name in inputs)
 
     @torch.inference_mode()
     def encode_picture(self, image: Image.Image) -> Tensor:

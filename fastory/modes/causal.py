@@ -25,11 +25,11 @@ from fastory.checkpoints.history_encoder import HistoryConfig
 from fastory.conditioning.history import EncodedFrame, HistoryRow, Ring, Window
 from fastory.errors import InputError
 from fastory.events import Compiling, Event, FrameDrawn, StepDone
-from fastory.models.protocol import Caption, Model
-from fastory.modes.laid_out import LaidOut
+from fastory.models.protocol import Caption, Model, UnetInputs
+from fastory.modes.laid_out import LaidOut, looked_for_at
 from fastory.modes.memory import until_it_fits
 from fastory.modes.mode import StoryPlan, long_captions, register
-from fastory.modes.regions import check_layout
+from fastory.modes.regions import beside, check_findable, check_layout
 from fastory.pictures import open_picture
 from fastory.sampling.noise import frame_seed
 from fastory.sampling.sampler import Row, Sampler, leave_idle, sampler_for
@@ -42,7 +42,7 @@ from fastory.wording import counted
 class StoryState:
     """One of the stories that are drawn side by side. ring holds the history of its first `frames_done` frames.
 
-    laid_out: where its characters are, None where no frame says it.
+    laid_out: where its characters are, None where no frame says it and nobody looks for them.
     """
 
     plan: StoryPlan
@@ -74,6 +74,11 @@ def window_of(config: HistoryConfig, settings: Settings, frames: int) -> int:
     return wanted
 
 
+def places_anybody(story: Story, settings: Settings) -> bool:
+    """Whether characters of a story keep to places: its boxes and masks, or those where they are found (`regions`)."""
+    return settings.regions != "off" or any(frame.is_laid_out for frame in story.frames)
+
+
 class CausalBatch:
     """Stories drawn side by side with one model, window and sampler."""
 
@@ -97,10 +102,10 @@ class CausalBatch:
         self.negatives: dict[str, tuple[Caption, Tensor, Tensor]] = {}
 
     def laid_out(self, plan: StoryPlan) -> LaidOut | None:
-        """Where a story's boxes and masks put its characters; exported graphs have no inputs for it."""
-        if not (self.model.takes_biases and any(frame.is_laid_out for frame in plan.story.frames)):
+        """Where a story's characters are; exported graphs have no inputs for it."""
+        if not self.model.takes_biases or not places_anybody(plan.story, plan.settings):
             return None
-        return LaidOut(self.model, self.history, plan.story, plan.prompts, self.size)
+        return LaidOut(self.model, self.history, plan.story, plan.prompts, self.size, plan.settings)
 
     def sampler_of(self, size: int) -> Sampler:
         """The sampler for `size` stories at once; its buffers and its captured graph serve all frames."""
@@ -183,25 +188,71 @@ class CausalBatch:
         assert state.ring is not None
         kv, padding = state.ring.keys_values()
         null_kv, null_padding = state.ring.null_keys_values(*self.null)
-        bias = between = None
-        if state.laid_out is not None:
-            earlier = range(state.frames_done - len(state.ring.kv), state.frames_done)
-            bias = state.laid_out.bias(frame, caption_kv.shape[1], earlier, self.window)
-            between = state.laid_out.between(frame)
-        return Row(
+        row = Row(
             frame=frame,
             seed=frame_seed(plan.story.frames[frame].seed, plan.seeds.get(frame), settings, frame),
             caption=caption,
             negative=negative,
-            conditional=HistoryRow(
-                torch.cat([caption_kv, kv], 1), torch.cat([caption_padding, padding], 1), bias, between
-            ),
+            conditional=HistoryRow(torch.cat([caption_kv, kv], 1), torch.cat([caption_padding, padding], 1)),
             unconditional=HistoryRow(
-                torch.cat([negative_kv, null_kv], 1),
-                torch.cat([negative_padding, null_padding], 1),
-                self_bias=between,
+                torch.cat([negative_kv, null_kv], 1), torch.cat([negative_padding, null_padding], 1)
             ),
         )
+        if state.laid_out is not None:
+            state.laid_out.forget(frame)  # who was found in an earlier picture of it
+        return self.placed(state, frame, row)
+
+    def placed(self, state: StoryState, frame: int, row: Row) -> Row:
+        """A row whose characters keep to where they are now known to be."""
+        if state.laid_out is None:
+            return row
+        assert state.ring is not None and isinstance(row.conditional, HistoryRow)
+        assert isinstance(row.unconditional, HistoryRow)
+        earlier = range(state.frames_done - len(state.ring.kv), state.frames_done)
+        limit = int(self.model.tokenizer.model_max_length)
+        bias = state.laid_out.bias(frame, limit, earlier, self.window)
+        between = state.laid_out.between(frame)
+        return replace(
+            row,
+            conditional=replace(row.conditional, bias=bias, self_bias=between),
+            unconditional=replace(row.unconditional, self_bias=between),
+        )
+
+    def find(self, state: StoryState, frame: int, row: Row, latents: Tensor, timestep: Tensor) -> Row:
+        """The row with the characters of its frame where they are about to appear; as it is where nobody is to be found.
+
+        latents (1, c, h, w): of the frame as the UNet reads them at `timestep`. One call: a row reads the whole caption, and
+        one a character the rest of it, each beside the same history. A map is how much the prediction changes (DiffEdit,
+        arXiv 2210.11427).
+        """
+        laid_out = state.laid_out
+        left_out = {} if laid_out is None else laid_out.captions_without(frame)
+        if laid_out is None or not left_out:
+            return row
+        whole = row.conditional
+        assert isinstance(whole, HistoryRow)
+        tokens, limit = self.history.encoder.config.frame_tokens, int(self.model.tokenizer.model_max_length)
+        read = [self.caption(prompt) for prompt in left_out.values()]
+        context = Window(limit, tokens, self.window, self.table).context(1 + len(read))
+        context.put(0, HistoryRow(whole.kv, whole.padding))
+        for index, (_, kv, padding) in enumerate(read, 1):
+            kv, padding = (
+                torch.cat([own, history[:, limit:]], 1)
+                for own, history in ((kv, whole.kv), (padding, whole.padding))
+            )
+            context.put(index, HistoryRow(kv, padding))
+        captions = [row.caption, *(caption for caption, _, _ in read)]
+        predicted = self.model.predict(
+            UnetInputs(
+                latents.repeat(len(captions), 1, 1, 1),
+                timestep,
+                context,
+                *beside(self.model, captions, state.plan.settings.guidance_scale, self.size),
+            )
+        )
+        change = (predicted[1:] - predicted[:1]).float().abs().mean(1).cpu()
+        laid_out.find(frame, dict(zip(left_out, change, strict=True)))
+        return self.placed(state, frame, row)
 
 
 def causal(
@@ -281,7 +332,17 @@ def denoise(
     stand_in = next(iter(drawn.values()))
     rows = [drawn.get(state.plan.index, stand_in) for state in members]
     yield from (Compiling(*done) for done in sampler.compile())
-    for step, seconds in sampler.denoise(rows):
+    calls = looked_for_at(len(sampler.host_timesteps))
+
+    def find(number: int) -> None:
+        """Between two steps: each story by itself, so that what it finds does not depend on those beside it."""
+        for n in positions(members, todo) if number in calls else ():
+            latents, timestep = sampler.read(n, number)
+            found = batch.find(members[n], frame, rows[n], latents, timestep)
+            if found is not rows[n]:
+                sampler.put(n, found)
+
+    for step, seconds in sampler.denoise(rows, find):
         for state in todo:
             yield StepDone(0, (frame,), step, sampler.settings.steps, seconds, state.plan.index, draft)
     return rows
@@ -313,6 +374,7 @@ class Causal:
     def check(self, model: Model, story: Story, settings: Settings) -> None:
         """InputError where the model has no history encoder, or none for so wide a window, or a box fits no character."""
         check_layout(story, (settings.width or 0, settings.height or 0))
+        check_findable(model, story, settings)
         window_of(model.require_history().encoder.config, settings, len(story.frames))
 
     def check_redraw(self, frames: Sequence[int], story: Story, settings: Settings) -> None:
@@ -337,8 +399,8 @@ class Causal:
         """That pictures of characters are not read, and by an export no boxes."""
         if any(frame.is_laid_out for frame in story.frames) and not model.causal.takes_biases:
             yield (
-                f"`boxes` and `masks` are not used: in causal mode {model.name} has no inputs for them; draw with the model it "
-                "was exported from"
+                f"`boxes` and `masks` are not used: {model.name} was exported without inputs for them; export it with "
+                "--characters and --boxes"
             )
         if story.initial_pictures:
             yield "`initial_pictures` are read by iterative and reference mode alone; causal mode goes by earlier frames"
@@ -346,13 +408,13 @@ class Causal:
             yield "pictures of characters are read by iterative mode alone; causal mode goes by earlier frames"
 
     def group(self, story: Story, settings: Settings) -> Hashable:
-        """Stories with the same sampling settings and window are drawn side by side, and those with boxes or masks apart.
+        """Stories with the same sampling settings and window are drawn side by side, and those with known places apart.
 
         With these the scores of all rows have a bias, which another kernel adds: in other digits of the same sum.
         """
         shared = replace(settings, seed=0, noise="", style=None, negative_prompt="")
         frames = settings.window if settings.window != "all" else ("all", len(story.frames))
-        return shared, frames, any(frame.is_laid_out for frame in story.frames)
+        return shared, frames, places_anybody(story, settings)
 
     def draw(
         self, model: Model, plans: Sequence[StoryPlan], *, batch_sizes: Sequence[int], size: tuple[int, int]

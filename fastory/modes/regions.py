@@ -25,12 +25,12 @@ from fastory.models.protocol import Caption, Model, UnetInputs
 from fastory.models.text import token_places
 from fastory.modes.weighting import weights_of
 from fastory.pictures import open_picture
-from fastory.settings import Settings
+from fastory.settings import MODES, Settings
 from fastory.story import Story
 
 NEEDED = (
-    "they need rounds, a model that takes masks, and two named characters (or boxes or masks); "
-    "with auto not the references `all`"
+    "they need rounds, a model that takes masks, and two named characters (or boxes or masks), with auto not the references "
+    "`all`; in causal mode a frame of two named characters and no export"
 )
 NOISE = 0.3  # of the noise schedule: outlines are set and the UNet still asks the caption what is where
 FEW = 3  # two pictures that see each other alone swap their looks, round after round
@@ -91,29 +91,43 @@ def _casts(story: Story, settings: Settings) -> list[dict[str, list[tuple[int, i
 
 def settled(model: Model, story: Story, settings: Settings, prompts: Sequence[str]) -> str:
     """The setting `regions` as it decides this story: `off` where it changes nothing, or the model takes no masks."""
-    return wanted(model, story, settings, prompts) if model.takes_masks else "off"
+    able = model.takes_masks if _in_rounds(settings) else model.causal.takes_biases
+    return wanted(model, story, settings, prompts) if able else "off"
 
 
 def wanted(model: Model, story: Story, settings: Settings, prompts: Sequence[str]) -> str:
     """The same of a model that takes masks.
 
-    Boxes and masks always count; with `auto` the rule `all` without them is the paper's, where every frame sees every picture
-    whole.
+    In rounds boxes and masks always count; with `auto` the rule `all` without them is the paper's, where every frame sees every
+    picture whole. Frame after frame it decides whether those of a frame are found who have no box.
     """
     plain = is_plain(model, story, settings)
-    laid_out = any(frame.is_laid_out for frame in story.frames)
-    whole = settings.references == "all" and settings.regions == "auto" and not laid_out
-    if settings.regions == "off" or whole or not (plain or story.characters):
+    if settings.regions == "off" or not (plain or story.characters):
         return "off"
     casts = [mentions(story, i, prompt, plain) for i, prompt in enumerate(prompts)]
+    if not _in_rounds(settings):
+        return settings.regions if any(len(cast) > 1 for cast in casts) else "off"
+    laid_out = any(frame.is_laid_out for frame in story.frames)
+    if settings.references == "all" and settings.regions == "auto" and not laid_out:
+        return "off"
     several = len({name for cast in casts for name in cast}) > 1
     return settings.regions if laid_out or (several and settings.iterations) else "off"
 
 
+def _in_rounds(settings: Settings) -> bool:
+    return "iterations" in MODES[settings.mode].own
+
+
 def no_masks(model: Model, story: Story, settings: Settings, prompts: Sequence[str]) -> tuple[str, ...]:
     """A line where a story's regions are off, or half of its boxes, because of what a model was exported without."""
-    if model.takes_biases or wanted(model, story, settings, prompts) == "off":
+    able = model.takes_biases if _in_rounds(settings) else model.causal.takes_biases
+    if able or wanted(model, story, settings, prompts) == "off":
         return ()
+    if not _in_rounds(settings):
+        return (
+            f"regions are off: {model.name} was exported without inputs for places, and causal mode looks for nobody; for "
+            f"characters that keep to theirs export it with --characters {len(named(story, settings))} --boxes",
+        )
     laid_out = any(frame.is_laid_out for frame in story.frames)
     if not model.takes_masks:
         count = f"{len(named(story, settings))}{' --boxes' if laid_out else ''}"
@@ -213,6 +227,23 @@ class Seen:
         return Seen(whole, own, self.masks, latents)
 
 
+def beside(
+    model: Model, captions: Sequence[Caption], guidance_scale: float, size: tuple[int, int]
+) -> tuple[Tensor | None, dict[str, Tensor] | None]:
+    """What a UNet reads beside text: the guidance if it is distilled with it, and SDXL's conditions; else None.
+
+    size: of the pictures, (width, height) in pixels.
+    """
+    cond, added = None, None
+    if model.sizes.guidance_embedding is not None:
+        cond = model.guidance_embedding(guidance_scale, len(captions))
+    pooled = [caption.pooled for caption in captions if caption.pooled is not None]
+    if pooled:
+        rows = [model.added_conditions(vector, *size) for vector in pooled]
+        added = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+    return cond, added
+
+
 class Regions:
     """Who is in which frame, and what each of them sees."""
 
@@ -286,7 +317,12 @@ class Regions:
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0)).to(latents)
         noisy = scheduler.add_noise(latents, noise, step).repeat(len(captions), 1, 1, 1)
         predicted = model.predict(
-            UnetInputs(noisy, step.to(latents.device), self._text_alone(i, captions), *self._beside(captions))
+            UnetInputs(
+                noisy,
+                step.to(latents.device),
+                self._text_alone(i, captions),
+                *beside(model, captions, self.settings.guidance_scale, self.size),
+            )
         )
         change = (predicted[1:] - predicted[:1]).float().abs().mean(1).cpu()
         return dict(zip(left_out, change, strict=True))
@@ -315,17 +351,6 @@ class Regions:
         for index, row in enumerate(text_kv):
             context.put(index, references.row(i, row))
         return context
-
-    def _beside(self, captions: Sequence[Caption]) -> tuple[Tensor | None, dict[str, Tensor] | None]:
-        """What a UNet reads beside text: the guidance if it is distilled with it, and SDXL's conditions; else None."""
-        model, cond, added = self.model, None, None
-        if model.sizes.guidance_embedding is not None:
-            cond = model.guidance_embedding(self.settings.guidance_scale, len(captions))
-        pooled = [caption.pooled for caption in captions if caption.pooled is not None]
-        if pooled:
-            rows = [model.added_conditions(vector, *self.size) for vector in pooled]
-            added = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
-        return cond, added
 
     def places(self, i: int, last: Mapping[int, Seen]) -> dict[str, Tensor | None]:
         """The mask of each character of frame i, None for the whole picture; nobody where they could not be told apart."""

@@ -179,16 +179,26 @@ class Sampler:
         noise = {seed: self.noise_of(generator) for seed, generator in generators.items()}
         for index, row in enumerate(padded):
             self.latents[index : index + 1] = self.first_latents(noise[row.seed], row.start)
-        filled = [(row.conditional, row.caption) for row in padded]
+        for index, row in enumerate(padded):
+            self.put(index, row)
+        return [generators[row.seed] for row in padded]
+
+    def read(self, n: int, number: int) -> tuple[Tensor, Tensor]:
+        """Latents (1, c, h, w) of row n as call `number` reads them, and its timestep: what else may be predicted there."""
+        scaled = self.scheduler.scale_model_input(self.latents, self.host_timesteps[number])
+        return scaled[n : n + 1], self.timesteps[number]
+
+    def put(self, n: int, row: Row) -> None:
+        """Write what row n attends to; its latents stay, so it may be done between two steps."""
+        filled = [(self.rows - self.batch_size + n, row.conditional, row.caption)]
         if self.guided:
-            filled = [(row.unconditional, row.negative) for row in padded] + filled
+            filled.append((n, row.unconditional, row.negative))
         assert self.inputs is not None
-        for index, (row_inputs, caption) in enumerate(filled):
+        for index, row_inputs, caption in filled:
             self.inputs.context.put(index, row_inputs)
             if self.conditions is not None:
                 assert caption.pooled is not None
                 self.conditions["text_embeds"][index : index + 1] = caption.pooled
-        return [generators[row.seed] for row in padded]
 
     @torch.inference_mode()
     def denoise(

@@ -27,7 +27,7 @@ def what_is_read(settings: object) -> list[str]:
     mode = settings.get("mode") if isinstance(settings, dict) else None
     regions = settings.get("regions", "off") if isinstance(settings, dict) else "off"
     traits = MODES[mode if isinstance(mode, str) and mode in MODES else next(iter(MODES))]
-    boxes = regions != "off" if "regions" in traits.own else traits.boxes
+    boxes = traits.boxes or ("regions" in traits.own and regions != "off")
     read = {"references": traits.character_pictures, "first_frame": traits.first_frame, "boxes": boxes}
     return [name for name, reads in read.items() if reads]
 

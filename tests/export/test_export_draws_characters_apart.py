@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from fastory import InputError, Story, StoryModel
+from fastory.conditioning.history import HistoryRow, Window
 from fastory.conditioning.references import Group, ReferenceContext, References
-from fastory.conditioning.regions import Grid, from_maps, rest_of, self_bias, text_bias
+from fastory.conditioning.regions import Grid, from_maps, history_bias, rest_of, self_bias, text_bias
 from fastory.models.engine_model import EngineModel
 from fastory.models.protocol import UnetInputs
 from fastory.runs.notices import story_notices
@@ -103,6 +104,34 @@ def test_the_graph_reads_the_biases_of_every_layer(
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize(("height", "width"), [(16, 16), (8, 20)])
+def test_the_causal_graph_reads_the_biases_of_every_layer(
+    height: int, width: int, model: StoryModel, engine: EngineModel
+) -> None:
+    """Of words and history, and of pixels; a row of a frame that finds somebody beside one that does not."""
+    causal, exported = model.causal, engine.causal
+    generator, grid = torch.Generator().manual_seed(2), Grid(height, width)
+    masks = {"one": grid.box((0, 0, 0.45, 0.8)), "two": grid.box((0.5, 0.1, 1, 1))}
+    window = Window(40, 40, 2, torch.zeros(1, causal.layers.width), grid)
+    words = text_bias(masks, {"one": [3, 4], "two": [7]}, 40, grid)
+    told = history_bias(masks, {"one": [*range(30)], "two": [*range(30, 80)]}, 80, grid)
+    bias = {n: torch.cat([words[n], told[n]], 2) for n in words}
+    latents = torch.randn(2, 8, height, width, generator=generator)
+    kv = torch.randn(2, 120, causal.layers.width, generator=generator)
+    padding = torch.rand(2, 120, generator=generator) < 0.3
+    seen: list[torch.Tensor] = []
+    for own, between in ((None, None), (bias, None), (None, self_bias(list(masks.values()), grid))):
+        made = window.context(2)
+        made.put(0, HistoryRow(kv[:1], padding[:1]))
+        made.put(1, HistoryRow(kv[1:], padding[1:], own, between))
+        given = UnetInputs(latents, torch.tensor(400), made, None, None)
+        seen.append(causal.predict(given))
+        assert (exported.predict(given) - seen[-1]).abs().max() <= CLOSE
+        assert torch.equal(seen[-1][0], seen[0][0])
+    assert min((other - seen[0])[1].abs().max() for other in seen[1:]) > 100 * CLOSE
+
+
+@torch.inference_mode()
 def test_masks_of_ones_are_none(model: StoryModel, engine: EngineModel, export_folder: Path) -> None:
     given = inputs(model, 16, 16)
     ones = {tokens: torch.ones_like(mask) for tokens, mask in given.context.masks.items()}
@@ -173,10 +202,13 @@ def test_boxes_say_what_an_export_without_biases_leaves_off(
     assert not [line for line in resolved(engine, given).notices if "export" in line]
     (said,) = [line for line in resolved(without(engine, "boxes"), given).notices if "export" in line]
     assert said.endswith("export it with --boxes as well")
-    causal = resolved(engine, given, mode="causal", iterations=None)
-    lines = story_notices(engine, given, causal.settings, causal.prompts)
-    assert [line for line in lines if "in causal mode builtin has no inputs for them" in line]
     plain = EngineModel.open_engine(export_folder, device="cpu")
+    for able, exported in ((True, engine), (False, plain)):
+        causal = resolved(exported, given, mode="causal", iterations=None)
+        lines = story_notices(exported, given, causal.settings, causal.prompts)
+        assert able != any("exported without inputs for them" in line for line in lines)
+        assert causal.settings.regions == ("auto" if able else "off")
+        assert able != any(line.endswith("export it with --characters 2 --boxes") for line in causal.notices)
     assert any(line.endswith("--characters 2 --boxes") for line in resolved(plain, given).notices)
 
 

@@ -35,7 +35,8 @@ frames:
 """
 LEFT, RIGHT = [0.0, 0.0, 0.5, 1.0], [0.5, 0.0, 1.0, 1.0]
 BOXES = f"boxes: {{Ann: {LEFT}, Bob: {RIGHT}}}"
-FEW = {"mode": "causal", "steps": 2, "drafts": 1}
+FEW = {"mode": "causal", "steps": 2, "drafts": 1, "regions": "off"}
+BY_BOXES = Settings(mode="causal", regions="off")
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def drawn(model: StoryModel, given: Story, **more: object) -> list[Image.Image]:
 
 def laid_out(model: StoryModel, given: Story) -> LaidOut:
     prompts = [given.prompt(i) for i in range(len(given.frames))]
-    return LaidOut(model.causal, model.require_history(), given, prompts, (128, 128))
+    return LaidOut(model.causal, model.require_history(), given, prompts, (128, 128), BY_BOXES)
 
 
 def words_of(tokenizer: object, prompt: str) -> list[str]:
@@ -129,7 +130,7 @@ def test_the_unconditional_row_hears_of_nobody_and_keeps_them_apart(
     model: StoryModel, tmp_path: Path
 ) -> None:
     given = story(tmp_path, BOXES)
-    plan = StoryPlan(given, Settings(mode="causal", window=2), finished=_Grey())
+    plan = StoryPlan(given, replace(BY_BOXES, window=2), finished=_Grey())
     _, (row,) = prepare_frame(model, [plan], 1, 1, (128, 128))
     conditional, unconditional = row.conditional, row.unconditional
     assert isinstance(conditional, HistoryRow) and isinstance(unconditional, HistoryRow)
@@ -170,13 +171,13 @@ def test_a_story_with_boxes_has_the_same_bytes_beside_others_and_after_a_break(
 ) -> None:
     """A story without boxes keeps its own, too: they come from another kernel, so the two are no batch."""
     monkeypatch.chdir(tmp_path)
-    given, chosen = story(tmp_path, BOXES), Settings(mode="causal")
+    given, chosen = story(tmp_path, BOXES), BY_BOXES
     bare = replace(given, frames=tuple(replace(frame, boxes=()) for frame in given.frames))
     assert mode_of("causal").group(given, chosen) != mode_of("causal").group(bare, chosen)
     Path("one.txt").write_text("a fox is standing in the snow\na fox is reading on the beach\n")
 
     def run(*arguments: str) -> dict[str, bytes]:
-        flags = ["--mode", "causal", "--steps", "1", "--drafts", "0", "--batch-size", "2"]
+        flags = ["--mode", "causal", "--steps", "1", "--drafts", "0", "--batch-size", "2", "--regions", "off"]
         result = CliRunner().invoke(app, ["generate", *arguments, *flags])
         assert result.exit_code == 0, result.output
         there = contents(Path(arguments[-1]))

@@ -83,6 +83,27 @@ def test_one_graph_a_kind_for_every_number_of_frames_weight_round_and_size(trace
         assert np.abs(ours - eager).max() <= 1
 
 
+def test_causal_blocks_are_compiled_once_where_characters_keep_to_their_places(traced: None) -> None:
+    """Scores with a bias are a graph of their own, one a kind; a frame that finds nobody and one that does share them."""
+    told = Story.from_captions(
+        ["a fox and a cat in the snow", "a fox in the city", "a cat and a fox on the beach"]
+    )
+    values: dict[str, Any] = {"mode": "causal", "steps": 3, "drafts": 0, "guidance_scale": 2.0}
+
+    def run(model: StoryModel) -> tuple[list[np.ndarray], list[Compiling]]:
+        events = list(generate(told, model=model, **values))
+        pictures = [np.asarray(event.image, np.int16) for event in events if isinstance(event, FrameDrawn)]
+        return pictures, [event for event in events if isinstance(event, Compiling)]
+
+    model = opened("on")
+    kinds = compiled.CompiledBlocks(model.causal.unet).kinds
+    pictures, progress = run(model)
+    assert [(event.done, event.total) for event in progress] == [(n, kinds) for n in range(1, kinds + 1)]
+    assert compiled.graphs_compiled() == kinds
+    for ours, eager in zip(pictures, run(opened("off"))[0], strict=True):
+        assert np.abs(ours - eager).max() <= 1
+
+
 @pytest.mark.slow
 def test_a_run_goes_on_as_it_began(traced: None, tmp_path: Path) -> None:
     story, model = Story.from_captions(CAPTIONS[:2], title="began"), opened("on")

@@ -1,4 +1,4 @@
-"""An export with masks, from the one without that the suite shares: another UNet and the VAE's encoder beside its graphs."""
+"""An export with masks, from the one without that the suite shares: other UNets and the VAE's encoder beside its graphs."""
 
 from __future__ import annotations
 
@@ -13,12 +13,17 @@ from fastory.export.graphs import components
 from fastory.export.onnx import export_component
 from fastory.models.export_folder import MANIFEST, hashes_of, write_manifest
 
-OTHERS = ("unet", "vae_encoder")
+OTHERS = ("unet", "unet_causal", "vae_encoder")
 
 
 def with_masks(export: Path, model: StoryModel, groups: Groups, folder: Path) -> Path:
     """A copy of `export`, of `model`, in `folder` as if it had been exported for these groups. Weights are linked."""
-    shutil.copytree(export, folder, copy_function=os.link, ignore=shutil.ignore_patterns("unet.onnx*"))
+    shutil.copytree(
+        export,
+        folder,
+        copy_function=os.link,
+        ignore=shutil.ignore_patterns("unet.onnx*", "unet_causal.onnx*"),
+    )
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     (folder / MANIFEST).unlink()
     others = {
