@@ -17,11 +17,11 @@ from diffusers import AutoencoderKL
 from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
 from fastory.builtin.training.encoders import ABSENT
+from fastory.builtin.training.patches import patchy
 from fastory.builtin.training.remembering import (
     START,
     HistoryObjective,
     build_history_encoder,
-    patchy,
     see_as,
 )
 from fastory.builtin.words import SPECIES_WORDS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -24,7 +25,7 @@ from fastory.builtin.training.adapter import (
 )
 from fastory.builtin.training.autoencoder import drawn_pictures, to_tensor
 from fastory.builtin.training.characters import GroupedAdapter
-from fastory.builtin.training.denoiser import Corpus
+from fastory.builtin.training.denoiser import PATCHED_REFERENCES, Corpus
 from fastory.builtin.training.encoders import pixel_values, pixels_of
 from fastory.builtin.training.networks import build_image_encoder, build_text_encoder, build_unet, build_vae
 from fastory.builtin.training.pack import give_rows_to_new_words
@@ -54,6 +55,60 @@ def test_a_retrained_autoencoder_finds_no_stale_latents(adapter: AdapterObjectiv
     other = Corpus(adapter.corpus.folder, 0, 2)
     other.open_tables("another mark")
     assert not np.any(other.latents)
+
+
+def test_references_may_have_patches_in_the_same_places_and_latents_have_none(
+    adapter: AdapterObjective,
+) -> None:
+    corpus = Corpus(adapter.corpus.folder, 0, 4)
+    shown = {}
+    for share in (0.0, 1.0):
+        corpus.patched = share
+        shown[share] = corpus[2]
+    assert torch.equal(shown[0.0][3], shown[1.0][3])  # boxes
+    changed = [
+        float((a != b).any(0).float().mean()) for a, b in zip(shown[0.0][1], shown[1.0][1], strict=True)
+    ]
+    assert all(share < 0.3 for share in changed) and max(changed) > 0.01  # of the picture: bodies, in part
+    assert adapter.corpus.patched == PATCHED_REFERENCES  # its latents were encoded before its embeddings
+    vae = adapter._frozen[0]
+    with torch.no_grad():
+        found = vae.encode(shown[0.0][1]).latent_dist.mean * vae.config.scaling_factor
+    # float16 of values near 1
+    assert np.abs(found.numpy() - adapter.corpus.latents[2]).max() < 4e-3
+
+
+def test_the_text_encoder_learns_with_the_unet_and_is_written(
+    adapter: AdapterObjective, tmp_path: Path
+) -> None:
+    batch = adapter.batch(np.random.default_rng(1), 0.5)
+    adapter(batch).backward()
+    gradients = [p.grad for p in adapter.text_encoder.parameters()]
+    assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients)
+    adapter.zero_grad()
+    adapter.finish(tmp_path)
+    written = CLIPTextModel.from_pretrained(tmp_path / "text_encoder").state_dict()
+    assert all(torch.equal(written[k], v) for k, v in adapter.text_encoder.state_dict().items())
+
+
+@pytest.mark.slow  # compiles a UNet forwards and backwards
+def test_the_hastened_objective_is_the_same_loss_in_bfloat16(adapter: AdapterObjective) -> None:
+    hastened = copy.deepcopy(adapter)
+    hastened.hasten()
+    batch = adapter.batch(np.random.default_rng(2), 0.5)
+    found = []
+    for objective in (adapter, hastened):
+        torch.manual_seed(3)
+        with torch.autocast("cpu", torch.bfloat16, enabled=objective is hastened):
+            loss = objective(batch)
+        loss.backward()
+        weight = objective.unet.conv_in.weight
+        found.append((loss.item(), weight.grad.clone()))
+        objective.zero_grad()
+    (loss, gradient), (other, near) = found
+    # bfloat16 has 8 bits: 2**-8 of every product, some twenty of them after one another, averaged over many elements.
+    assert other == pytest.approx(loss, rel=0.02)
+    assert torch.nn.functional.cosine_similarity(gradient.flatten(), near.flatten(), dim=0) > 0.98
 
 
 def test_references_are_other_frames_and_dropped_ones_are_zeros(adapter: AdapterObjective) -> None:

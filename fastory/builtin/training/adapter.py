@@ -20,6 +20,8 @@ from fastory.builtin.world.corpus import sample_training_tale
 from fastory.builtin.world.drawing import Tale
 
 REFERENCES = 6  # slots of a group; fewer references are repeated, which leaves a softmax over them unchanged
+TEXT_ALONE = 0.35  # of the batches
+WEIGHTS = 0.6, 1.5  # of references, in units of TRAINED_SCALE: the schedules that ship use 0.6 to 1.4
 BY_CHARACTER = 0.6  # of the frames of two species: references in a group for each character
 Place = tuple[int, ...]
 """A story, a frame of it and, where a character is meant, its slot."""
@@ -30,7 +32,7 @@ class AdapterObjective(UnetObjective):
     """References beside the text, the UNet trained on with them.
 
     The adapter has the standard layout and the standard place in the computation; unlike a plug-in adapter it does not
-    meet a frozen UNet, because every fifth batch has text alone (weight 0), which keeps round 0 as it was.
+    meet a frozen UNet, because every third batch has text alone (weight 0), which keeps round 0 as it was.
     References are other frames of the story, some from the autoencoder as in a run. In half of the larger sets a
     minority are strangers of the same species: the adapter must learn to follow the majority. In most frames they are a
     group for each character, which reaches its own part of the picture, as in a run with regions.
@@ -48,6 +50,7 @@ class AdapterObjective(UnetObjective):
             processor.__class__ = GroupedAdapter
         self.unet.requires_grad_(True)
         self._frozen.append(image_encoder.eval().requires_grad_(False))
+        self._weight = torch.ones(())
         self.alike, self.kin = _frames_by_species(self.corpus), _roles_by_species(self.corpus)
 
     def _references(
@@ -64,7 +67,7 @@ class AdapterObjective(UnetObjective):
         embeddings = np.stack(rows).astype(np.float32).reshape(len(rows), -1, WIDTH)
         # Half of the frames without references are also without caption: guidance's empty half sees both missing.
         embeddings[(dropped > 0.04) & (dropped < 0.16)] = 0
-        weight = 1e-6 if rng.random() < 0.2 else rng.uniform(0.6, 1.1)
+        weight = 1e-6 if rng.random() < TEXT_ALONE else rng.uniform(*WEIGHTS)
         return {
             "references": torch.from_numpy(embeddings),
             "masks": torch.stack(masks),
@@ -123,8 +126,9 @@ class AdapterObjective(UnetObjective):
 
     def _set_weight(self, weight: float) -> None:
         """The weight of references in every cross-attention, in units of the trained one."""
+        self._weight.fill_(weight)  # a tensor: a number would be compiled anew for every batch
         for processor in adapter_processors(self.unet):
-            processor.scale = [weight]
+            processor.scale = [self._weight]
 
     def _guided_references(
         self, references: Tensor | None, rows: int, scale: float, device: torch.device
@@ -146,7 +150,7 @@ class AdapterObjective(UnetObjective):
             rows.append(np.concatenate(list(pictures), 1))
             for scale in (0.4, 0.5):
                 embeddings = (
-                    self._frozen[2]
+                    self._frozen[1]
                     .to(self.unet.device)(pixel_values(pictures).to(self.unet.device))
                     .image_embeds
                 )
@@ -156,7 +160,8 @@ class AdapterObjective(UnetObjective):
         Image.fromarray(np.concatenate(rows)).save(folder / "adapter.png")
 
     def finish(self, folder: Path) -> None:
-        """Write the UNet without the adapter, and the adapter with its weight folded into to_v_ip."""
+        """Write the UNet without the adapter, the text encoder, and the adapter with its weight folded into to_v_ip."""
+        self.text_encoder.save_pretrained(folder / "text_encoder")
         adapter = {
             f"{part}.{k}": v for part, tensors in self._adapter_state().items() for k, v in tensors.items()
         }

@@ -69,20 +69,24 @@ class GroupedAdapter(IPAdapterAttnProcessor2_0):
         """
         text, (references,) = encoder_hidden_states
         query = self._heads(attn, attn.to_q(hidden_states))
-        out = F.scaled_dot_product_attention(
-            query, self._heads(attn, attn.to_k(text)), self._heads(attn, attn.to_v(text))
-        )
+        out = self._attend(query, self._heads(attn, attn.to_k(text)), self._heads(attn, attn.to_v(text)))
         groups = references.flatten(1, 2).chunk(GROUPS if ip_adapter_masks is not None else 1, 1)
         side = int(hidden_states.shape[1] ** 0.5)
         for number, group in enumerate(groups):
             keys = self._heads(attn, self.to_k_ip[0](group))
             values = self._heads(attn, self.to_v_ip[0](group))
-            own = self.scale[0] * F.scaled_dot_product_attention(query, keys, values)
+            own = self.scale[0] * self._attend(query, keys, values)
             if ip_adapter_masks is not None:
                 mask = F.adaptive_avg_pool2d(ip_adapter_masks[:, number : number + 1], side)
                 own = own * mask.flatten(2).transpose(1, 2)[:, None]
             out = out + own
         return attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(2)))
+
+    @staticmethod
+    def _attend(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Softmax attention in plain products: on a CPU the fused one is slow backwards in bfloat16."""
+        scores = query * query.shape[-1] ** -0.5 @ keys.transpose(-1, -2)
+        return scores.float().softmax(-1).to(values.dtype) @ values
 
     @staticmethod
     def _heads(attn: Attention, tokens: Tensor) -> Tensor:

@@ -1,13 +1,15 @@
 """The unet stage: a text-conditioned denoiser, and the drawn stories that it and the adapter stage see."""
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention, AttnProcessor
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import CLIPTokenizer
 
@@ -25,25 +27,28 @@ from fastory.builtin.training.networks import (
     build_scheduler,
     build_unet,
 )
+from fastory.builtin.training.patches import patch
 from fastory.builtin.world.captions import TOKEN_LIMIT, caption, sample_names
 from fastory.builtin.world.corpus import sample_training_tale
 from fastory.builtin.world.drawing import draw_with_boxes
 from fastory.builtin.world.looks import sample_said
 
 FRAMES = 8  # of a training story
+PATCHED_REFERENCES = 0.35  # of the pictures: those that a run draws are patchy until references agree
 
 
 class Corpus(Dataset):
     """Latents and reference embeddings of drawn stories, encoded once, in memory-mapped files.
 
-        latents (stories, 8, 8, 16, 16) float16, scaled; embeddings (stories, 8, 128) float16, of the pictures as drawn or,
-        for every third story, as they come back from the autoencoder; own (stories, 8, 2, 128), of what a run cuts out of them
-    XX
-        the marks of the networks that made them: a retrained autoencoder finds no stale latents.
+    latents (stories, 8, 8, 16, 16) float16, scaled; embeddings (stories, 8, 128) float16, of the pictures as drawn, some
+    with patches, or, for every third story, as they come back from the autoencoder; own (stories, 8, 2, 128), of what a run
+    cuts out of them. The files' names carry the marks of the networks that made them: a retrained autoencoder finds no stale
+    latents.
     """
 
     def __init__(self, folder: Path, seed: int, stories: int, workers: int = 0) -> None:
         self.folder, self.seed, self.stories, self.workers = folder, seed, stories, workers
+        self.patched = 0.0  # the share of pictures with patches: none while latents are encoded
         self.tales = [sample_training_tale(stream("tale", seed, 0, i), FRAMES) for i in range(stories)]
 
     def open(self, name: str, shape: tuple[int, ...], mark: str) -> np.ndarray:
@@ -68,9 +73,13 @@ class Corpus(Dataset):
     def __getitem__(self, index: int) -> tuple[int, Tensor, Tensor, Tensor]:
         """A story's number, its drawn frames (8, 3, 128, 128), their pixels for the image encoder (8, 3, 96, 96), its boxes."""
         rng, tale = stream("draw", self.seed, 0, index), self.tales[index]
+        patches = stream("patches", self.seed, 0, index)
         drawn, boxes = [], torch.zeros(FRAMES, 2, 4)
         for number, scene in enumerate(tale.scenes):
+            before = copy.deepcopy(rng)
             picture, found = draw_with_boxes(tale.cast, scene, rng)
+            if patches.random() < self.patched:
+                picture = patch(picture, tale.cast, scene, before, patches)
             drawn.append(np.asarray(picture))
             boxes[number, : len(found)] = torch.tensor(found)
         pictures = np.stack(drawn)
@@ -101,6 +110,7 @@ class Corpus(Dataset):
     ) -> None:
         """Embed every parts-th story from `part` on that has no embeddings yet; needs the latents."""
         vae.to(device), image_encoder.to(device)
+        self.patched = PATCHED_REFERENCES
         for indices, pictures, pixels, boxes in self._missing(self.own, part, parts):
             pixels = pixels.to(device).unflatten(0, (-1, FRAMES))
             pictures = pictures.unflatten(0, (-1, FRAMES))
@@ -132,6 +142,14 @@ class Corpus(Dataset):
         self.own[index] = own.cpu().numpy()
 
 
+class _GroupNorm(nn.GroupNorm):
+    """Of float32 values, in bfloat16 out where that came in."""
+
+    def forward(self, values: Tensor) -> Tensor:
+        with torch.autocast(values.device.type, enabled=False):
+            return super().forward(values.float()).to(values.dtype)
+
+
 class UnetObjective(Objective):
     """v prediction from captions alone; a tenth of the captions is empty, for guidance."""
 
@@ -153,7 +171,20 @@ class UnetObjective(Objective):
         self.unet = build_unet(sizes).to(memory_format=torch.channels_last)
         self.scheduler = build_scheduler()
         self.corpus, self.tokenizer, self.frames = corpus, tokenizer, frames
-        self._frozen = [text_encoder.eval().requires_grad_(False), vae.eval().requires_grad_(False)]
+        self.text_encoder = text_encoder.eval()  # eval: it has no dropout; it learns with the UNet
+        self._frozen = [vae.eval().requires_grad_(False)]
+
+    def hasten(self) -> None:
+        """Compile the UNet, for products in bfloat16. Recompiled for no batch: shapes are those of training alone.
+
+        What PyTorch has in bfloat16 on a CPU is slow in two places: attention's fused backward pass and group norms.
+        """
+        for module in self.unet.modules():
+            if isinstance(module, nn.GroupNorm):
+                module.__class__ = _GroupNorm
+            if isinstance(module, Attention) and not module.is_cross_attention:
+                module.set_processor(AttnProcessor())
+        self.unet.compile(dynamic=False)
 
     def batch(self, rng: np.random.Generator, progress: float) -> Batch:
         """Frames of different stories with captions of their own making."""
@@ -196,9 +227,8 @@ class UnetObjective(Objective):
         return {}
 
     def text_states(self, ids: Tensor) -> Tensor:
-        """Frozen caption states (B, 40, 128)."""
-        with torch.no_grad():
-            return self._frozen[0].to(ids.device)(ids).last_hidden_state
+        """Caption states (B, 40, 128)."""
+        return self.text_encoder(ids).last_hidden_state
 
     def forward(self, batch: Batch) -> Tensor:
         latents, timesteps = batch["latents"], batch["timesteps"]
@@ -234,7 +264,7 @@ class UnetObjective(Objective):
             both = self.unet(torch.cat([latents, latents]), timestep, states, **conditions).sample
             empty, full = both.chunk(2)
             latents = scheduler.step(empty + guidance * (full - empty), timestep, latents).prev_sample
-        vae = self._frozen[1].to(device)
+        vae = self._frozen[0].to(device)
         return np.concatenate(
             [to_pictures(vae.decode(p / vae.config.scaling_factor).sample) for p in latents.split(16)]
         )
@@ -257,6 +287,7 @@ class UnetObjective(Objective):
         Image.fromarray(np.concatenate(rows)).save(folder / f"{self.name}.png")
 
     def finish(self, folder: Path) -> None:
-        """Write UNet and scheduler."""
+        """Write UNet, text encoder and scheduler."""
+        self.text_encoder.save_pretrained(folder / "text_encoder")
         self.unet.save_pretrained(folder / "unet")
         self.scheduler.save_pretrained(folder / "scheduler")

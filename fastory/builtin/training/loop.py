@@ -37,6 +37,9 @@ class Objective(nn.Module):
         """A batch on the CPU that depends on rng and progress (0..1) alone."""
         raise NotImplementedError
 
+    def hasten(self) -> None:
+        """Make steps cheaper where products are in bfloat16; a stage that gains nothing by it stays as it is."""
+
     def sample(self, folder: Path) -> None:
         """Write pictures, or print figures, that show how far training has come."""
         raise NotImplementedError
@@ -51,7 +54,7 @@ class Plan:
     """How long, where and from which seed a stage trains. Either minutes or steps bounds it.
 
     Minutes are processor time of one process on a CPU, so that other work on the machine does not eat the schedule,
-    and wall time on a GPU.
+    and wall time on a GPU. bf16: products in bfloat16 on a CPU, too; weights and sums stay float32.
     """
 
     workdir: Path
@@ -61,6 +64,8 @@ class Plan:
     device: str = "cpu"
     workers: int = 0
     save_every: float = 60.0
+    show_every: float = 600.0
+    bf16: bool = False
     log_every: int = 100
 
     def clock(self) -> float:
@@ -222,7 +227,7 @@ def train(objective: Objective, plan: Plan) -> Objective:
             f"{objective.name}: {count / 1e6:.2f} M weights, {'resumed at' if resumed else 'from'} step {state.step}"
         )
     losses: list[Tensor] = []
-    saved = plan.clock()
+    saved = shown = plan.clock()
     first_step, first_seconds = state.step, state.seconds
     source = _Batches(objective, plan, rank)
     batches = _batches(source, state.step)
@@ -242,8 +247,10 @@ def train(objective: Objective, plan: Plan) -> Objective:
             losses.clear()
         if rank == 0 and plan.clock() - saved > plan.save_every:
             state.save()
-            _show(objective, state, plan)
             saved = plan.clock()
+        if rank == 0 and plan.clock() - shown > plan.show_every:
+            _show(objective, state, plan)
+            shown = plan.clock()
     if rank == 0 and state.step > first_step:
         state.save()
     state.swap_average()
@@ -256,7 +263,8 @@ def _step(
     batch = {key: tensor.to(plan.device, non_blocking=True) for key, tensor in batch.items()}
     for group in state.optimizer.param_groups:
         group["lr"] = objective.learning_rate * learning_rate_factor(state.step, progress)
-    with torch.autocast("cuda", torch.bfloat16, enabled=plan.device.startswith("cuda")):
+    kind = plan.device.partition(":")[0]
+    with torch.autocast(kind, torch.bfloat16, enabled=plan.bf16 or kind == "cuda"):
         loss = model(batch)
     state.optimizer.zero_grad(set_to_none=True)
     loss.backward()
@@ -272,7 +280,7 @@ def _show(objective: Objective, state: TrainingState, plan: Plan) -> None:
     folder = plan.workdir / "samples"
     folder.mkdir(exist_ok=True)
     state.swap_average()
-    with torch.no_grad():
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         objective.sample(folder)
     state.swap_average()
 

@@ -10,13 +10,11 @@ half of the pictures here are patchy, and what is named is the larger part.
 """
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
@@ -24,11 +22,11 @@ from transformers import CLIPTokenizer
 from fastory.builtin.training.encoders import ABSENT, FREE, ClipObjective
 from fastory.builtin.training.loop import Batch, Objective
 from fastory.builtin.training.networks import PATCH_SIZE, REFERENCE_SIZE, WIDTH, Network
+from fastory.builtin.training.patches import patchy
 from fastory.builtin.words import SPECIES_WORDS
 from fastory.builtin.world.captions import TOKEN_LIMIT
-from fastory.builtin.world.drawing import COLOURS, SIZE, SPECIES, Character, Scene, draw
+from fastory.builtin.world.drawing import SPECIES
 from fastory.checkpoints.history_encoder import HistoryConfig, HistoryEncoder
-from fastory.tuning.objectives.paired_stories import SMALLER_PART, patch_shares
 
 POSITIONS = 39  # a story of 40 frames with the whole of its past
 START = "history-start.safetensors"
@@ -92,24 +90,6 @@ def see_as(vision: Network, image_encoder: Network, pixels: Tensor) -> None:
         layer.layer_norm1.load_state_dict(source.layer_norm1.state_dict())
         layer.layer_norm2.load_state_dict(source.layer_norm2.state_dict())
         layer.mlp.load_state_dict(source.mlp.state_dict())
-
-
-def patchy(cast: tuple[Character, ...], scene: Scene, rng: np.random.Generator) -> Image.Image:
-    """A scene as `draw` has it, or with patches of another colour on the smaller part of every character's body."""
-    seed = int(rng.integers(2**62))
-    own = draw(cast, scene, np.random.default_rng(seed))
-    if rng.random() < 0.5:
-        return own
-    others = tuple(replace(c, colour=str(rng.choice([k for k in COLOURS if k != c.colour]))) for c in cast)
-    first, second = (
-        np.asarray(picture, np.float32)
-        for picture in (own, draw(others, scene, np.random.default_rng(seed)))  # the same places
-    )
-    body = torch.from_numpy((first != second).any(-1)).float()
-    share = torch.zeros(SIZE, SIZE, 1)
-    for columns in np.split(np.arange(SIZE), len(scene.roles)):
-        share[:, columns, 0] = patch_shares(body[:, columns], SMALLER_PART, rng)
-    return Image.fromarray(np.round(first + share.numpy() * (second - first)).astype(np.uint8))
 
 
 class HistoryObjective(Objective):

@@ -55,6 +55,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--stories", type=int, help="drawn stories whose latents are cached")
     parser.add_argument("--batch", type=int, help="pictures in a batch and process")
     parser.add_argument("--learning-rate", type=float, help="the stage's own unless given")
+    parser.add_argument(
+        "--bf16",
+        action="store_true",
+        help="stages unet and adapter: compiled, products in bfloat16 (a CPU with AMX)",
+    )
     parser.add_argument("--large", action="store_true", help="the larger networks, for a GPU")
     return parser.parse_args(arguments)
 
@@ -109,7 +114,7 @@ def _with_new_words(folder: Path, vae: Network, batch: int) -> ClipObjective:
 
 
 def _text_encoder(model: Path) -> Network:
-    encoder: Network = CLIPTextModel.from_pretrained(model / "text_encoder")
+    encoder: Network = CLIPTextModel.from_pretrained(model / "text_encoder", attn_implementation="eager")
     return encoder.float()
 
 
@@ -169,11 +174,14 @@ def run_stage(rank: int, stage: str, options: argparse.Namespace, processes: int
         options.seed,
         options.device,
         WORKERS[kind_of(options)],
+        bf16=options.bf16,
     )
+    if options.bf16:
+        objective.hasten()
     train(objective, plan)
     if rank == 0:
         (options.workdir / "samples").mkdir(exist_ok=True)
-        with torch.no_grad():
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             objective.sample(options.workdir / "samples")
         objective.finish(options.workdir / "model")
     if dist.is_initialized():
