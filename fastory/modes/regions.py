@@ -91,7 +91,7 @@ def _casts(story: Story, settings: Settings) -> list[dict[str, list[tuple[int, i
 
 def settled(model: Model, story: Story, settings: Settings, prompts: Sequence[str]) -> str:
     """The setting `regions` as it decides this story: `off` where it changes nothing, or the model takes no masks."""
-    able = model.takes_masks if _in_rounds(settings) else model.causal.takes_biases
+    able = model.causal.takes_biases if _frame_after_frame(settings) else model.takes_masks
     return wanted(model, story, settings, prompts) if able else "off"
 
 
@@ -105,7 +105,7 @@ def wanted(model: Model, story: Story, settings: Settings, prompts: Sequence[str
     if settings.regions == "off" or not (plain or story.characters):
         return "off"
     casts = [mentions(story, i, prompt, plain) for i, prompt in enumerate(prompts)]
-    if not _in_rounds(settings):
+    if _frame_after_frame(settings):
         return settings.regions if any(len(cast) > 1 for cast in casts) else "off"
     laid_out = any(frame.is_laid_out for frame in story.frames)
     if settings.references == "all" and settings.regions == "auto" and not laid_out:
@@ -114,16 +114,19 @@ def wanted(model: Model, story: Story, settings: Settings, prompts: Sequence[str
     return settings.regions if laid_out or (several and settings.iterations) else "off"
 
 
-def _in_rounds(settings: Settings) -> bool:
-    return "iterations" in MODES[settings.mode].own
+def _frame_after_frame(settings: Settings) -> bool:
+    """Whether places are found while a frame is drawn: the mode reads `regions` and has no rounds."""
+    own = MODES[settings.mode].own
+    return "regions" in own and "iterations" not in own
 
 
 def no_masks(model: Model, story: Story, settings: Settings, prompts: Sequence[str]) -> tuple[str, ...]:
     """A line where a story's regions are off, or half of its boxes, because of what a model was exported without."""
-    able = model.takes_biases if _in_rounds(settings) else model.causal.takes_biases
+    by_frame = _frame_after_frame(settings)
+    able = model.causal.takes_biases if by_frame else model.takes_biases
     if able or wanted(model, story, settings, prompts) == "off":
         return ()
-    if not _in_rounds(settings):
+    if by_frame:
         return (
             f"regions are off: {model.name} was exported without inputs for places, and causal mode looks for nobody; for "
             f"characters that keep to theirs export it with --characters {len(named(story, settings))} --boxes",
