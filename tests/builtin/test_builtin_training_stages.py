@@ -91,7 +91,6 @@ def test_the_text_encoder_learns_with_the_unet_and_is_written(
     assert all(torch.equal(written[k], v) for k, v in adapter.text_encoder.state_dict().items())
 
 
-@pytest.mark.slow  # compiles a UNet forwards and backwards
 def test_the_hastened_objective_is_the_same_loss_in_bfloat16(adapter: AdapterObjective) -> None:
     hastened = copy.deepcopy(adapter)
     hastened.hasten()
@@ -106,9 +105,10 @@ def test_the_hastened_objective_is_the_same_loss_in_bfloat16(adapter: AdapterObj
         found.append((loss.item(), weight.grad.clone()))
         objective.zero_grad()
     (loss, gradient), (other, near) = found
-    # bfloat16 has 8 bits: 2**-8 of every product, some twenty of them after one another, averaged over many elements.
-    assert other == pytest.approx(loss, rel=0.02)
-    assert torch.nn.functional.cosine_similarity(gradient.flatten(), near.flatten(), dim=0) > 0.98
+    # bfloat16 rounds to 2**-9 of a value; of independent errors in some twenty products after one another, twenty times that
+    # squared is lost of the cosine, and a sum over many elements loses less.
+    assert other == pytest.approx(loss, rel=0.01)
+    assert torch.nn.functional.cosine_similarity(gradient.flatten(), near.flatten(), dim=0) > 0.999
 
 
 def test_references_are_other_frames_and_dropped_ones_are_zeros(adapter: AdapterObjective) -> None:

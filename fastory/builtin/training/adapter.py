@@ -50,7 +50,6 @@ class AdapterObjective(UnetObjective):
             processor.__class__ = GroupedAdapter
         self.unet.requires_grad_(True)
         self._frozen.append(image_encoder.eval().requires_grad_(False))
-        self._weight = torch.ones(())
         self.alike, self.kin = _frames_by_species(self.corpus), _roles_by_species(self.corpus)
 
     def _references(
@@ -126,9 +125,8 @@ class AdapterObjective(UnetObjective):
 
     def _set_weight(self, weight: float) -> None:
         """The weight of references in every cross-attention, in units of the trained one."""
-        self._weight.fill_(weight)  # a tensor: a number would be compiled anew for every batch
         for processor in adapter_processors(self.unet):
-            processor.scale = [self._weight]
+            processor.scale = [weight]
 
     def _guided_references(
         self, references: Tensor | None, rows: int, scale: float, device: torch.device

@@ -280,7 +280,7 @@ def _show(objective: Objective, state: TrainingState, plan: Plan) -> None:
     folder = plan.workdir / "samples"
     folder.mkdir(exist_ok=True)
     state.swap_average()
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+    with torch.no_grad():
         objective.sample(folder)
     state.swap_average()
 

@@ -58,7 +58,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--bf16",
         action="store_true",
-        help="stages unet and adapter: compiled, products in bfloat16 (a CPU with AMX)",
+        help="stages unet and adapter: products in bfloat16 (a CPU with AMX)",
     )
     parser.add_argument("--large", action="store_true", help="the larger networks, for a GPU")
     return parser.parse_args(arguments)
@@ -181,7 +181,7 @@ def run_stage(rank: int, stage: str, options: argparse.Namespace, processes: int
     train(objective, plan)
     if rank == 0:
         (options.workdir / "samples").mkdir(exist_ok=True)
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with torch.no_grad():
             objective.sample(options.workdir / "samples")
         objective.finish(options.workdir / "model")
     if dist.is_initialized():
