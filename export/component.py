@@ -109,7 +109,7 @@ def random_bias(generator: torch.Generator, shape: tuple[int, ...]) -> Tensor:
 
 def some_padding(generator: torch.Generator, shape: tuple[int, ...]) -> Tensor:
     """True for about half, never for the first: every row sees something."""
-    hidden = ~random_mask(generator, shape)
+    hidden = random_padding(generator, shape)
     hidden[..., 0] = False
     return hidden
 

@@ -31,7 +31,7 @@ from fastory.models.engine_inputs import HISTORY_BIAS, MASK, SELF_BIAS, TEXT_BIA
 from fastory.models.torch_model import StoryModel
 from fastory.processors.attention_backends import level_of
 from fastory.processors.consistent import self_attention_levels
-from fastory.processors.projected import Layer, attend_biased
+from fastory.processors.projected import Layer, attend_biased, attend_window
 
 
 class _Unet(nn.Module):
@@ -57,13 +57,17 @@ class _Unet(nn.Module):
     ) -> Tensor:
         """The inputs of ReferenceContext beside latents and timestep -> prediction (B, c, h, w)."""
         own = (text_kv, ref_kv, scale, ref_visible, ref_offsets, self.tokens_per_ref)
-        count = len(self.placed)
-        context = ReferenceContext(*own)
-        if count:
-            levels = dict(zip(self.placed, further[:count], strict=True))
-            context = _Placed(*own, unet=self.unet, levels=levels)
-        added = dict(zip(self.added, further[count:], strict=True))
+        levels, added = _by_name(self.placed, self.added, further)
+        context = _Placed(*own, unet=self.unet, levels=levels) if levels else ReferenceContext(*own)
         return call_unet(self.unet, sample, timestep, context, added)
+
+
+def _by_name(
+    placed: tuple[str, ...], added: tuple[str, ...], further: tuple[Tensor, ...]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The inputs behind those that every UNet has: of characters' places, and SDXL's and LCM's."""
+    count = len(placed)
+    return dict(zip(placed, further[:count], strict=True)), dict(zip(added, further[count:], strict=True))
 
 
 @dataclass(frozen=True)
@@ -109,12 +113,9 @@ class _CausalUnet(nn.Module):
         self, sample: Tensor, timestep: Tensor, kv: Tensor, padding: Tensor, *further: Tensor
     ) -> Tensor:
         """kv (B, n, W), padding (B, n) -> prediction (B, c, h, w)."""
-        count = len(self.placed)
-        context: HistoryContext = _AllPast(kv, padding, 0, 1)
-        if count:
-            levels = dict(zip(self.placed, further[:count], strict=True))
-            context = _PlacedPast(kv, padding, 0, 1, unet=self.unet, levels=levels)
-        added = dict(zip(self.added, further[count:], strict=True))
+        own = (kv, padding, 0, 1)
+        levels, added = _by_name(self.placed, self.added, further)
+        context = _PlacedPast(*own, unet=self.unet, levels=levels) if levels else _AllPast(*own)
         return call_unet(self.unet, sample, timestep, context, added)
 
 
@@ -128,8 +129,15 @@ class _PlacedPast(HistoryContext):
     def attend(self, layer: Layer, query: Tensor) -> Tensor:
         """With the bias of the layer's level; all that is not padding is seen."""
         bias = self.levels[level_name(HISTORY_BIAS, level_of(self.unet, layer.name))].flatten(1, 2)
-        keys, values = layer.keys_values(self.kv)
-        return attend_biased(query, keys, values, bias.masked_fill(self.padding[:, None], -torch.inf))
+        return attend_window(
+            layer,
+            query,
+            kv=self.kv,
+            padding=self.padding,
+            caption_tokens=self.caption_tokens,
+            frame_tokens=self.frame_tokens,
+            bias=bias,
+        )
 
     def self_attention(self, tokens: int) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
         """With the bias of the level that has as many tokens."""

@@ -80,6 +80,8 @@ def _edges(cells: int, first: float, last: float) -> Tensor:
 
 def apart(masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Masks that share what they both claim: no pixel belongs to more than one character altogether."""
+    if not masks:
+        return {}
     total = torch.stack(list(masks.values())).sum(0).clamp(min=1)
     return {name: mask / total for name, mask in masks.items()}
 

@@ -29,7 +29,7 @@ from fastory.models.protocol import Caption, Model, UnetInputs
 from fastory.modes.laid_out import LaidOut, looked_for_at
 from fastory.modes.memory import until_it_fits
 from fastory.modes.mode import StoryPlan, long_captions, register
-from fastory.modes.regions import beside, check_findable, check_layout
+from fastory.modes.regions import beside, changes, check_findable, check_layout
 from fastory.pictures import open_picture
 from fastory.sampling.noise import frame_seed
 from fastory.sampling.sampler import Row, Sampler, leave_idle, sampler_for
@@ -242,16 +242,13 @@ class CausalBatch:
             )
             context.put(index, HistoryRow(kv, padding))
         captions = [row.caption, *(caption for caption, _, _ in read)]
-        predicted = self.model.predict(
-            UnetInputs(
-                latents.repeat(len(captions), 1, 1, 1),
-                timestep,
-                context,
-                *beside(self.model, captions, state.plan.settings.guidance_scale, self.size),
-            )
+        inputs = UnetInputs(
+            latents.repeat(len(captions), 1, 1, 1),
+            timestep,
+            context,
+            *beside(self.model, captions, state.plan.settings.guidance_scale, self.size),
         )
-        change = (predicted[1:] - predicted[:1]).float().abs().mean(1).cpu()
-        laid_out.find(frame, dict(zip(left_out, change, strict=True)))
+        laid_out.find(frame, changes(self.model, inputs, left_out))
         return self.placed(state, frame, row)
 
 

@@ -47,7 +47,7 @@ class LaidOut:
         self.tokenizer, self.history, self.prompts = model.tokenizer, history, prompts
         self.grid = Grid(size[1] // model.vae_factor, size[0] // model.vae_factor)
         self.boxed = placed(story, self.grid)
-        self.masks = [apart(masks) if masks else {} for masks in self.boxed]
+        self.masks = [apart(masks) for masks in self.boxed]
         plain = is_plain(model, story, settings)
         self.casts = [mentions(story, i, prompt, plain) for i, prompt in enumerate(prompts)]
         self.finds = settings.regions != "off"
@@ -70,7 +70,7 @@ class LaidOut:
 
     def forget(self, frame: int) -> None:
         """The frame as it is before anybody is found."""
-        self.masks[frame] = apart(self.boxed[frame]) if self.boxed[frame] else {}
+        self.masks[frame] = apart(self.boxed[frame])
 
     def bias(self, frame: int, caption_tokens: int, earlier: Sequence[int], positions: int) -> Biases | None:
         """(1, L, Lt + L_M * S) for every layer, None in a frame of which nobody knows.

@@ -8,7 +8,7 @@ frame has no boxes or masks, the masks of round k are found in its picture of ro
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -247,6 +247,16 @@ def beside(
     return cond, added
 
 
+def changes(model: Model, inputs: UnetInputs, left_out: Iterable[str]) -> dict[str, Tensor]:
+    """How much each part of the prediction changes without a character's words: maps (h, w) on the CPU, by name.
+
+    inputs: a row that reads the whole caption, and a row for each character that is left out.
+    """
+    predicted = model.predict(inputs)
+    change = (predicted[1:] - predicted[:1]).float().abs().mean(1).cpu()
+    return dict(zip(left_out, change, strict=True))
+
+
 class Regions:
     """Who is in which frame, and what each of them sees."""
 
@@ -319,16 +329,13 @@ class Regions:
         latents = model.encode_picture(image)
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0)).to(latents)
         noisy = scheduler.add_noise(latents, noise, step).repeat(len(captions), 1, 1, 1)
-        predicted = model.predict(
-            UnetInputs(
-                noisy,
-                step.to(latents.device),
-                self._text_alone(i, captions),
-                *beside(model, captions, self.settings.guidance_scale, self.size),
-            )
+        inputs = UnetInputs(
+            noisy,
+            step.to(latents.device),
+            self._text_alone(i, captions),
+            *beside(model, captions, self.settings.guidance_scale, self.size),
         )
-        change = (predicted[1:] - predicted[:1]).float().abs().mean(1).cpu()
-        return dict(zip(left_out, change, strict=True))
+        return changes(model, inputs, left_out)
 
     def _left_out(self, i: int) -> dict[str, Caption]:
         """The caption of frame i without the words of each character that it names; encoded once, for all rounds."""
@@ -386,7 +393,7 @@ class Regions:
         """Where the words of frame i's characters reach, with boxes; None in a story without. count: of text tokens."""
         if self.words is None:
             return None
-        masks = apart(self.laid_out[i]) if self.laid_out[i] else {}
+        masks = apart(self.laid_out[i])
         words = token_places(self.model.tokenizer, self.prompts[i], self.casts[i])
         return text_bias(masks, words, count, self.grid)
 

@@ -179,7 +179,6 @@ class Sampler:
         noise = {seed: self.noise_of(generator) for seed, generator in generators.items()}
         for index, row in enumerate(padded):
             self.latents[index : index + 1] = self.first_latents(noise[row.seed], row.start)
-        for index, row in enumerate(padded):
             self.put(index, row)
         return [generators[row.seed] for row in padded]
 
