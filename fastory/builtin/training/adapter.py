@@ -1,6 +1,6 @@
 """The adapter stage: references beside the text, the UNet trained on with them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +17,15 @@ from fastory.builtin.training.loop import Batch, stream
 from fastory.builtin.training.networks import REFERENCE_TOKENS, WIDTH, Network
 from fastory.builtin.world.captions import caption
 from fastory.builtin.world.corpus import sample_training_tale
-from fastory.builtin.world.drawing import Tale
+from fastory.builtin.world.drawing import Character, Tale
+from fastory.builtin.world.looks import ATTRIBUTES, Said
 
 REFERENCES = 6  # slots of a group; fewer references are repeated, which leaves a softmax over them unchanged
 TEXT_ALONE = 0.35  # of the batches
 WEIGHTS = 0.6, 1.5  # of references, in units of TRAINED_SCALE: the schedules that ship use 0.6 to 1.4
+CONTRADICTED = (
+    0.3  # of the characters of which a caption says something: their references show another look there
+)
 BY_CHARACTER = 0.6  # of the frames of two species: references in a group for each character
 Place = tuple[int, ...]
 """A story, a frame of it and, where a character is meant, its slot."""
@@ -35,7 +39,8 @@ class AdapterObjective(UnetObjective):
     meet a frozen UNet, because every third batch has text alone (weight 0), which keeps round 0 as it was.
     References are other frames of the story, some from the autoencoder as in a run. In half of the larger sets a
     minority are strangers of the same species: the adapter must learn to follow the majority. In most frames they are a
-    group for each character, which reaches its own part of the picture, as in a run with regions.
+    group for each character, which reaches its own part of the picture, as in a run with regions. Where a caption says
+    something of a look, references may all show something else there: what is said is drawn, the rest is theirs.
     """
 
     name = "adapter"
@@ -51,9 +56,15 @@ class AdapterObjective(UnetObjective):
         self.unet.requires_grad_(True)
         self._frozen.append(image_encoder.eval().requires_grad_(False))
         self.alike, self.kin = _frames_by_species(self.corpus), _roles_by_species(self.corpus)
+        self.members = _members_by_species(self.corpus)
 
     def _references(
-        self, rng: np.random.Generator, stories: np.ndarray, frames: np.ndarray, dropped: np.ndarray
+        self,
+        rng: np.random.Generator,
+        stories: np.ndarray,
+        frames: np.ndarray,
+        dropped: np.ndarray,
+        looks: list[tuple[Said, ...]],
     ) -> Batch:
         """Embeddings (B, 3 * 6, 128) of three groups, zeros where references are dropped, where each group reaches
         (B, 3, 16, 16), and the batch's weight: near 0 is text alone.
@@ -61,7 +72,11 @@ class AdapterObjective(UnetObjective):
         Not 0 itself: the adapter's parameters would miss their gradients.
         """
         rows, masks = zip(
-            *(self._grouped(rng, int(s), int(f)) for s, f in zip(stories, frames, strict=True)), strict=True
+            *(
+                self._grouped(rng, int(story), int(frame), said)
+                for story, frame, said in zip(stories, frames, looks, strict=True)
+            ),
+            strict=True,
         )
         embeddings = np.stack(rows).astype(np.float32).reshape(len(rows), -1, WIDTH)
         # Half of the frames without references are also without caption: guidance's empty half sees both missing.
@@ -73,24 +88,37 @@ class AdapterObjective(UnetObjective):
             "weight": torch.tensor(weight, dtype=torch.float32),
         }
 
-    def _grouped(self, rng: np.random.Generator, story: int, frame: int) -> tuple[np.ndarray, Tensor]:
+    def _grouped(
+        self, rng: np.random.Generator, story: int, frame: int, said: tuple[Said, ...]
+    ) -> tuple[np.ndarray, Tensor]:
         """References of a frame, (3, 6, 128), and where they reach, (3, 16, 16): its story's, or one group a character."""
         tale, groups = self.corpus.tales[story], np.zeros((GROUPS, REFERENCES, WIDTH), np.float32)
         roles = tale.scenes[frame].roles
         alike = len({character.species for character in tale.cast}) < len(tale.cast)
-        groups[0] = self._reference_row(rng, story, frame)
+        groups[0] = self._reference_row(rng, story, frame, said)
         if not alike and rng.random() > BY_CHARACTER:
             return groups, whole_picture(0)
         for number, role in enumerate(roles, 1):
-            groups[number] = self._own_row(rng, story, frame, role.member)
+            groups[number] = self._own_row(rng, story, frame, role.member, said[role.member])
         if len(roles) == 1:
             return groups, whole_picture(1)
         boxes = [tuple(box) for box in self.corpus.boxes[story, frame].astype(float)]
         return groups, masks_of(rng, boxes)
 
-    def _own_row(self, rng: np.random.Generator, story: int, frame: int, member: int) -> np.ndarray:
-        """A character's appearances in other frames, (6, 128); zeros if there are none. A minority may be strangers."""
+    def _own_row(
+        self, rng: np.random.Generator, story: int, frame: int, member: int, said: Said
+    ) -> np.ndarray:
+        """A character's appearances in other frames, (6, 128); zeros if there are none. A minority may be strangers.
+
+        said: of the character, in which another whose appearances these are may differ from it.
+        """
         tale = self.corpus.tales[story]
+        if (other := self._contradicting(rng, tale.cast[member], said)) is not None:
+            return self._repeated(
+                rng,
+                self.corpus.own,
+                [(other[0], *p) for p in _appearances(self.corpus.tales[other[0]], other[1])],
+            )
         others = [place for place in _appearances(tale, member) if place[0] != frame]
         if not others:
             return np.zeros((REFERENCES, WIDTH), np.float32)
@@ -101,7 +129,39 @@ class AdapterObjective(UnetObjective):
                 chosen[position] = _elsewhere(rng, self.kin[tale.cast[member].species], chosen[position])
         return np.tile(np.stack([self.corpus.own[place] for place in chosen]), (REFERENCES // count, 1))
 
-    def _reference_row(self, rng: np.random.Generator, story: int, frame: int) -> np.ndarray:
+    def _contradicting(
+        self, rng: np.random.Generator, character: Character, said: Said
+    ) -> tuple[int, int] | None:
+        """A (story, member) of the same species that looks as `character` but for something of what is said, now and then."""
+        if not said or rng.random() >= CONTRADICTED:
+            return None
+        unsaid = [name for name in ATTRIBUTES if name not in said]
+        found = [
+            (story, member)
+            for story, member, body in self.members[character.species]
+            if body != character and all(getattr(body, name) == getattr(character, name) for name in unsaid)
+        ]
+        return found[rng.integers(len(found))] if found else None
+
+    @staticmethod
+    def _repeated(rng: np.random.Generator, table: np.ndarray, places: Sequence[Place]) -> np.ndarray:
+        """The rows of some of `places`, (6, 128)."""
+        count = int(rng.choice([n for n in (1, 2, 3, 6) if n <= len(places)]))
+        rows = np.stack([table[places[i]] for i in rng.permutation(len(places))[:count]])
+        return np.tile(rows, (REFERENCES // count, 1))
+
+    def _reference_row(
+        self, rng: np.random.Generator, story: int, frame: int, said: tuple[Said, ...]
+    ) -> np.ndarray:
+        tale = self.corpus.tales[story]
+        if len(tale.cast) == 1 and (other := self._contradicting(rng, tale.cast[0], said[0])) is not None:
+            alone = [
+                (other[0], f)
+                for f, s in enumerate(self.corpus.tales[other[0]].scenes)
+                if [r.member for r in s.roles] == [other[1]]
+            ]
+            if alone:
+                return self._repeated(rng, self.corpus.embeddings, alone)
         count = int(rng.choice((1, 2, 3, 6, 6)))
         chosen = rng.permutation([other for other in range(FRAMES) if other != frame])[:count]
         places: list[Place] = [(story, int(other)) for other in chosen]
@@ -239,6 +299,16 @@ def _roles_by_species(corpus: Corpus) -> dict[str, list[Place]]:
         for member, character in enumerate(tale.cast):
             places = [(story, *place) for place in _appearances(tale, member)]
             found.setdefault(character.species, []).extend(places)
+    return found
+
+
+def _members_by_species(corpus: Corpus) -> dict[str, list[tuple[int, int, Character]]]:
+    """All (story, member) that a story shows, with their looks, by species."""
+    found: dict[str, list[tuple[int, int, Character]]] = {}
+    for story, tale in enumerate(corpus.tales):
+        for member in {role.member for scene in tale.scenes for role in scene.roles}:
+            body = tale.cast[member]
+            found.setdefault(body.species, []).append((story, member, body))
     return found
 
 

@@ -31,9 +31,10 @@ from fastory.builtin.training.patches import patch
 from fastory.builtin.world.captions import TOKEN_LIMIT, caption, sample_names
 from fastory.builtin.world.corpus import sample_training_tale
 from fastory.builtin.world.drawing import draw_with_boxes
-from fastory.builtin.world.looks import sample_said
+from fastory.builtin.world.looks import NOTHING, Said, sample_said
 
 FRAMES = 8  # of a training story
+PURE_NOISE = 0.05  # of the frames: at the last timestep, where every run begins
 PATCHED_REFERENCES = 0.35  # of the pictures: those that a run draws are patchy until references agree
 
 
@@ -192,19 +193,21 @@ class UnetObjective(Objective):
         stories = rng.integers(self.corpus.stories, size=self.frames)
         frames = rng.integers(FRAMES, size=self.frames)
         dropped = rng.random(self.frames)
-        texts = []
+        texts: list[str] = []
+        looks: list[tuple[Said, ...]] = []
         for story, frame, drop in zip(stories, frames, dropped, strict=True):
             tale = self.corpus.tales[story]
             names = sample_names(rng, len(tale.cast))
             said = sample_said(rng, len(tale.cast), SAID_SHARE, any(names))
             text = caption(rng, tale.cast, tale.scenes[frame], names, said)
             texts.append("" if drop < 0.1 else text)
+            looks.append((NOTHING,) * len(tale.cast) if drop < 0.1 else said)
         latents = np.stack([self.corpus.latents[s, f] for s, f in zip(stories, frames, strict=True)])
         return {
             "latents": torch.from_numpy(latents).float(),
             "ids": self._ids(texts),
             "timesteps": torch.from_numpy(self._timesteps(rng)),
-            **self._references(rng, stories, frames, dropped),
+            **self._references(rng, stories, frames, dropped, looks),
         }
 
     def _ids(self, texts: list[str]) -> Tensor:
@@ -213,15 +216,22 @@ class UnetObjective(Objective):
         )["input_ids"]
 
     def _timesteps(self, rng: np.random.Generator) -> np.ndarray:
-        """Uniform, and a share once more in 450..999, where layout and colours are decided."""
+        """Uniform, a share once more in 450..999, where layout and colours are decided, and a share at 999."""
         timesteps = rng.integers(0, 1000, self.frames)
-        return np.where(
+        timesteps = np.where(
             rng.random(self.frames) < self.high_noise, rng.integers(450, 1000, self.frames), timesteps
         )
+        return np.where(rng.random(self.frames) < PURE_NOISE, 999, timesteps)
 
     def _references(
-        self, rng: np.random.Generator, stories: np.ndarray, frames: np.ndarray, dropped: np.ndarray
+        self,
+        rng: np.random.Generator,
+        stories: np.ndarray,
+        frames: np.ndarray,
+        dropped: np.ndarray,
+        looks: list[tuple[Said, ...]],
     ) -> Batch:
+        """What a stage's batch holds of other frames. looks: what each frame's caption says of each of its story's cast."""
         return {}
 
     def _conditions(self, batch: Batch) -> dict[str, object]:

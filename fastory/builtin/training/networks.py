@@ -96,7 +96,11 @@ def build_unet(sizes: Sizes = SMALL) -> Network:
 
 
 def build_scheduler() -> Network:
-    """Stable Diffusion's noise schedule; the networks predict v."""
+    """Stable Diffusion's noise schedule, rescaled so that its last timestep is noise alone; the networks predict v.
+
+    Lin et al., arXiv 2305.08891, sections 3.1 and 3.3: as it was, the last timestep still told a picture's colours, so that
+    the network read them from the noise that a run begins with, whatever the caption said.
+    """
     return DDIMScheduler(
         num_train_timesteps=1000,
         beta_start=0.00085,
@@ -106,4 +110,6 @@ def build_scheduler() -> Network:
         set_alpha_to_one=False,
         steps_offset=1,
         prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
     )
