@@ -27,7 +27,9 @@ from fastory.builtin.evaluation.iterative import (
     draw_with_foreign_references,
     held_out_stories,
 )
+from fastory.builtin.looks import COLOUR_WORDS, HAT_PHRASES, SCARF_PHRASES
 from fastory.builtin.training.encoders import label
+from fastory.builtin.world.captions import TOKEN_LIMIT, longest_count
 from fastory.modes.regions import Regions, Seen
 from fastory.settings import resolve
 
@@ -59,6 +61,23 @@ def test_a_named_story_says_who_everybody_is_in_every_frame(cast: str) -> None:
             for name, role in zip(names, scene.roles, strict=True):
                 assert f"{name}, a {species[role.member]}" in story.prompt(i)
             assert not any(word in held.captions[i] for word in species)
+
+
+@pytest.mark.parametrize("cast", ["mixed", "alike"])
+def test_prompts_say_in_every_frame_what_is_measured(cast: str) -> None:
+    """A look that is counted as said but stands in no prompt would be held against the model."""
+    phrases = {"colour": COLOUR_WORDS, "hat": HAT_PHRASES, "scarf": SCARF_PHRASES}
+    for held in held_out_stories(8, seed=3, cast=cast, said=1.0, named=True):
+        story = as_story(held)
+        assert any(held.said[0]) and held.said == (held.said[0],) * len(held.captions)
+        for i, scene in enumerate(held.tale.scenes):
+            assert longest_count(story.prompt(i)) <= TOKEN_LIMIT
+            for role in scene.roles:
+                character, prompt = held.tale.cast[role.member], held.prompts[role.member]
+                assert prompt in story.prompt(i) and character.species in prompt
+                for name, table in phrases.items():
+                    value = getattr(character, name)
+                    assert any(p in prompt for p in table[value]) == (name in held.said[i][role.member])
 
 
 def test_stories_without_names_are_what_they_were() -> None:

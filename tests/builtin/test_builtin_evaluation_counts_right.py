@@ -7,11 +7,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fastory.builtin.evaluation.distinct import distinct_scores, modal_share, pairwise_share
+from fastory.builtin.evaluation.distinct import (
+    chance_of_modal_share,
+    distinct_scores,
+    modal_share,
+    pairwise_share,
+)
 from fastory.builtin.evaluation.iterative import (
     HeldOutStory,
     Judged,
-    chance_of_modal_share,
     held_out_stories,
     interval,
     scores,

@@ -3,6 +3,7 @@
 Held-out stories whose two characters are called by name, of two species and of one (`alike`), with the masks that a run finds
 (`auto`) and with the boxes of the drawn scenes. Then controls, of two species: one round more from the last pictures, in which
 the characters' references reach their own masks, each other's (looks must swap) or those of another frame (looks must suffer).
+With --said 1 instead: stories whose characters' prompts say something of their looks, and how much of it is drawn.
 Intervals are 95 % bootstrap intervals over stories.
 """
 
@@ -41,6 +42,8 @@ from fastory.settings import Settings, resolve
 
 CASES = tuple((cast, where) for cast in ("two", "alike") for where in ("auto", "boxes"))
 SHOWN = ("distinct", "both right", "own colours", *(f"{n} {w}" for n in FREE for w in ("within", "across")))
+SAID_CASES = (("mixed", "auto"), ("alike", "auto"))
+SAID_SHOWN = tuple(f"said {name}{count}" for count in (1, 2) for name in ("", *(f"{n} " for n in FREE)))
 BATCH = 4  # frames at once: with references from the latest round it is part of the rule
 Last = Mapping[int, Seen]
 Places = dict[str, Tensor | None]
@@ -163,7 +166,7 @@ def measure(
         drawn.append(draw(model, story, boxes, settings))
         print(f"{title}: story {number + 1} of {len(stories)}", flush=True)
     rows = [scores(judge(classifier, *pair)) for pair in zip(stories, drawn, strict=True)]
-    found = summary([{name: row[name] for name in SHOWN if name in row} for row in rows])
+    found = summary([{name: row[name] for name in (*SHOWN, *SAID_SHOWN) if name in row} for row in rows])
     print_rounds(f"{title}, {len(stories)} stories", [found])
     return drawn, found
 
@@ -202,6 +205,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--stories", type=int, default=16)
     parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument(
+        "--said", type=float, default=0.0, help="share of stories whose prompts tell of looks"
+    )
     parser.add_argument("--model", default="builtin")
     parser.add_argument("--classifier", type=Path, default=FILE)
     parser.add_argument("--iterations", type=int)
@@ -227,8 +233,8 @@ def main(arguments: list[str] | None = None) -> None:
     print(shipped)
     report: dict[str, Any] = {"stories": options.stories, "seed": options.seed, "settings": settings}
     sheets: dict[str, list[Any]] = {}
-    for cast, where in CASES:
-        stories = held_out_stories(options.stories, options.seed, cast=cast, named=True)
+    for cast, where in SAID_CASES if options.said else CASES:
+        stories = held_out_stories(options.stories, options.seed, cast=cast, said=options.said, named=True)
         title = f"{cast}, {where}"
         drawn, report[title] = measure(model, classifier, stories, title, where == "boxes", settings)
         sheets.setdefault(cast, []).append(drawn)

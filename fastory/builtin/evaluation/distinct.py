@@ -29,6 +29,12 @@ def modal_share(values: np.ndarray) -> float:
     return float(np.bincount(values).max() / len(values))
 
 
+def chance_of_modal_share(counts: Sequence[int], options: int) -> float:
+    """The expected modal share of frames drawn independently and uniformly, mean over characters with these counts."""
+    rng = np.random.default_rng(0)
+    return float(np.mean([modal_share(rng.integers(0, options, n)) for n in counts for _ in range(400)]))
+
+
 def pairwise_share(values: np.ndarray) -> float:
     """The share of pairs that are equal; chance is one over the number of values when they are equally likely."""
     pairs = [(a, b) for i, a in enumerate(values) for b in values[:i]]

@@ -26,6 +26,7 @@ from fastory.builtin.evaluation.classifier import (
 )
 from fastory.builtin.evaluation.distinct import (
     FREE,
+    chance_of_modal_share,
     distinct_scores,
     modal_share,
     pairwise_share,
@@ -40,7 +41,7 @@ from fastory.builtin.evaluation.quality import (
 )
 from fastory.builtin.training.loop import stream
 from fastory.builtin.words import NAMES
-from fastory.builtin.world.captions import caption
+from fastory.builtin.world.captions import caption, described
 from fastory.builtin.world.corpus import sample_tale
 from fastory.builtin.world.drawing import ACTIONS, PLACES, SPECIES, Scene, Tale
 from fastory.builtin.world.looks import NOTHING, Said, sample_said
@@ -61,7 +62,7 @@ class HeldOutStory:
     """A story to draw: its scenes, captions and noise seed. Of the cast's free attributes only what is said is used.
 
     said: for each frame which attributes of each member the caption tells; empty where none tells any. names: of the cast,
-    where captions call it by name and the story tells who that is.
+    where captions call it by name and the story tells who that is, in prompts.
     """
 
     tale: Tale
@@ -69,12 +70,12 @@ class HeldOutStory:
     seed: int
     said: tuple[tuple[Said, ...], ...] = ()
     names: tuple[str, ...] = ()
+    prompts: tuple[str, ...] = ()
 
     @property
     def characters(self) -> tuple[StoryCharacter, ...]:
-        """Those that have names, each with its species as its prompt."""
-        pairs = zip(self.names, self.tale.cast, strict=False)
-        return tuple(StoryCharacter(name, f"a {character.species}") for name, character in pairs)
+        """Those that have names, each with its prompt."""
+        return tuple(StoryCharacter(*pair) for pair in zip(self.names, self.prompts, strict=True))
 
 
 def held_out_stories(
@@ -88,7 +89,9 @@ def held_out_stories(
     """Stories of held-out scenes.
 
     cast: `mixed`, one and two characters in turn; `two`, of two species; `alike`, two of one species. said: the share of
-    captions that tell something of a look; then all looks are held out too. named: captions call everybody by name.
+    captions that tell something of a look; then all looks are held out too. named: captions call everybody by name, and the
+    story says who that is in prompts, of species alone or, in a share `said` of the stories, of something of the look, too,
+    which then is said in every frame.
     """
     stories: list[HeldOutStory] = []
     index = 0
@@ -101,13 +104,18 @@ def held_out_stories(
         present = {role.member for scene in tale.scenes for role in scene.roles}
         if len(present) < size:
             continue  # `across` is of two characters that are seen
-        said_looks = tuple(sample_said(rng, size, said) for _ in tale.scenes) if said else ()
-        pairs = zip(tale.scenes, said_looks or ((NOTHING,) * size,) * frames, strict=True)
+        several = tale.scenes[:1] if named else tale.scenes  # prompts say in all frames what they say in one
+        said_looks = tuple(sample_said(rng, size, said, named) for _ in several) if said else ()
+        said_looks *= frames // max(1, len(said_looks))
+        looks_of = said_looks or ((NOTHING,) * size,) * frames
+        pairs = zip(tale.scenes, looks_of, strict=True)
         names = tuple(str(name) for name in rng.permutation(NAMES)[:size]) if named else ()
         texts = tuple(
             caption(rng, tale.cast, scene, names or None, say, described=not named) for scene, say in pairs
         )
-        stories.append(HeldOutStory(tale, texts, 1000 * seed + index - 1, said_looks, names))
+        whom = zip(tale.cast, looks_of[0], strict=True) if named else ()
+        prompts = tuple(described(rng, *pair) for pair in whom)
+        stories.append(HeldOutStory(tale, texts, 1000 * seed + index - 1, said_looks, names, prompts))
     return stories
 
 
@@ -181,20 +189,9 @@ def judge(classifier: Classifier, story: HeldOutStory, pictures: np.ndarray) -> 
     return Judged(story, seen.two, seen.place, seen.slots["species"], seen.slots["action"], free)
 
 
-def chance_of_modal_share(counts: Sequence[int], options: int) -> float:
-    """The expected modal share of frames drawn independently and uniformly, mean over characters with these counts."""
-    rng = np.random.default_rng(0)
-    return float(np.mean([modal_share(rng.integers(0, options, n)) for n in counts for _ in range(400)]))
-
-
 def _frame_scores(judged: Judged) -> dict[str, list[float]]:
-    scores: dict[str, list[float]] = {
-        "species": [],
-        "place": [],
-        "action": [],
-        "both right": [],
-        "own colours": [],
-    }
+    names = ("species", "place", "action", "both right", "own colours")
+    scores: dict[str, list[float]] = {name: [] for name in names}
     modal = [np.bincount(values).argmax() for values in judged.shown("colour")]
     for frame, scene in enumerate(judged.story.tale.scenes):
         scores["place"].append(judged.place[frame] == PLACES.index(scene.place))

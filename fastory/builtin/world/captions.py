@@ -71,6 +71,12 @@ def _subject(rng: np.random.Generator, character: Character, name: str | None, s
     return _pick(rng, forms)
 
 
+def described(rng: np.random.Generator, character: Character, said: Said = NOTHING) -> str:
+    """Who a character is, as a story file's prompt says it: 'a rabbit', 'a red rabbit with a crown'."""
+    noun = coloured(rng, character.species, character, said)
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}{worn(rng, character, said)}"
+
+
 def _clause(rng: np.random.Generator, subject: str, action: str) -> str:
     if rng.random() < 0.2:
         return f"{subject} {_pick(rng, ACTION_VERBS[action])}"
