@@ -108,6 +108,20 @@ def known_to(tokenize: Callable[[str], Sequence[str]]) -> frozenset[str]:
     return frozenset(word for word in vocabulary() if len(tokenize(word)) == 1)
 
 
+@cache
+def animals(species: str) -> re.Pattern[str]:
+    """An animal in a caption with what is said of its look: `red fox`, `fox Mia with a crown and no scarf`."""
+    colours = "|".join(word for options in COLOUR_WORDS.values() for word in options)
+    phrases = [
+        phrase for table in (HAT_PHRASES, SCARF_PHRASES) for options in table.values() for phrase in options
+    ]
+    garment = rf"(?:{'|'.join(sorted(phrases, key=len, reverse=True))})\b"
+    worn = rf"(?:(?-i:\s+[A-Z]\w*)?\s+(?:{'|'.join(LOOK_WORDS)})\s+{garment}(?:\s+and\s+{garment})?)?"
+    return re.compile(
+        rf"\b(?:(?:{colours})\s+)?(?:{'|'.join(SPECIES_WORDS[species])})\b{worn}", re.IGNORECASE
+    )
+
+
 @dataclass(frozen=True)
 class UnknownWord:
     """A word that the model was not trained on, and the nearest ones that it was."""

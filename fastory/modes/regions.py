@@ -7,7 +7,6 @@ frame has no boxes or masks, the masks of round k are found in its picture of ro
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -17,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from fastory.builtin.words import SPECIES_WORDS
+from fastory.builtin.words import SPECIES_WORDS, animals
 from fastory.conditioning.references import Group, ReferenceContext, References
 from fastory.conditioning.regions import Grid, apart, cut_out, from_maps, rest_of, self_bias, text_bias
 from fastory.errors import InputError
@@ -39,21 +38,20 @@ Mentions = Mapping[str, Sequence[tuple[int, int]]]
 
 
 def mentions(story: Story, i: int, prompt: str, plain: bool) -> dict[str, list[tuple[int, int]]]:
-    """Who is in frame i, in the story's order. plain: the animals of the built-in world are, named or not."""
+    """Who is in frame i, in the story's order, and what the prompt says of its look.
+
+    plain: the animals of the built-in world are, named or not.
+    """
     if plain:
-        found = {name: _words(prompt, options) for name, options in SPECIES_WORDS.items()}
-        return {name: spans for name, spans in found.items() if spans}
+        found = {name: animals(name).finditer(prompt) for name in SPECIES_WORDS}
+        spans = {name: [match.span() for match in matches] for name, matches in found.items()}
+        return {name: own for name, own in spans.items() if own}
     spans_of: dict[str, list[tuple[int, int]]] = {
         character.name: [] for character in story.characters if character.name in story.cast(i)
     }
     for name, first, end in story.spans(prompt):
         spans_of.setdefault(name, []).append((first, end))
     return spans_of
-
-
-def _words(prompt: str, options: Sequence[str]) -> list[tuple[int, int]]:
-    found = re.finditer(rf"\b(?:{'|'.join(options)})\b", prompt, re.IGNORECASE)
-    return [match.span() for match in found]
 
 
 def without(prompt: str, spans: Sequence[tuple[int, int]]) -> str:

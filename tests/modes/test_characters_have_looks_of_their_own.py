@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,15 +18,17 @@ from PIL import Image
 
 from fastory import InputError, Story, StoryModel, generate
 from fastory.builtin import WEIGHTS
-from fastory.builtin.world.captions import caption
+from fastory.builtin.looks import COLOUR_WORDS, HAT_PHRASES, SCARF_PHRASES
+from fastory.builtin.world.captions import caption, sample_names
 from fastory.builtin.world.corpus import sample_tale
 from fastory.builtin.world.drawing import draw_with_boxes
+from fastory.builtin.world.looks import sample_said
 from fastory.conditioning.references import ReferenceContext
 from fastory.events import FrameDrawn, Notice
 from fastory.models.text import token_places
 from fastory.modes.iterative import iterative, prepare_round
 from fastory.modes.mode import StoryPlan
-from fastory.modes.regions import Regions, Seen, medoids, settled
+from fastory.modes.regions import Regions, Seen, medoids, mentions, settled, without
 from fastory.settings import Settings, resolve
 
 STORY = """\
@@ -260,6 +263,30 @@ def test_the_tokens_of_a_character_are_its_name_and_description(model: StoryMode
     said = {name: model.tokenizer.decode([ids[i] for i in found]).split() for name, found in places.items()}
     assert said["Ann"][-2:] == ["a", "rabbit"] and said["Bob"][-2:] == ["a", "fox"]
     assert not set(places["Ann"]) & set(places["Bob"])
+
+
+def test_the_words_of_an_animal_are_all_that_is_said_of_its_look() -> None:
+    """A colour, hat or scarf that is nobody's reaches everybody. Of captions with and without names in them."""
+    phrases = {"colour": COLOUR_WORDS, "hat": HAT_PHRASES, "scarf": SCARF_PHRASES}
+    said_of = 0
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        tale = sample_tale(rng, 4, 2)
+        said, names = sample_said(rng, 2, 1.0, named=True), sample_names(rng, 2)
+        for scene in tale.scenes:
+            text = caption(rng, tale.cast, scene, names, said)
+            found = mentions(Story.from_captions([text]), 0, text, plain=True)
+            assert set(found) == {tale.cast[role.member].species for role in scene.roles}
+            left = without(text, [span for spans in found.values() for span in spans])
+            for role in scene.roles:
+                character = tale.cast[role.member]
+                own = " ".join(text[first:end] for first, end in found[character.species])
+                for name in said[role.member]:
+                    said_of += 1
+                    assert any(phrase in own for phrase in phrases[name][getattr(character, name)]), text
+            every = [word for table in phrases.values() for options in table.values() for word in options]
+            assert not any(re.search(rf"\b{word}\b", left) for word in every), (text, left)
+    assert said_of > 500
 
 
 @pytest.mark.parametrize(("family", "kind"), [("sd15", "base"), ("sdxl", "plus")])

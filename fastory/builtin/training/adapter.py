@@ -218,8 +218,8 @@ class AdapterObjective(UnetObjective):
         Image.fromarray(np.concatenate(rows)).save(folder / "adapter.png")
 
     def finish(self, folder: Path) -> None:
-        """Write the UNet without the adapter, the text encoder, and the adapter with its weight folded into to_v_ip."""
-        self.text_encoder.save_pretrained(folder / "text_encoder")
+        """Write what the unet stage does, and the adapter with its weight folded into to_v_ip."""
+        super().finish(folder)
         adapter = {
             f"{part}.{k}": v for part, tensors in self._adapter_state().items() for k, v in tensors.items()
         }
@@ -230,10 +230,11 @@ class AdapterObjective(UnetObjective):
             )
         (folder / "ip_adapter").mkdir(parents=True, exist_ok=True)
         save_file(adapter, folder / "ip_adapter" / "ip_adapter.safetensors")
+
+    def _plain_unet(self) -> Network:
         plain = UNet2DConditionModel.from_config({**self.unet.config, "encoder_hid_dim_type": None})
         plain.load_state_dict({k: v for k, v in self.unet.state_dict().items() if not _of_adapter(k)})
-        plain.save_pretrained(folder / "unet")
-        self.scheduler.save_pretrained(folder / "scheduler")
+        return plain
 
     def _adapter_state(self) -> dict[str, dict[str, Tensor]]:
         layer = self.unet.encoder_hid_proj.image_projection_layers[0]

@@ -300,5 +300,9 @@ class UnetObjective(Objective):
     def finish(self, folder: Path) -> None:
         """Write UNet, text encoder and scheduler."""
         self.text_encoder.save_pretrained(folder / "text_encoder")
-        self.unet.save_pretrained(folder / "unet")
+        self._plain_unet().save_pretrained(folder / "unet")
         self.scheduler.save_pretrained(folder / "scheduler")
+
+    def _plain_unet(self) -> Network:
+        """The UNet without what other files hold."""
+        return self.unet
