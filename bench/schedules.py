@@ -181,7 +181,8 @@ def solved() -> list[Candidate]:
 def dearer() -> list[Candidate]:
     """What more UNet calls than a sixth bring, up to as many as the paper's rule has."""
     multistep = partial(schedule, seen="latest", scheduler="unipc")
-    return [multistep(10, 4, scale=0.7), multistep(20, 6, scale=0.7), multistep(10, 15), multistep(16, 9)]
+    several = [multistep(10, 4), multistep(10, 4, scale=0.7), multistep(20, 6, scale=0.7)]
+    return [*several, multistep(10, 15), multistep(16, 9)]
 
 
 @dataclass(frozen=True)

@@ -85,10 +85,10 @@ def test_picture_and_noise_have_the_weights_of_their_step(
 
 
 def test_a_frame_begins_from_its_own_saved_picture(model: StoryModel, first_rounds: Pictures) -> None:
-    """One step of a hundred leaves it as the VAE restores it."""
+    """One step of a thousand leaves it as the VAE restores it."""
     for image in first_rounds.values():
         assert image.mode == "RGB"
-    chosen = settings(iterations=2, steps=100, restart=0.01)
+    chosen = settings(iterations=2, steps=1000, restart=0.001)
     found = draw(model, SHORT, chosen, 2, first_rounds)
     restored = [model.decode(model.encode_picture(first_rounds[1, i])).image for i in range(3)]
     for i in range(3):
