@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastory.conditioning.history import HistoryContext
+from fastory.conditioning.history import HistoryContext, LayerHistory
 from fastory.conditioning.references import LayerReferences, ReferenceContext
 from fastory.conditioning.regions import LEVELS, Grid
 from fastory.export.choices import SIDES, Groups
@@ -31,7 +31,7 @@ from fastory.models.engine_inputs import HISTORY_BIAS, MASK, SELF_BIAS, TEXT_BIA
 from fastory.models.torch_model import StoryModel
 from fastory.processors.attention_backends import level_of
 from fastory.processors.consistent import self_attention_levels
-from fastory.processors.projected import Layer, attend_biased, attend_window
+from fastory.processors.projected import Layer, attend_biased
 
 
 class _Unet(nn.Module):
@@ -126,18 +126,10 @@ class _PlacedPast(HistoryContext):
     unet: Any = None
     levels: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def attend(self, layer: Layer, query: Tensor) -> Tensor:
+    def of_layer(self, layer: Layer, queries: int) -> LayerHistory:
         """With the bias of the layer's level; all that is not padding is seen."""
         bias = self.levels[level_name(HISTORY_BIAS, level_of(self.unet, layer.name))].flatten(1, 2)
-        return attend_window(
-            layer,
-            query,
-            kv=self.kv,
-            padding=self.padding,
-            caption_tokens=self.caption_tokens,
-            frame_tokens=self.frame_tokens,
-            bias=bias,
-        )
+        return replace(super().of_layer(layer, queries), bias=bias)
 
     def self_attention(self, tokens: int) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
         """With the bias of the level that has as many tokens."""

@@ -55,8 +55,11 @@ class AdapterObjective(UnetObjective):
             processor.__class__ = GroupedAdapter
         self.unet.requires_grad_(True)
         self._frozen.append(image_encoder.eval().requires_grad_(False))
-        self.alike, self.kin = _frames_by_species(self.corpus), _roles_by_species(self.corpus)
-        self.members = _members_by_species(self.corpus)
+        self.alike, self.members = _frames_by_species(self.corpus), _members_by_species(self.corpus)
+        self.kin = {
+            species: [place for _, places in members for place in places]
+            for species, members in self.members.items()
+        }
 
     def _references(
         self,
@@ -113,12 +116,8 @@ class AdapterObjective(UnetObjective):
         said: of the character, in which another whose appearances these are may differ from it.
         """
         tale = self.corpus.tales[story]
-        if (other := self._contradicting(rng, tale.cast[member], said)) is not None:
-            return self._repeated(
-                rng,
-                self.corpus.own,
-                [(other[0], *p) for p in _appearances(self.corpus.tales[other[0]], other[1])],
-            )
+        if shown := self._contradicting(rng, tale.cast[member], said):
+            return _repeated(self.corpus.own, _some(rng, shown))
         others = [place for place in _appearances(tale, member) if place[0] != frame]
         if not others:
             return np.zeros((REFERENCES, WIDTH), np.float32)
@@ -127,50 +126,36 @@ class AdapterObjective(UnetObjective):
         if count >= 3 and rng.random() < 0.5:
             for position in range(1 if count == 3 else int(rng.integers(1, 3))):
                 chosen[position] = _elsewhere(rng, self.kin[tale.cast[member].species], chosen[position])
-        return np.tile(np.stack([self.corpus.own[place] for place in chosen]), (REFERENCES // count, 1))
+        return _repeated(self.corpus.own, chosen)
 
-    def _contradicting(
-        self, rng: np.random.Generator, character: Character, said: Said
-    ) -> tuple[int, int] | None:
-        """A (story, member) of the same species that looks as `character` but for something of what is said, now and then."""
+    def _contradicting(self, rng: np.random.Generator, character: Character, said: Said) -> list[Place]:
+        """Now and then where another of the species is, that looks as `character` but for something of what is said."""
         if not said or rng.random() >= CONTRADICTED:
-            return None
+            return []
         unsaid = [name for name in ATTRIBUTES if name not in said]
         found = [
-            (story, member)
-            for story, member, body in self.members[character.species]
+            places
+            for body, places in self.members[character.species]
             if body != character and all(getattr(body, name) == getattr(character, name) for name in unsaid)
         ]
-        return found[rng.integers(len(found))] if found else None
-
-    @staticmethod
-    def _repeated(rng: np.random.Generator, table: np.ndarray, places: Sequence[Place]) -> np.ndarray:
-        """The rows of some of `places`, (6, 128)."""
-        count = int(rng.choice([n for n in (1, 2, 3, 6) if n <= len(places)]))
-        rows = np.stack([table[places[i]] for i in rng.permutation(len(places))[:count]])
-        return np.tile(rows, (REFERENCES // count, 1))
+        return found[rng.integers(len(found))] if found else []
 
     def _reference_row(
         self, rng: np.random.Generator, story: int, frame: int, said: tuple[Said, ...]
     ) -> np.ndarray:
         tale = self.corpus.tales[story]
-        if len(tale.cast) == 1 and (other := self._contradicting(rng, tale.cast[0], said[0])) is not None:
-            alone = [
-                (other[0], f)
-                for f, s in enumerate(self.corpus.tales[other[0]].scenes)
-                if [r.member for r in s.roles] == [other[1]]
-            ]
+        if len(tale.cast) == 1:
+            shown = self._contradicting(rng, tale.cast[0], said[0])
+            alone = [(s, f) for s, f, _ in shown if len(self.corpus.tales[s].scenes[f].roles) == 1]
             if alone:
-                return self._repeated(rng, self.corpus.embeddings, alone)
+                return _repeated(self.corpus.embeddings, _some(rng, alone))
         count = int(rng.choice((1, 2, 3, 6, 6)))
         chosen = rng.permutation([other for other in range(FRAMES) if other != frame])[:count]
         places: list[Place] = [(story, int(other)) for other in chosen]
         if count >= 3 and rng.random() < 0.5:
             for position in range(1 if count == 3 else int(rng.integers(1, 3))):
                 places[position] = self._stranger(rng, *places[position])
-        return np.tile(
-            np.stack([self.corpus.embeddings[place] for place in places]), (REFERENCES // count, 1)
-        )
+        return _repeated(self.corpus.embeddings, places)
 
     def _stranger(self, rng: np.random.Generator, story: int, frame: int) -> Place:
         """A frame of another story with the same species, and only them."""
@@ -247,6 +232,17 @@ class AdapterObjective(UnetObjective):
         return {"image_proj": projection, "ip_adapter": attention}
 
 
+def _some(rng: np.random.Generator, places: Sequence[Place]) -> list[Place]:
+    """One, two, three or six of `places`, in any order."""
+    count = int(rng.choice([n for n in (1, 2, 3, 6) if n <= len(places)]))
+    return [places[i] for i in rng.permutation(len(places))[:count]]
+
+
+def _repeated(table: np.ndarray, places: Sequence[Place]) -> np.ndarray:
+    """The rows of `places`, repeated to fill a group, (6, 128)."""
+    return np.tile(np.stack([table[place] for place in places]), (REFERENCES // len(places), 1))
+
+
 def _elsewhere(rng: np.random.Generator, pool: list[Place], place: Place) -> Place:
     """One of `pool` from another story than `place`; `place` itself where there is hardly any."""
     found = (pool[rng.integers(len(pool))] for _ in range(8))
@@ -293,23 +289,14 @@ def _appearances(tale: Tale, member: int) -> list[tuple[int, int]]:
     ]
 
 
-def _roles_by_species(corpus: Corpus) -> dict[str, list[Place]]:
-    """All (story, frame, slot) by the species of the character there."""
-    found: dict[str, list[Place]] = {}
+def _members_by_species(corpus: Corpus) -> dict[str, list[tuple[Character, list[Place]]]]:
+    """Everybody that a story shows, with each (story, frame, slot), by species."""
+    found: dict[str, list[tuple[Character, list[Place]]]] = {}
     for story, tale in enumerate(corpus.tales):
         for member, character in enumerate(tale.cast):
-            places = [(story, *place) for place in _appearances(tale, member)]
-            found.setdefault(character.species, []).extend(places)
-    return found
-
-
-def _members_by_species(corpus: Corpus) -> dict[str, list[tuple[int, int, Character]]]:
-    """All (story, member) that a story shows, with their looks, by species."""
-    found: dict[str, list[tuple[int, int, Character]]] = {}
-    for story, tale in enumerate(corpus.tales):
-        for member in {role.member for scene in tale.scenes for role in scene.roles}:
-            body = tale.cast[member]
-            found.setdefault(body.species, []).append((story, member, body))
+            places: list[Place] = [(story, *place) for place in _appearances(tale, member)]
+            if places:
+                found.setdefault(character.species, []).append((character, places))
     return found
 
 
