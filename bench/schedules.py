@@ -43,7 +43,7 @@ from fastory.intervals import interval
 from fastory.modes.iterative import iterative
 from fastory.modes.mode import StoryPlan
 from fastory.presets import PRESETS
-from fastory.settings import own_steps, resolve
+from fastory.settings import Settings, own_steps, resolve
 
 REPORTED_SEEDS = (1, 5)
 PAPER, ONE_REFERENCE = "paper's rule", "one reference"
@@ -173,7 +173,12 @@ def solved() -> list[Candidate]:
     few += [multistep(5, 4, steps=7, scale=scale) for scale in (0.5, 0.6, 0.7)]
     few += [
         multistep(5, 4, steps=7, **more)
-        for more in ({"reference_momentum": 0.3}, {"reference_weighting": "majority"}, {"restart": 0.75})
+        for more in (
+            {"noise": "per-round"},
+            {"reference_momentum": 0.3},
+            {"reference_weighting": "majority"},
+            {"restart": 0.75},
+        )
     ]
     return [*few, schedule(5, 4, "last", scheduler="unipc", steps=7)]
 
@@ -182,7 +187,8 @@ def dearer() -> list[Candidate]:
     """What more UNet calls than a sixth bring, up to as many as the paper's rule has."""
     multistep = partial(schedule, seen="latest", scheduler="unipc")
     several = [multistep(10, 4), multistep(10, 4, scale=0.7), multistep(20, 6, scale=0.7)]
-    return [*several, multistep(10, 15), multistep(16, 9)]
+    again = [multistep(10, 4, noise="per-round"), multistep(10, 4, steps=7, noise="per-round")]
+    return [*several, *again, multistep(10, 15), multistep(16, 9)]
 
 
 @dataclass(frozen=True)
@@ -231,7 +237,8 @@ def changed(classifier: Classifier, story: HeldOutStory, rounds: Sequence[np.nda
 
 def rule(model: StoryModel) -> dict[str, Any]:
     """The paper's schedule in the model's own steps: what a candidate stands beside where it says nothing else."""
-    return {name: PRESETS["paper"][name] for name in SCHEDULE} | {"steps": own_steps(model.defaults)}
+    own = {"steps": own_steps(model.defaults), "noise": model.defaults.get("noise", Settings.noise)}
+    return {name: PRESETS["paper"][name] for name in SCHEDULE} | own
 
 
 def events_of(model: StoryModel, held_out: HeldOutStory, candidate: Candidate) -> Iterator[Any]:

@@ -41,6 +41,7 @@ _SEARCHED: Mapping[str, Any] = {
     "mode": "iterative",
     "references_from": "latest",
     "scheduler": "unipc",
+    "noise": "per-round",
 }
 PAPER_STEPS = 50
 

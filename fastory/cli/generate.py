@@ -223,7 +223,11 @@ Scheduler = Annotated[str | None, choice(SAMPLING, choices("scheduler"), help="S
 Seed = Annotated[int | None, option(SAMPLING, help="Seed of the initial noise.")]
 Noise = Annotated[
     str | None,
-    choice(SAMPLING, choices("noise"), help="Initial noise: the same for all frames, or each its own."),
+    choice(
+        SAMPLING,
+        choices("noise"),
+        help="Initial noise: one for all frames, one for each, or another for each in each round.",
+    ),
 ]
 Style = Annotated[
     str | None,

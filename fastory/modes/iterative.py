@@ -153,7 +153,7 @@ def draw_round(run: IterativeRun, k: int, size: int) -> Generator[Event, None, N
     for i in stays:
         run.drawn.put(k, i, run.drawn.seen(k - 1, i))
         if i in todo:
-            image, seed = run.drawn.picture(k - 1, i), seed_of(run, i)
+            image, seed = run.drawn.picture(k - 1, i), seed_of(run, stays[i], i)
             run.drawn.keep(k, i, image)
             yield FrameDrawn(k, i, image, seed, None, converged=stays[i])
     if k == 0 and run.story.initial_pictures:
@@ -282,7 +282,7 @@ def row_of(run: IterativeRun, references: References, k: int, frame: int) -> Row
         self_bias = run.regions.self_bias(frame)
     return Row(
         frame=frame,
-        seed=seed_of(run, frame),
+        seed=seed_of(run, k, frame),
         caption=caption,
         negative=run.negative,
         conditional=references.row(frame, project(run.model, caption), text_bias, self_bias),
@@ -291,10 +291,10 @@ def row_of(run: IterativeRun, references: References, k: int, frame: int) -> Row
     )
 
 
-def seed_of(run: IterativeRun, frame: int) -> int:
-    """The seed of a frame's noise."""
+def seed_of(run: IterativeRun, k: int, frame: int) -> int:
+    """The seed of a frame's noise in round k."""
     plan = run.plan
-    return frame_seed(plan.story.frames[frame].seed, plan.seeds.get(frame), plan.settings, frame)
+    return frame_seed(plan.story.frames[frame].seed, plan.seeds.get(frame), plan.settings, frame, k)
 
 
 def prepare_round(

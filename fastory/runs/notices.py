@@ -20,7 +20,8 @@ def unused_notices(model: Model, story: Story, settings: Settings, sources: Mapp
         if settings.negative_prompt:
             reasons["negative_prompt"] = why
     if all(frame.seed is not None for frame in story.frames):
-        reasons |= dict.fromkeys(("seed", "noise"), "every frame has a seed of its own")
+        decided = ("seed",) if settings.noise == "per-round" else ("seed", "noise")
+        reasons |= dict.fromkeys(decided, "every frame has a seed of its own")
     twice = [
         f"`settings: {name}` is not used: the story says `{name}:` itself, which comes first"
         for name, own in (("style", story.style), ("negative_prompt", story.negative_prompt))

@@ -118,9 +118,11 @@ def _restore_story(folder: RunFolder, resolved: ResolvedStory) -> list[str]:
 
 
 def _noise_seeds(story: Story, settings: Settings, redraw_seeds: Mapping[int, int]) -> dict[int, int]:
-    """The seed that each frame's noise is drawn from: --redraw-seed, the frame's own, the run's."""
+    """The seed that each frame's noise is drawn from in the last round: --redraw-seed, the frame's own, the run's."""
+    last = settings.rounds - 1
     return {
-        i: frame_seed(frame.seed, redraw_seeds.get(i), settings, i) for i, frame in enumerate(story.frames)
+        i: frame_seed(frame.seed, redraw_seeds.get(i), settings, i, last)
+        for i, frame in enumerate(story.frames)
     }
 
 

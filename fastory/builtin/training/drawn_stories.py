@@ -4,7 +4,8 @@ python -m fastory.builtin.training.drawn_stories DIR --stories 1000 --frames 8 -
 fastory tune DIR --model builtin --output ADAPTER.safetensors
 
 With --paired N, N stories in a row have the same captions and places and other looks: what `--contrast` and
-`--patches` learn from.
+`--patches` learn from. With --said SHARE, captions of that share of the stories say something of colour, hat and scarf, every
+other time; what is said, paired stories have in common.
 
 No story shows a held-out scene, so fastory.builtin.evaluation measures what was never trained. Every third story went through
 the built-in autoencoder: a history is made of pictures that the model drew.
@@ -13,6 +14,7 @@ the built-in autoencoder: a history is made of pictures that the model drew.
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -28,19 +30,26 @@ from fastory.builtin.training.networks import Network
 from fastory.builtin.world.captions import caption, sample_names
 from fastory.builtin.world.corpus import HELD_OUT_LOOKS, sample_character, sample_training_tale
 from fastory.builtin.world.drawing import COLOURS, Character, draw
+from fastory.builtin.world.looks import NOTHING, Said, sample_said
 
 
-def write_story(folder: Path, frames: int, seed: int, index: int, vae: Network, variant: int = 0) -> None:
+def write_story(
+    folder: Path, frames: int, seed: int, index: int, vae: Network, variant: int = 0, share: float = 0.0
+) -> None:
     """One story as `fastory tune` reads it: story.yaml and frame-000.png .. in a new folder.
 
-    variant: above 0 another story of the same captions and places, with each character in another of the six colours.
+    variant: above 0 another story of the same captions and places, with each character in another of the six colours, but for
+    what captions say. share: of the stories whose captions say something of their characters' looks.
     """
     rng = stream("drawn story", seed, 0, index)
     tale = sample_training_tale(rng, frames)
+    telling = stream("said", seed, 0, index)
+    said = sample_said(telling, len(tale.cast), share, named=True)
     if variant:
-        tale = replace(tale, cast=other_looks(tale.cast, variant, stream("sibling", seed, variant, index)))
+        looks = other_looks(tale.cast, variant, stream("sibling", seed, variant, index), said)
+        tale = replace(tale, cast=looks)
     names = sample_names(rng, len(tale.cast))
-    captions = [caption(rng, tale.cast, scene, names) for scene in tale.scenes]
+    captions = [caption(rng, tale.cast, scene, names, _every_other(telling, said)) for scene in tale.scenes]
     folder.mkdir(parents=True)
     story = Story.from_captions(captions, title=folder.name)
     (folder / "story.yaml").write_text(story.to_yaml(), encoding="utf-8")
@@ -49,13 +58,26 @@ def write_story(folder: Path, frames: int, seed: int, index: int, vae: Network, 
         picture.save(folder / f"frame-{number:03d}.png")
 
 
-def other_looks(cast: Sequence[Character], variant: int, rng: np.random.Generator) -> tuple[Character, ...]:
-    """The same species in other colours, hats and scarves; six variants, 0 to 5, have six colours."""
+def _every_other(rng: np.random.Generator, said: Sequence[Said]) -> tuple[Said, ...]:
+    """What one caption says of each of a cast: all of `said`, or nothing."""
+    return tuple(look if rng.random() < 0.5 else NOTHING for look in said)
+
+
+def other_looks(
+    cast: Sequence[Character], variant: int, rng: np.random.Generator, said: Sequence[Said] = ()
+) -> tuple[Character, ...]:
+    """The same species in other colours, hats and scarves; six variants, 0 to 5, have six colours.
+
+    said: of each, what stays as it is.
+    """
     looks = []
-    for character in cast:
-        colour = COLOURS[(COLOURS.index(character.colour) + variant) % len(COLOURS)]
-        while True:
-            look = replace(sample_character(rng, character.species), colour=colour)
+    for character, kept in zip(cast, said or (NOTHING,) * len(cast), strict=True):
+        said_of_it = {name: getattr(character, name) for name in kept}
+        for attempt in count():
+            # Where hat and scarf are said, another colour is all that leads away from a held-out look.
+            step = variant + attempt // 8
+            colour = COLOURS[(COLOURS.index(character.colour) + step) % len(COLOURS)]
+            look = replace(sample_character(rng, character.species), **{"colour": colour, **said_of_it})
             if (look.species, look.colour, look.hat, look.scarf) not in HELD_OUT_LOOKS:
                 break
         looks.append(look)
@@ -81,6 +103,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--frames", type=int, default=8, help="of every story, 4 to 40")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--paired", type=int, default=1, help="stories of the same captions, 1 to 6")
+    parser.add_argument(
+        "--said", type=float, default=0.0, help="share of the stories whose captions say looks, 0 to 1"
+    )
     # Its name of before.
     parser.add_argument(
         "--siblings", dest="paired", type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS
@@ -90,11 +115,13 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"--paired: wanted 1 to {len(COLOURS)}, got {options.paired}")
     if not 4 <= options.frames <= 40:
         parser.error(f"--frames: wanted 4 to 40, got {options.frames}")
+    if not 0 <= options.said <= 1:
+        parser.error(f"--said: wanted 0 to 1, got {options.said}")
     vae: Network = AutoencoderKL.from_pretrained(WEIGHTS / "vae").eval()
     for number in range(options.stories):
         index, variant = divmod(number, options.paired)
         folder = options.folder / f"story-{number:05d}"
-        write_story(folder, options.frames, options.seed, index, vae, variant)
+        write_story(folder, options.frames, options.seed, index, vae, variant, options.said)
 
 
 if __name__ == "__main__":

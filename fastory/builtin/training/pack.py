@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
 
-from fastory.builtin.world.drawing import SIZE
+from fastory.builtin import WEIGHTS
 
 CAUSAL = "causal/adapter.safetensors"  # what `fastory tune` made of the history stage's start
 PARTS = (
@@ -36,30 +36,9 @@ INDEX = {
     "unet": ["diffusers", "UNet2DConditionModel"],
     "vae": ["diffusers", "AutoencoderKL"],
 }
-DEFAULTS = {
-    "schema": 1,
-    "world": "builtin",
-    "width": SIZE,
-    "height": SIZE,
-    "steps": 15,
-    "guidance_scale": 3.0,
-    "noise": "per-frame",
-    "references": "others",
-    "reference_scale": [0.3, 0.5],
-    "ip_adapter": "ip_adapter/ip_adapter.safetensors",
-    "adapter": CAUSAL,
-    # The schedule that bench/schedules.py found, the preset `quick` of a model that is drawn in 15 steps.
-    "iterative": {
-        "iterations": 5,
-        "inner_steps": 4,
-        "steps": 7,
-        "scheduler": "unipc",
-        "references_from": "latest",
-        "reference_scale": [0.7, 0.7],
-    },
-    # A first frame between two colours is made up for by drafts, and by noise that is drawn anew at every step.
-    "causal": {"scheduler": "euler-ancestral", "steps": 25, "guidance_scale": 2.0, "drafts": 6},
-}
+DEFAULTS = (
+    "fastory_defaults.json"  # what a story is drawn with, chosen by measuring: the one that ships stays
+)
 
 
 def pack(model: Path, folder: Path) -> None:
@@ -68,8 +47,8 @@ def pack(model: Path, folder: Path) -> None:
     Files are fp16; the CLIP configs say float32, because transformers takes the type from there and diffusers loads
     float32.
     """
+    defaults = json.loads((WEIGHTS / DEFAULTS).read_text(encoding="utf-8"))
     shutil.rmtree(folder, ignore_errors=True)
-    defaults = dict(DEFAULTS)
     if not (model / CAUSAL).exists():
         del defaults["adapter"], defaults["causal"]  # not tuned yet: the model draws in iterative mode
     for part in PARTS:
@@ -87,8 +66,8 @@ def pack(model: Path, folder: Path) -> None:
         if "dtype" in config:
             config["dtype"] = "float32"
         file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    for name, content in (("model_index", INDEX), ("fastory_defaults", defaults)):
-        (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    for name, content in (("model_index.json", INDEX), (DEFAULTS, defaults)):
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def give_rows_to_new_words(adapter: Path, tokenizer: CLIPTokenizer) -> None:
