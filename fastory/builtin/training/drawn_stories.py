@@ -43,13 +43,13 @@ def write_story(
     """
     rng = stream("drawn story", seed, 0, index)
     tale = sample_training_tale(rng, frames)
-    telling = stream("said", seed, 0, index)
-    said = sample_said(telling, len(tale.cast), share, named=True)
+    words = stream("said", seed, 0, index)
+    said = sample_said(words, len(tale.cast), share, named=True)
     if variant:
         looks = other_looks(tale.cast, variant, stream("sibling", seed, variant, index), said)
         tale = replace(tale, cast=looks)
     names = sample_names(rng, len(tale.cast))
-    captions = [caption(rng, tale.cast, scene, names, _every_other(telling, said)) for scene in tale.scenes]
+    captions = [caption(rng, tale.cast, scene, names, _every_other(words, said)) for scene in tale.scenes]
     folder.mkdir(parents=True)
     story = Story.from_captions(captions, title=folder.name)
     (folder / "story.yaml").write_text(story.to_yaml(), encoding="utf-8")
