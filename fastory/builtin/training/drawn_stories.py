@@ -5,7 +5,7 @@ fastory tune DIR --model builtin --output ADAPTER.safetensors
 
 With --paired N, N stories in a row have the same captions and places and other looks: what `--contrast` and
 `--patches` learn from. With --said SHARE, captions of that share of the stories say something of colour, hat and scarf, every
-other time; what is said, paired stories have in common.
+other time; what is said, paired stories have in common. Two of one species have names: nothing else tells them apart.
 
 No story shows a held-out scene, so fastory.builtin.evaluation measures what was never trained. Every third story went through
 the built-in autoencoder: a history is made of pictures that the model drew.
@@ -13,7 +13,7 @@ the built-in autoencoder: a history is made of pictures that the model drew.
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 
@@ -33,22 +33,31 @@ from fastory.builtin.world.drawing import COLOURS, Character, draw
 from fastory.builtin.world.looks import NOTHING, Said, sample_said
 
 
-def write_story(
-    folder: Path, frames: int, seed: int, index: int, vae: Network, variant: int = 0, share: float = 0.0
-) -> None:
+@dataclass(frozen=True)
+class Kind:
+    """Which stories are drawn. said: share of those whose captions say looks. alike: of those of two, that have one species."""
+
+    frames: int
+    seed: int
+    said: float = 0.0
+    alike: float = 1 / 6
+
+
+def write_story(folder: Path, kind: Kind, index: int, vae: Network, variant: int = 0) -> None:
     """One story as `fastory tune` reads it: story.yaml and frame-000.png .. in a new folder.
 
     variant: above 0 another story of the same captions and places, with each character in another of the six colours, but for
-    what captions say. share: of the stories whose captions say something of their characters' looks.
+    what captions say.
     """
-    rng = stream("drawn story", seed, 0, index)
-    tale = sample_training_tale(rng, frames)
-    words = stream("said", seed, 0, index)
-    said = sample_said(words, len(tale.cast), share, named=True)
+    rng = stream("drawn story", kind.seed, 0, index)
+    tale = sample_training_tale(rng, kind.frames, kind.alike)
+    words = stream("said", kind.seed, 0, index)
+    said = sample_said(words, len(tale.cast), kind.said, named=True)
     if variant:
-        looks = other_looks(tale.cast, variant, stream("sibling", seed, variant, index), said)
+        looks = other_looks(tale.cast, variant, stream("sibling", kind.seed, variant, index), said)
         tale = replace(tale, cast=looks)
-    names = sample_names(rng, len(tale.cast))
+    alike = len({character.species for character in tale.cast}) < len(tale.cast)
+    names = sample_names(rng, len(tale.cast), 1.0 if alike else 0.35)
     captions = [caption(rng, tale.cast, scene, names, _every_other(words, said)) for scene in tale.scenes]
     folder.mkdir(parents=True)
     story = Story.from_captions(captions, title=folder.name)
@@ -106,6 +115,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--said", type=float, default=0.0, help="share of the stories whose captions say looks, 0 to 1"
     )
+    parser.add_argument(
+        "--alike", type=float, default=1 / 6, help="share of two characters that are of one species, 0 to 1"
+    )
     # Its name of before.
     parser.add_argument(
         "--siblings", dest="paired", type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS
@@ -115,13 +127,15 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"--paired: wanted 1 to {len(COLOURS)}, got {options.paired}")
     if not 4 <= options.frames <= 40:
         parser.error(f"--frames: wanted 4 to 40, got {options.frames}")
-    if not 0 <= options.said <= 1:
-        parser.error(f"--said: wanted 0 to 1, got {options.said}")
+    for name in ("said", "alike"):
+        if not 0 <= getattr(options, name) <= 1:
+            parser.error(f"--{name}: wanted 0 to 1, got {getattr(options, name)}")
+    kind = Kind(options.frames, options.seed, options.said, options.alike)
     vae: Network = AutoencoderKL.from_pretrained(WEIGHTS / "vae").eval()
     for number in range(options.stories):
         index, variant = divmod(number, options.paired)
         folder = options.folder / f"story-{number:05d}"
-        write_story(folder, options.frames, options.seed, index, vae, variant, options.said)
+        write_story(folder, kind, index, vae, variant)
 
 
 if __name__ == "__main__":

@@ -158,9 +158,9 @@ def _two_clauses(rng: np.random.Generator, subjects: list[str], actions: list[st
     return f"{first} {joint} {second}"
 
 
-def sample_names(rng: np.random.Generator, cast_size: int) -> tuple[str | None, ...]:
-    """Names for a cast: in a third of the stories, and then for everyone, all different."""
-    if rng.random() > 0.35:
+def sample_names(rng: np.random.Generator, cast_size: int, share: float = 0.35) -> tuple[str | None, ...]:
+    """Names for a cast: in a `share` of the stories, and then for everyone, all different."""
+    if rng.random() > share:
         return (None,) * cast_size
     names: list[str | None] = []
     while len(names) < cast_size:

@@ -145,10 +145,10 @@ def sample_tale(
     return Tale(cast, tuple(scenes))
 
 
-def sample_training_tale(rng: np.random.Generator, frames: int = 8) -> Tale:
+def sample_training_tale(rng: np.random.Generator, frames: int = 8, alike: float = 1 / 6) -> Tale:
     """A story as training sees it, no held-out scene or look.
 
-    Three of four have two characters, so that 3/8 of the frames do, a sixth of these two of one species.
+    Three of four have two characters, so that 3/8 of the frames do. alike: the share of these that has two of one species.
     """
     size = 1 + int(rng.random() < 0.75)
-    return sample_tale(rng, frames, size, alike=size == 2 and rng.random() < 1 / 6, looks="trained")
+    return sample_tale(rng, frames, size, alike=size == 2 and rng.random() < alike, looks="trained")
