@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -90,9 +91,19 @@ def test_what_captions_say_paired_stories_have_in_common_and_no_story_has_a_held
 
 def test_two_of_one_species_have_names(tmp_path: Path) -> None:
     main([str(tmp_path / "a"), "--stories", "12", "--frames", "4", "--seed", "5", "--alike", "1"])
+    pairs = 0
     for example in read_examples(tmp_path / "a", (SIZE, SIZE)):
         together = " ".join(example.prompts)
         kinds = [name for name, kind in SPECIES_WORDS.items() if set(kind) & set(words(together))]
         assert len(kinds) == 1
+        # A sentence begins with a capital, too: a name is never one of the grammar's own words.
+        begin = {"A", "An", "The", "There", "In", "On", "At", "By", "Near", "Among", "Inside"}
+        called = [{*re.findall(r"\b[A-Z]\w+", prompt)} - begin for prompt in example.prompts]
+        both = [
+            sum(word in SPECIES_WORDS[kinds[0]] for word in words(prompt)) > 1 for prompt in example.prompts
+        ]
+        assert all(len(names) == 2 for names, two in zip(called, both, strict=True) if two)
+        pairs += sum(both)
+    assert pairs > 8
     with pytest.raises(SystemExit):
         main([str(tmp_path / "b"), "--alike", "1.5"])
