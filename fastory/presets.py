@@ -42,7 +42,6 @@ _SEARCHED: Mapping[str, Any] = {
     "references_from": "latest",
     "scheduler": "unipc",
     "noise": "per-round",
-    "reference_momentum": 0.3,
 }
 PAPER_STEPS = 50
 
