@@ -188,7 +188,7 @@ def dearer() -> list[Candidate]:
     """What more UNet calls than a sixth bring, up to as many as the paper's rule has."""
     multistep = partial(schedule, seen="latest", scheduler="unipc")
     several = [multistep(10, 4), multistep(10, 4, scale=0.7), multistep(20, 6, scale=0.7)]
-    again = [multistep(10, 4, noise="per-round", reference_momentum=share) for share in (0.0, 0.3)]
+    again = [multistep(10, 4, noise="per-round"), multistep(10, 4, noise="per-round", reference_momentum=0.3)]
     return [*several, *again, multistep(10, 15), multistep(16, 9)]
 
 

@@ -358,7 +358,7 @@ def overlaps(model: StoryModel, seeds: Sequence[int]) -> np.ndarray:
 def test_characters_are_found_where_they_are_drawn(model: StoryModel) -> None:
     own, other = overlaps(model, range(5)).mean(0)
     assert own > 0.75
-    assert other < 0.06
+    assert other < 0.1  # masks that were exchanged have what is own in there
 
 
 def test_a_copy_of_the_built_in_model_knows_its_animals_and_its_words(tmp_path: Path) -> None:

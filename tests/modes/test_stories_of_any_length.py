@@ -33,7 +33,9 @@ def test_one_frame_without_other_frames_is_drawn_as_in_round_0(model: StoryModel
     story = Story.from_captions([CAPTION])
     drawn = [
         event.image.tobytes()
-        for event in generate(story, model=model, steps=3, iterations=2, references="others")
+        for event in generate(
+            story, model=model, steps=3, iterations=2, references="others", noise="per-frame"
+        )
         if isinstance(event, FrameDrawn)
     ]
     assert drawn[0] == drawn[1] == drawn[2]
