@@ -108,10 +108,9 @@ class Settings:
     reference_start: the first round in which pictures given for a character are references. regions: whether characters
     have references of their own, in causal mode words and history, each where it stands: those that a story names, or the
     animals of the built-in model's plain stories; `on` under the references `all` too, see modes/regions.py.
-    noise: one for all pictures, one for each frame, or `per-round` another for each frame in each round. cast_limit: the
-    appearances of a character that are its references then, those that stand for all best; 0 for all. pronouns: whether
-    `he` or `they` in a caption without a name mean named characters of the
-    story, see story/pronouns.py. window: L_M of causal mode,
+    cast_limit: the appearances of a character that are its references then, those that stand for all best; 0 for all. noise:
+    one for all pictures, one for each frame, or `per-round` another for each frame in each round. pronouns: whether `he` or
+    `they` in a caption without a name mean named characters of the story, see story/pronouns.py. window: L_M of causal mode,
     the frames before it that a frame sees, or "all" (AR-LDM). drafts: how often frame 0 of causal mode is drawn before it is
     kept, each time from the one before; see modes/causal.py. bank: how many first frames alone are
     seen by the others, None for as many as the mode has without being told. sampling_rate: of the

@@ -8,6 +8,7 @@ that the move is decided.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from fastory import files
@@ -25,13 +26,13 @@ def begin_redraw(
     identity: Identity,
     frames: Sequence[int],
     seed: int | None,
-    noise_seeds: Callable[[Mapping[int, int]], Mapping[int, int]],
+    noise_seed: Callable[[Mapping[int, int], int, int], int],
 ) -> bool:
     """Start, or take up again, the redrawing of `frames`. False where the same bytes would come of it.
 
-    seed: --redraw-seed. noise_seeds: for the redraw seeds by frame, the seed that each frame's noise then has. The story may
-    have other characters or another first frame than the run: frames that are not redrawn stay as they are. Raises InputError
-    for frames that do not exist, for a first frame that all go on from and not all are redrawn, and for a run that is not
+    seed: --redraw-seed. noise_seed: of redraw seeds by frame, a frame and a round, the seed that its noise has there. The story
+    may have other characters or another first frame than the run: frames that are not redrawn stay as they are. Raises
+    InputError for frames that do not exist, for a first frame that all go on from and not all are redrawn, and for a run that is not
     finished, before anything is recorded.
     """
     manifest = folder.manifest
@@ -57,7 +58,7 @@ def begin_redraw(
         return True
     _refuse_unfinished(folder, frames)
     kept = {int(i): recorded for i, recorded in manifest["seeds"].items() if i not in dropped}
-    noise = noise_seeds({**kept, **{int(i): seed for i, seed in seeds.items()}})
+    noise = partial(noise_seed, {**kept, **{int(i): seed for i, seed in seeds.items()}})
     other = identity.changed(manifest) or set(identity.recast(manifest)) & set(frames)
     if pending is None and not other and not _other_noise(folder, noise, frames):
         return False
@@ -238,7 +239,9 @@ def _superseded_seeds(folder: RunFolder, identity: Identity, frames: Sequence[in
     ]
 
 
-def _other_noise(folder: RunFolder, noise: Mapping[int, int], frames: Sequence[int]) -> bool:
-    """Whether any of these frames was drawn from another seed than it would be now."""
-    last = folder.manifest["pictures"].get(str(rounds_of(folder.manifest["settings"]) - 1), {})
-    return any(last.get(str(i), {}).get("seed") != noise[i] for i in frames)
+def _other_noise(folder: RunFolder, noise: Callable[[int, int], int], frames: Sequence[int]) -> bool:
+    """Whether any of these frames was drawn from another seed than it would be now, in the round that its picture is from."""
+    last = rounds_of(folder.manifest["settings"]) - 1
+    pictures = folder.manifest["pictures"].get(str(last), {})
+    records = {i: pictures.get(str(i), {}) for i in frames}
+    return any(record.get("seed") != noise(i, record.get("converged", last)) for i, record in records.items())

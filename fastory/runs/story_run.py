@@ -90,10 +90,10 @@ def open_folder(
     if resolved.redrawn is None and folder.manifest.get("redraw") and not identity.changed(folder.manifest):
         notices.append(give_up_redraw(folder))
     notices += _restore_story(folder, resolved)
-    noise_seeds = partial(_noise_seeds, resolved.story, resolved.settings)
+    noise_seed = partial(_noise_seed, resolved.story, resolved.settings)
     recast = [i for i in identity.recast(folder.manifest) if i not in (resolved.redrawn or ())]
     redrawing = resolved.redrawn is not None and begin_redraw(
-        folder, resolved.story, identity, resolved.redrawn, redraw_seed, noise_seeds
+        folder, resolved.story, identity, resolved.redrawn, redraw_seed, noise_seed
     )
     if not redrawing:
         refuse_unrepeatable(folder, recast)
@@ -117,13 +117,11 @@ def _restore_story(folder: RunFolder, resolved: ResolvedStory) -> list[str]:
     return [notice] if notice and not own else []
 
 
-def _noise_seeds(story: Story, settings: Settings, redraw_seeds: Mapping[int, int]) -> dict[int, int]:
-    """The seed that each frame's noise is drawn from in the last round: --redraw-seed, the frame's own, the run's."""
-    last = settings.rounds - 1
-    return {
-        i: frame_seed(frame.seed, redraw_seeds.get(i), settings, i, last)
-        for i, frame in enumerate(story.frames)
-    }
+def _noise_seed(
+    story: Story, settings: Settings, redraw_seeds: Mapping[int, int], frame: int, round: int
+) -> int:
+    """The seed that a frame's noise is drawn from in a round: --redraw-seed, the frame's own, the run's."""
+    return frame_seed(story.frames[frame].seed, redraw_seeds.get(frame), settings, frame, round)
 
 
 def begin_runs(

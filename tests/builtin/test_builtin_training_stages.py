@@ -28,7 +28,7 @@ from fastory.builtin.training.adapter import (
 )
 from fastory.builtin.training.autoencoder import drawn_pictures, to_tensor
 from fastory.builtin.training.characters import GroupedAdapter
-from fastory.builtin.training.denoiser import PATCHED_REFERENCES, PURE_NOISE, Corpus
+from fastory.builtin.training.denoiser import PATCHED_REFERENCES, PURE_NOISE, Corpus, Drawn
 from fastory.builtin.training.encoders import pixel_values, pixels_of
 from fastory.builtin.training.networks import (
     build_image_encoder,
@@ -125,14 +125,14 @@ def test_references_are_other_frames_and_dropped_ones_are_zeros(adapter: Adapter
     stories, frames = np.array([0, 0, 1, 1]), np.array([0, 1, 2, 3])
     dropped = np.array([0.5, 0.1, 0.05, 0.01])
     looks = [(NOTHING, NOTHING)] * 4
-    batch = adapter._references(np.random.default_rng(0), stories, frames, dropped, looks)
+    batch = adapter._references(np.random.default_rng(0), Drawn(stories, frames, dropped, looks))
     empty = [not row.any() for row in batch["references"]]
     assert empty == [False, True, True, False]
     own = {tuple(row) for row in adapter.corpus.own[0, 0].astype(np.float32)}
     own.add(tuple(adapter.corpus.embeddings[0, 0].astype(np.float32)))
     own.discard((0.0,) * 128)  # of nobody
     for seed in range(20):
-        batch = adapter._references(np.random.default_rng(seed), stories, frames, np.ones(4), looks)
+        batch = adapter._references(np.random.default_rng(seed), Drawn(stories, frames, np.ones(4), looks))
         assert not own & {tuple(row.tolist()) for row in batch["references"][0]}
 
 

@@ -356,9 +356,9 @@ def overlaps(model: StoryModel, seeds: Sequence[int]) -> np.ndarray:
 
 
 def test_characters_are_found_where_they_are_drawn(model: StoryModel) -> None:
-    own, other = overlaps(model, range(5)).mean(0)
+    own, other = overlaps(model, range(20)).mean(0)
     assert own > 0.75
-    assert other < 0.1  # masks that were exchanged have what is own in there
+    assert other < 0.06
 
 
 def test_a_copy_of_the_built_in_model_knows_its_animals_and_its_words(tmp_path: Path) -> None:

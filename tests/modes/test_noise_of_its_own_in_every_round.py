@@ -75,6 +75,18 @@ def test_a_redraw_seed_counts_in_every_round_and_the_same_is_nothing_to_redraw(
     assert not drawn(events)
 
 
+def test_a_frame_that_stays_has_the_seed_of_the_round_it_is_from(model: StoryModel, tmp_path: Path) -> None:
+    given = {"model": model, **GIVEN, "references_from": "last", "inner_steps": 0}
+    given |= {"iterations": 4, "until": "converged", "tolerance": 2.0}
+    events = list(generate(STORY, output=tmp_path / "run", **given))
+    pictures = {(e.round, e.frame): e for e in events if isinstance(e, FrameDrawn)}
+    stayed = [e for e in pictures.values() if e.converged is not None]
+    assert stayed and all(e.seed == pictures[e.converged, e.frame].seed for e in stayed)
+    # The same seed again draws the same bytes: there is nothing to redraw.
+    list(generate(STORY, output=tmp_path / "run", frames=[1], redraw_seed=7, **given))
+    assert not drawn(list(generate(STORY, output=tmp_path / "run", frames=[1], redraw_seed=7, **given)))
+
+
 @pytest.mark.slow
 def test_several_processes_begin_from_the_same_noise(tmp_path: Path) -> None:
     options = [

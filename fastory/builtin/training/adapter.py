@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastory.builtin.training.characters import GROUPS, GroupedAdapter, masks_of, whole_picture
-from fastory.builtin.training.denoiser import FRAMES, Corpus, UnetObjective
+from fastory.builtin.training.denoiser import FRAMES, Corpus, Drawn, UnetObjective
 from fastory.builtin.training.encoders import pixel_values
 from fastory.builtin.training.loop import Batch, stream
 from fastory.builtin.training.networks import REFERENCE_TOKENS, WIDTH, Network
@@ -61,14 +61,7 @@ class AdapterObjective(UnetObjective):
             for species, members in self.members.items()
         }
 
-    def _references(
-        self,
-        rng: np.random.Generator,
-        stories: np.ndarray,
-        frames: np.ndarray,
-        dropped: np.ndarray,
-        looks: list[tuple[Said, ...]],
-    ) -> Batch:
+    def _references(self, rng: np.random.Generator, drawn: Drawn) -> Batch:
         """Embeddings (B, 3 * 6, 128) of three groups, zeros where references are dropped, where each group reaches
         (B, 3, 16, 16), and the batch's weight: near 0 is text alone.
 
@@ -77,13 +70,13 @@ class AdapterObjective(UnetObjective):
         rows, masks = zip(
             *(
                 self._grouped(rng, int(story), int(frame), said)
-                for story, frame, said in zip(stories, frames, looks, strict=True)
+                for story, frame, said in zip(drawn.stories, drawn.frames, drawn.looks, strict=True)
             ),
             strict=True,
         )
         embeddings = np.stack(rows).astype(np.float32).reshape(len(rows), -1, WIDTH)
         # Half of the frames without references are also without caption: guidance's empty half sees both missing.
-        embeddings[(dropped > 0.04) & (dropped < 0.16)] = 0
+        embeddings[(drawn.dropped > 0.04) & (drawn.dropped < 0.16)] = 0
         weight = 1e-6 if rng.random() < TEXT_ALONE else rng.uniform(*WEIGHTS)
         return {
             "references": torch.from_numpy(embeddings),
@@ -97,9 +90,8 @@ class AdapterObjective(UnetObjective):
         """References of a frame, (3, 6, 128), and where they reach, (3, 16, 16): its story's, or one group a character."""
         tale, groups = self.corpus.tales[story], np.zeros((GROUPS, REFERENCES, WIDTH), np.float32)
         roles = tale.scenes[frame].roles
-        alike = len({character.species for character in tale.cast}) < len(tale.cast)
         groups[0] = self._reference_row(rng, story, frame, said)
-        if not alike and rng.random() > BY_CHARACTER:
+        if not tale.alike and rng.random() > BY_CHARACTER:
             return groups, whole_picture(0)
         for number, role in enumerate(roles, 1):
             groups[number] = self._own_row(rng, story, frame, role.member, said[role.member])

@@ -1,8 +1,9 @@
 """The unet stage: a text-conditioned denoiser, and the drawn stories that it and the adapter stage see."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -151,6 +152,17 @@ class _GroupNorm(nn.GroupNorm):
             return super().forward(values.float()).to(values.dtype)
 
 
+class Drawn(NamedTuple):
+    """The frames of a batch: the story and the number of each, the draw from [0, 1) by which its conditions are dropped, and
+    what its caption says of each of its story's cast.
+    """
+
+    stories: np.ndarray
+    frames: np.ndarray
+    dropped: np.ndarray
+    looks: Sequence[tuple[Said, ...]]
+
+
 class UnetObjective(Objective):
     """v prediction from captions alone; a tenth of the captions is empty, for guidance."""
 
@@ -207,7 +219,7 @@ class UnetObjective(Objective):
             "latents": torch.from_numpy(latents).float(),
             "ids": self._ids(texts),
             "timesteps": torch.from_numpy(self._timesteps(rng)),
-            **self._references(rng, stories, frames, dropped, looks),
+            **self._references(rng, Drawn(stories, frames, dropped, looks)),
         }
 
     def _ids(self, texts: list[str]) -> Tensor:
@@ -223,15 +235,8 @@ class UnetObjective(Objective):
         )
         return np.where(rng.random(self.frames) < PURE_NOISE, 999, timesteps)
 
-    def _references(
-        self,
-        rng: np.random.Generator,
-        stories: np.ndarray,
-        frames: np.ndarray,
-        dropped: np.ndarray,
-        looks: list[tuple[Said, ...]],
-    ) -> Batch:
-        """What a stage's batch holds of other frames. looks: what each frame's caption says of each of its story's cast."""
+    def _references(self, rng: np.random.Generator, drawn: Drawn) -> Batch:
+        """What a stage's batch holds of other frames."""
         return {}
 
     def _conditions(self, batch: Batch) -> dict[str, object]:

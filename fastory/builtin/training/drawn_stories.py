@@ -27,8 +27,8 @@ from fastory.builtin import WEIGHTS
 from fastory.builtin.training.autoencoder import to_pictures, to_tensor
 from fastory.builtin.training.loop import stream
 from fastory.builtin.training.networks import Network
-from fastory.builtin.world.captions import caption, sample_names
-from fastory.builtin.world.corpus import HELD_OUT_LOOKS, sample_character, sample_training_tale
+from fastory.builtin.world.captions import NAMED, caption, sample_names
+from fastory.builtin.world.corpus import ALIKE, HELD_OUT_LOOKS, sample_character, sample_training_tale
 from fastory.builtin.world.drawing import COLOURS, Character, draw
 from fastory.builtin.world.looks import NOTHING, Said, sample_said
 
@@ -40,7 +40,7 @@ class Kind:
     frames: int
     seed: int
     said: float = 0.0
-    alike: float = 1 / 6
+    alike: float = ALIKE
 
 
 def write_story(folder: Path, kind: Kind, index: int, vae: Network, variant: int = 0) -> None:
@@ -56,8 +56,7 @@ def write_story(folder: Path, kind: Kind, index: int, vae: Network, variant: int
     if variant:
         looks = other_looks(tale.cast, variant, stream("sibling", kind.seed, variant, index), said)
         tale = replace(tale, cast=looks)
-    alike = len({character.species for character in tale.cast}) < len(tale.cast)
-    names = sample_names(rng, len(tale.cast), 1.0 if alike else 0.35)
+    names = sample_names(rng, len(tale.cast), 1.0 if tale.alike else NAMED)
     captions = [caption(rng, tale.cast, scene, names, _every_other(words, said)) for scene in tale.scenes]
     folder.mkdir(parents=True)
     story = Story.from_captions(captions, title=folder.name)
@@ -116,7 +115,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--said", type=float, default=0.0, help="share of the stories whose captions say looks, 0 to 1"
     )
     parser.add_argument(
-        "--alike", type=float, default=1 / 6, help="share of two characters that are of one species, 0 to 1"
+        "--alike", type=float, default=ALIKE, help="share of two characters that are of one species, 0 to 1"
     )
     # Its name of before.
     parser.add_argument(

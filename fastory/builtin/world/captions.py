@@ -19,6 +19,7 @@ from fastory.builtin.world.drawing import Character, Scene
 from fastory.builtin.world.looks import NOTHING, Said, coloured, worn
 
 TOKEN_LIMIT = 40
+NAMED = 0.35  # of the stories: their characters have names
 
 _SYLLABLES = (
     "ba",
@@ -158,7 +159,7 @@ def _two_clauses(rng: np.random.Generator, subjects: list[str], actions: list[st
     return f"{first} {joint} {second}"
 
 
-def sample_names(rng: np.random.Generator, cast_size: int, share: float = 0.35) -> tuple[str | None, ...]:
+def sample_names(rng: np.random.Generator, cast_size: int, share: float = NAMED) -> tuple[str | None, ...]:
     """Names for a cast: in a `share` of the stories, and then for everyone, all different."""
     if rng.random() > share:
         return (None,) * cast_size

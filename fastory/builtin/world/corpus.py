@@ -76,6 +76,7 @@ def held_out_looks() -> frozenset[Look]:
 
 HELD_OUT, HELD_OUT_LOOKS = held_out(), held_out_looks()
 LOOKS = ("any", "trained", "held")
+ALIKE = 1 / 6  # of the training stories of two characters: both are of one species
 
 
 def triples(cast: tuple[Character, ...], scene: Scene) -> list[Triple]:
@@ -145,7 +146,7 @@ def sample_tale(
     return Tale(cast, tuple(scenes))
 
 
-def sample_training_tale(rng: np.random.Generator, frames: int = 8, alike: float = 1 / 6) -> Tale:
+def sample_training_tale(rng: np.random.Generator, frames: int = 8, alike: float = ALIKE) -> Tale:
     """A story as training sees it, no held-out scene or look.
 
     Three of four have two characters, so that 3/8 of the frames do. alike: the share of these that has two of one species.

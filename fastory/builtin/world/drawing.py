@@ -70,6 +70,11 @@ class Tale:
     cast: tuple[Character, ...]
     scenes: tuple[Scene, ...] = field(default_factory=tuple)
 
+    @property
+    def alike(self) -> bool:
+        """Whether two of the cast are of one species."""
+        return len({character.species for character in self.cast}) < len(self.cast)
+
 
 class Pen:
     """Draws outlined shapes in coordinates whose unit is `unit` picture widths, from (x, y), y downwards."""
