@@ -32,8 +32,8 @@ def begin_redraw(
 
     seed: --redraw-seed. noise_seed: of redraw seeds by frame, a frame and a round, the seed that its noise has there. The story
     may have other characters or another first frame than the run: frames that are not redrawn stay as they are. Raises
-    InputError for frames that do not exist, for a first frame that all go on from and not all are redrawn, and for a run that is not
-    finished, before anything is recorded.
+    InputError for frames that do not exist, for a first frame that all go on from and not all are redrawn, and for a run that
+    is not finished, before anything is recorded.
     """
     manifest = folder.manifest
     count = max(len(manifest["story"]["frames"]), len(identity.frames))
