@@ -257,7 +257,7 @@ def test_nothing_moves_as_frames_arrive(page: Any, server: Server) -> None:
 
 def test_reload_and_a_second_tab_show_the_same_state(page: Any, server: Server) -> None:
     # Long enough that it is not drawn to its end before a slow browser has two tabs open.
-    story = server.create({**STORY, "settings": {"steps": 60, "iterations": 6}})
+    story = server.create({**STORY, "settings": {"steps": 60, "inner_steps": 60, "iterations": 6}})
     go(page, server, story)
     until(lambda: shown(page))
     page.refresh()
