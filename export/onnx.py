@@ -392,6 +392,7 @@ def _manifest(
         "vae_factor": model.vae_factor,
         "native_size": list(model.native_size),
         "width": model.layers.width,
+        "layer_channels": model.layers.channels,
         "defaults": dict(model.defaults) | ({"world": model.world} if model.world else {}),
         "unet": {
             "in_channels": unet.in_channels,

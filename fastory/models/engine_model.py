@@ -54,6 +54,7 @@ from fastory.models.protocol import (
     distilled_as,
 )
 from fastory.models.text import filled, guidance_embedding, history_ids, lost_words, padding_of
+from fastory.processors.projected import value_columns
 from fastory.runtime import Placement, choose_placement
 
 
@@ -437,7 +438,8 @@ class EngineLayers:
     def __init__(self, model: EngineModel, text_projector: str) -> None:
         self.model, self.text_projector = model, text_projector
         self.width = int(model.manifest["width"])
-        self.value_columns: Tensor | None = None  # an export does not say
+        channels = model.manifest.get("layer_channels")
+        self.value_columns = None if channels is None else value_columns(channels)
 
     def project_text(self, tokens: Tensor) -> Tensor:
         """tokens (B, Lt, C_x) -> (B, Lt, W)."""

@@ -17,7 +17,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StringConstraints
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StringConstraints,
+    model_validator,
+)
 
 from fastory import files
 from fastory.checkpoints.configs import SCHEDULERS, Number, Size
@@ -123,6 +131,13 @@ class DrawableManifest(ExportManifest):
     history: dict[str, Any] | None
     scheduler: Literal[SCHEDULERS]  # type: ignore[valid-type]
     distilled: Literal["lcm-lora"] | None = None  # since 2026-11
+    layer_channels: list[Size] | None = None  # since 2026-11
+
+    @model_validator(mode="after")
+    def _are_as_wide(self) -> DrawableManifest:
+        if self.layer_channels is not None and 2 * sum(self.layer_channels) != self.width:
+            raise ValueError(f"layer_channels: wanted keys and values of {self.width} channels in all")
+        return self
 
 
 @dataclass(frozen=True)

@@ -335,8 +335,8 @@ class Iterative:
         check_findable(model, story, settings)
         if settings.reference_weighting == "majority" and model.layers.value_columns is None:
             raise InputError(
-                f"reference_weighting: wanted equal for {model.name}: an export does not say which columns are values; draw "
-                "with the model it was exported from"
+                f"reference_weighting: wanted equal for {model.name}: it was exported when exports did not say which columns "
+                "are values; export it anew"
             )
 
     def check_redraw(self, frames: Sequence[int], story: Story, settings: Settings) -> None:

@@ -236,10 +236,12 @@ class CrossAttentionLayers:
     @property
     def value_columns(self) -> Tensor:
         """(W,) bool: True where the wide tensor holds values."""
-        columns = torch.zeros(self.width, dtype=torch.bool)
-        for layer in self.layers:
-            columns[layer.offset + layer.channels : layer.offset + 2 * layer.channels] = True
-        return columns
+        return value_columns(self.channels)
+
+    @property
+    def channels(self) -> list[int]:
+        """Of the keys of each layer, and of its values."""
+        return [layer.channels for layer in self.layers]
 
     def project_text(self, tokens: Tensor) -> Tensor:
         """tokens (B, Lt, C_x) -> (B, Lt, W) through to_k and to_v, each layer's own module, so a LoRA on them counts.
@@ -260,6 +262,12 @@ class CrossAttentionLayers:
     def _store(out: Tensor, layer: Layer, keys: Tensor, values: Tensor) -> None:
         out[..., layer.offset : layer.offset + layer.channels] = keys
         out[..., layer.offset + layer.channels : layer.offset + 2 * layer.channels] = values
+
+
+def value_columns(channels: Sequence[int]) -> Tensor:
+    """(W,) bool: True where a wide tensor of layers with so many channels holds values, behind each layer's keys."""
+    parts = [torch.tensor([False, True]).repeat_interleave(count) for count in channels]
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.bool)
 
 
 def refuse_unknown(name: str, attn: Attention) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -134,6 +137,34 @@ def test_each_round_from_the_same_pictures(rounds: int, model: StoryModel, engin
     assert len(pairs[0]) == len(pairs[1]) == 3
     for own, other in zip(*pairs, strict=True):
         assert (own - other).abs().max() <= ROUND
+
+
+def test_references_count_by_the_majority(
+    model: StoryModel, engine: EngineModel, export_folder: Path, tmp_path: Path
+) -> None:
+    """The export says which columns are values; one of before, which does not, is refused before anything is drawn."""
+    assert engine.layers.value_columns is not None
+    assert torch.equal(engine.layers.value_columns, model.layers.value_columns)
+    pictures = drawn(model, batch_size=2)
+    chosen = {"reference_weighting": "majority"}
+    weighed, alike = (
+        [
+            next(iter(floats(one, "iterative", Earlier(pictures, (1, None)), **flags)))
+            for one in (model, engine)
+        ]
+        for flags in (chosen, {})
+    )
+    assert (weighed[0] - weighed[1]).abs().max() <= ROUND < (weighed[0] - alike[0]).abs().max()
+    before = shutil.copytree(export_folder, tmp_path / "before", copy_function=os.link)
+    manifest = json.loads((before / "fastory.json").read_text())
+    (before / "fastory.json").unlink()  # a name of the one file of both folders
+    channels = manifest.pop("layer_channels")
+    (before / "fastory.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="exports did not say which columns are values; export it anew"):
+        generate(STORY, model=EngineModel.open_engine(before, device="cpu"), **SETTINGS, **chosen)
+    (before / "fastory.json").write_text(json.dumps(manifest | {"layer_channels": channels[1:]}))
+    with pytest.raises(InputError, match="layer_channels: wanted keys and values of"):
+        EngineModel.open_engine(before, device="cpu")
 
 
 def test_each_frame_from_the_same_history(model: StoryModel, engine: EngineModel) -> None:
