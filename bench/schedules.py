@@ -60,6 +60,7 @@ COLUMNS = (
     "diversity",
     "changed",
 )
+RISING = "0.3:0.9"  # the weights of the first round with references and the last
 SETTLED = 3  # the round after which no story should change its common colour
 # What of the preset `paper` is its schedule; guidance, noise and regions stay the model's own.
 SCHEDULE = (
@@ -95,11 +96,13 @@ class Candidate:
 
 
 def schedule(
-    iterations: int, inner: int, seen: str, size: int = 4, scale: float = 0.5, **more: Any
+    iterations: int, inner: int, seen: str, size: int = 4, scale: float | str = 0.5, **more: Any
 ) -> Candidate:
-    """So many rounds after round 0, all but the last in `inner` steps. more: further settings, which the name tells."""
+    """So many rounds after round 0, all but the last in `inner` steps. scale: as `--reference-scale` takes it. more: further
+    settings, which the name tells.
+    """
     settings = {"iterations": iterations, "inner_steps": inner, "references_from": seen}
-    name = f"{iterations} x {inner} {seen}, {size} at once, weight {scale:g}{named(more)}"
+    name = f"{iterations} x {inner} {seen}, {size} at once, weight {scale}{named(more)}"
     return Candidate(name, {**settings, "reference_scale": scale, **more}, size)
 
 
@@ -181,6 +184,12 @@ def solved() -> list[Candidate]:
             {"restart": 0.75},
         )
     ]
+    again = partial(multistep, 5, 4, steps=7, noise="per-round")
+    few += [again(scale=scale) for scale in (0.6, 0.7, "0.4:0.7", "0.4:0.9", RISING)]
+    few += [again(cast_limit=3), again(reference_ramp="0.5:1.5")]
+    few += [
+        again(scale=scale, reference_weighting="majority") for scale in (0.5, "0.4:0.7", RISING, "0.3:1.1")
+    ]
     return [*few, schedule(5, 4, "last", scheduler="unipc", steps=7)]
 
 
@@ -189,7 +198,15 @@ def dearer() -> list[Candidate]:
     multistep = partial(schedule, seen="latest", scheduler="unipc")
     several = [multistep(10, 4), multistep(10, 4, scale=0.7), multistep(20, 6, scale=0.7)]
     again = [multistep(10, 4, noise="per-round"), multistep(10, 4, noise="per-round", reference_momentum=0.3)]
+    again += [multistep(10, 4, scale=0.7, noise="per-round", reference_weighting="majority")]
+    again += [risen(inner) for inner in (4, 10)] + [risen(4, "per-frame")]
     return [*several, *again, multistep(10, 15), multistep(16, 9)]
+
+
+def risen(inner: int, noise: str = "per-round") -> Candidate:
+    """Ten rounds, whose weight has risen in round 4."""
+    more = {"noise": noise, "reference_weighting": "majority", "reference_rise": 4}
+    return schedule(10, inner, "latest", scale=RISING, scheduler="unipc", **more)
 
 
 @dataclass(frozen=True)

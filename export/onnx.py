@@ -374,8 +374,7 @@ def _manifest(
 
     from fastory.export.operators import OPSET
 
-    unet, vae = model.unet.config, model.vae.config
-    history = model.checkpoint.history
+    unet, vae, history = model.unet.config, model.vae.config, model.checkpoint.history
     return {
         "schema": SCHEMA,
         "identity": dict(identity),

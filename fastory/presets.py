@@ -42,6 +42,7 @@ _SEARCHED: Mapping[str, Any] = {
     "references_from": "latest",
     "scheduler": "unipc",
     "noise": "per-round",
+    "reference_weighting": "majority",
 }
 PAPER_STEPS = 50
 
@@ -50,7 +51,7 @@ PAPER_STEPS = 50
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "paper": _STORY_ADAPTER,
     "quick": {**_SEARCHED, "iterations": 5, "inner_steps": 12, "steps": 24},
-    "best": {**_SEARCHED, "iterations": 10, "inner_steps": 12, "steps": 50},
+    "best": {**_SEARCHED, "iterations": 10, "inner_steps": 12, "steps": 50, "reference_rise": 4},
     "story-iter": {
         **_STORY_ADAPTER,
         "scheduler": "ddim-leading",
