@@ -154,8 +154,8 @@ def test_swapped_masks_move_where_references_reach_and_nothing_else(model: Story
 def test_another_story_s_pictures_are_all_that_the_control_shows(model: StoryModel) -> None:
     """The first frame and the last, which would see fresh ones by the model's own rule, are what these pictures alone make."""
     (held,) = held_out_stories(1, seed=3)
-    weight = model.defaults["iterative"]["reference_scale"]
-    alone = {"iterations": 1, "references": "all", "references_from": "last", "reference_scale": weight}
+    _, last = model.defaults["iterative"]["reference_scale"]
+    alone = {"iterations": 1, "references": "all", "references_from": "last", "reference_scale": (last, last)}
     pictures = np.random.default_rng(0).integers(0, 256, (8, 128, 128, 3), dtype=np.uint8)
     given = list(map(Image.fromarray, pictures))
     wanted = draw(held.captions, model=model, seed=held.seed, batch_size=4, initial_pictures=given, **alone)

@@ -146,13 +146,13 @@ def test_references_count_by_the_majority(
     assert engine.layers.value_columns is not None
     assert torch.equal(engine.layers.value_columns, model.layers.value_columns)
     pictures = drawn(model, batch_size=2)
-    chosen = {"reference_weighting": "majority"}
+    chosen, equal = {"reference_weighting": "majority"}, {"reference_weighting": "equal"}
     weighed, alike = (
         [
             next(iter(floats(one, "iterative", Earlier(pictures, (1, None)), **flags)))
             for one in (model, engine)
         ]
-        for flags in (chosen, {})
+        for flags in (chosen, equal)
     )
     assert (weighed[0] - weighed[1]).abs().max() <= ROUND < (weighed[0] - alike[0]).abs().max()
     before = shutil.copytree(export_folder, tmp_path / "before", copy_function=os.link)

@@ -93,12 +93,13 @@ def test_the_animals_of_a_plain_story_are_its_characters_in_a_world_whose_words_
 
 
 def test_each_frame_sees_the_pictures_of_its_own_characters_alone(model: StoryModel, tmp_path: Path) -> None:
+    """Where all count alike: in a majority a picture decides how much the others of its group count, in its own frame, too."""
     given = story(tmp_path, "{Ann: [0, 0, 0.4, 1], Bob: [0.6, 0, 1, 1]}")
     first = {key: image for key, image in draw(model, given).items() if key[0] == 0}
-    as_drawn = draw(model, given, first)
+    as_drawn = draw(model, given, first, reference_weighting="equal")
     for changed, seen_by in ((0, {0, 2, 4}), (1, {1, 2, 3, 4}), (2, {4}), (4, {2})):
         others = {**first, (0, changed): Image.new("RGB", first[0, 0].size, "purple")}
-        after = draw(model, given, others)
+        after = draw(model, given, others, reference_weighting="equal")
         moved = {frame for (_, frame), image in after.items() if not same(image, as_drawn[1, frame])}
         assert moved == seen_by
 
