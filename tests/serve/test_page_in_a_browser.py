@@ -59,9 +59,8 @@ def go(page: Any, server: Server, story: str = "") -> None:
     home = f"http://{server.host}:{server.port}/"
     there = page.current_url.startswith(home)
     page.get(f"{home}#/{story}")
-    if (
-        there
-    ):  # what is behind # alone loads nothing; in a new tab a refresh is at times aborted by what it repeats
+    # What is behind # alone loads nothing; in a new tab a refresh is at times aborted by what it repeats.
+    if there:
         page.refresh()
     until(lambda: page.find_elements(By.CSS_SELECTOR, "main h1, main .title"))
 
