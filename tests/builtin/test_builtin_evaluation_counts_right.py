@@ -7,6 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from fastory.builtin.evaluation.ceiling import ceiling
+from fastory.builtin.evaluation.classifier import load_classifier
 from fastory.builtin.evaluation.distinct import (
     chance_of_modal_share,
     distinct_scores,
@@ -89,6 +91,22 @@ def test_stories_without_said_looks_have_the_captions_they_had() -> None:
     story = held_out_stories(2, seed=5, cast="two")[1]
     assert story.said == ()
     assert story.captions[0] == "The turtle jumps inside the house"
+
+
+def test_what_an_autoencoder_hides_lowers_the_ceiling() -> None:
+    """Without the ceiling, colours that no model could show count as its faults."""
+    stories, classifier = held_out_stories(6, seed=1), load_classifier()
+    plain = ceiling(classifier, stories, lambda pictures: pictures)
+    grey = ceiling(
+        classifier, stories, lambda pictures: pictures.mean(-1, keepdims=True).repeat(3, -1).astype(np.uint8)
+    )
+    assert len(plain) == len(grey) == len(stories)
+    for row in plain:
+        assert row["colour"] == row["hat"] == row["scarf"] == row["place"] == 1.0
+        assert row.get("colour within", 1.0) == row.get("own colours", 1.0) == 1.0
+    own = [row["own colours"] for row in grey if "own colours" in row]
+    assert own and min(own) < 1.0
+    assert np.mean([row["colour"] for row in grey]) < 1.0
 
 
 def test_exchanged_sides_are_not_both_right() -> None:
