@@ -199,14 +199,11 @@ def dearer() -> list[Candidate]:
     several = [multistep(10, 4), multistep(10, 4, scale=0.7), multistep(20, 6, scale=0.7)]
     again = [multistep(10, 4, noise="per-round"), multistep(10, 4, noise="per-round", reference_momentum=0.3)]
     again += [multistep(10, 4, scale=0.7, noise="per-round", reference_weighting="majority")]
-    again += [risen(inner) for inner in (4, 10)] + [risen(4, "per-frame")]
+    risen = partial(multistep, scale=RISING)
+    more: dict[str, Any] = {"reference_weighting": "majority", "reference_rise": 4}
+    again += [risen(10, inner, noise="per-round", **more) for inner in (4, 10, 15)]
+    again += [risen(10, 4, noise="per-frame", **more)]
     return [*several, *again, multistep(10, 15), multistep(16, 9)]
-
-
-def risen(inner: int, noise: str = "per-round") -> Candidate:
-    """Ten rounds, whose weight has risen in round 4."""
-    more = {"noise": noise, "reference_weighting": "majority", "reference_rise": 4}
-    return schedule(10, inner, "latest", scale=RISING, scheduler="unipc", **more)
 
 
 @dataclass(frozen=True)
