@@ -101,14 +101,19 @@ def purities(story: HeldOutStory, pictures: np.ndarray) -> np.ndarray:
     return np.array(found)
 
 
+def drawn_world(stories: Sequence[HeldOutStory]) -> list[np.ndarray]:
+    """The frames of every story as the drawn world shows them, every look kept: (frames, H, W, 3) uint8 each."""
+    rng = np.random.default_rng(5)  # what a drawing leaves open: where somebody stands to a few pixels
+    return [np.stack([np.asarray(draw(s.tale.cast, sc, rng)) for sc in s.tale.scenes]) for s in stories]
+
+
 def calibrate(stories: Sequence[HeldOutStory], restore: Any) -> dict[str, float]:
     """Both measures of the drawn world: drawn, and through the autoencoder.
 
     restore: pictures (n, H, W, 3) uint8 -> the same through the autoencoder. `patched below`: the purity that 99 % of the
     restored bodies have; a body below it counts as patched. `bodies told`: the share of which enough pixels are sure.
     """
-    rng = np.random.default_rng(5)
-    drawn = [np.stack([np.asarray(draw(s.tale.cast, sc, rng)) for sc in s.tale.scenes]) for s in stories]
+    drawn = drawn_world(stories)
     restored = [restore(pictures) for pictures in drawn]
     pure = {
         name: np.concatenate([purities(story, shown) for story, shown in zip(stories, pictures, strict=True)])
@@ -143,10 +148,7 @@ def pixel_diversity(pictures: np.ndarray) -> float:
 
 def drawn_diversity(stories: Sequence[HeldOutStory]) -> float:
     """Pixel diversity of the drawn world on the same scenes: what the model's is to be held against."""
-    rng = np.random.default_rng(5)
-    return pixel_diversity(
-        np.stack([np.asarray(draw(s.tale.cast, sc, rng)) for s in stories for sc in s.tale.scenes])
-    )
+    return pixel_diversity(np.concatenate(drawn_world(stories)))
 
 
 def restore(model: StoryModel, pictures: np.ndarray) -> np.ndarray:
