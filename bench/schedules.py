@@ -65,7 +65,13 @@ SETTLED = 3  # the round after which no story should change its common colour
 # What of the preset `paper` is its schedule; guidance, noise and regions stay the model's own.
 SCHEDULE = (
     *("iterations", "inner_steps", "reference_scale", "references_from", "scheduler", "until", "restart"),
-    *("reference_rise", "reference_momentum", "reference_weighting", "reference_ramp"),
+    *(
+        "reference_rise",
+        "reference_momentum",
+        "reference_weighting",
+        "reference_ramp",
+        "reference_saturation",
+    ),
 )
 CALIBRATED = 16  # stories, whose drawn pictures say from which purity on a body counts as patched
 BANDS = (
@@ -190,6 +196,8 @@ def solved() -> list[Candidate]:
     few += [
         again(scale=scale, reference_weighting="majority") for scale in (0.5, "0.4:0.7", RISING, "0.3:1.1")
     ]
+    majority = partial(again, scale=RISING, reference_weighting="majority")
+    few += [majority(reference_saturation=factor) for factor in (1.15, 1.3, 1.6)]
     return [*few, schedule(5, 4, "last", scheduler="unipc", steps=7)]
 
 
@@ -202,6 +210,7 @@ def dearer() -> list[Candidate]:
     risen = partial(multistep, scale=RISING)
     more: dict[str, Any] = {"reference_weighting": "majority", "reference_rise": 4}
     again += [risen(10, inner, noise="per-round", **more) for inner in (4, 10, 15)]
+    again += [risen(10, inner, noise="per-round", **more, reference_saturation=1.15) for inner in (4, 15)]
     again += [risen(10, 4, noise="per-frame", **more)]
     return [*several, *again, multistep(10, 15), multistep(16, 9)]
 

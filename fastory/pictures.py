@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageEnhance, UnidentifiedImageError
 
 from fastory.errors import InputError
 
@@ -165,3 +165,8 @@ def _whole(path: str | Path) -> Iterator[None]:
         said = error.strerror if isinstance(error, OSError) and error.strerror else error
         one_line = " ".join(str(said).split())[:200]
         raise InputError(f"{shown}: {WANTED}, got one that cannot be read ({one_line})") from error
+
+
+def saturated(image: Image.Image, factor: float) -> Image.Image:
+    """An 8-bit RGB picture with its colours `factor` times as far from gray of the same luma; 1 is the picture itself."""
+    return image if factor == 1 else ImageEnhance.Color(image).enhance(factor)

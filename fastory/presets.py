@@ -23,6 +23,7 @@ _STORY_ADAPTER: Mapping[str, Any] = {
     "mode": "iterative",
     "iterations": 10,
     "inner_steps": 0,
+    "reference_saturation": 1.0,
     "reference_scale": (0.3, 0.5),
     "references": "all",
     "references_from": "last",
@@ -35,7 +36,8 @@ _STORY_ADAPTER: Mapping[str, Any] = {
 }
 
 # What bench/schedules.py found, a sixth and a third of the calls of Story-Adapter's 11 rounds of 50 steps: a model that is
-# drawn in other steps has its share of them. What is not about the schedule, guidance, noise and weights, stays its own.
+# drawn in other steps has its share of them. What is not about the schedule, guidance, noise and how references weigh and look,
+# stays its own.
 _SEARCHED: Mapping[str, Any] = {
     **_NOTHING_ELSE,
     "mode": "iterative",

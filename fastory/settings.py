@@ -12,7 +12,7 @@ from typing import Any, get_args, get_type_hints
 from fastory import plugins
 from fastory.errors import InputError
 from fastory.presets import FAST, PRESETS, in_steps
-from fastory.values import LEAST, MOST, WITHIN, as_float, interval, scale, window
+from fastory.values import LEAST, MOST, WITHIN, as_float, interval, refuse_broken_text, scale, window
 from fastory.wording import shown
 
 
@@ -86,7 +86,7 @@ MODES: dict[str, ModeTraits] = {
             *("references", "references_from", "reference_fit", "reference_start"),
             *("reference_interval", "regions", "cast_limit", "until", "tolerance"),
             *("restart", "reference_rise", "reference_momentum"),
-            *("reference_weighting", "reference_ramp"),
+            *("reference_weighting", "reference_ramp", "reference_saturation"),
         ),
         character_pictures=True,
     ),
@@ -128,6 +128,8 @@ class Settings:
     round k, where its picture has the reference tokens e_k; r_0 = e_0.
     reference_weighting: whether a frame that differs from the story's `majority` counts less as a reference, see
     modes/weighting.py. reference_ramp: factors of the weight at the first and the last step of a round, linear in between.
+    reference_saturation: how colourful a drawn picture is as a reference, 1 for as it is, 0 for gray; pictures that are given
+    for a character are seen as they are.
     """
 
     mode: str = "iterative"
@@ -164,6 +166,7 @@ class Settings:
     reference_momentum: float = 0.0
     reference_weighting: str = "equal"
     reference_ramp: tuple[float, float] = (1.0, 1.0)
+    reference_saturation: float = 1.0
 
     @property
     def rounds(self) -> int:
@@ -272,6 +275,7 @@ _LATER = {
     "reference_momentum": 0.0,
     "reference_weighting": "equal",
     "reference_ramp": (1.0, 1.0),
+    "reference_saturation": 1.0,
 }
 # Settings that are read where another one has this value.
 _BESIDE = {"tolerance": ("until", "converged")}
@@ -430,7 +434,7 @@ def check(name: str, value: Any, origin: str) -> Any:
     if name in WITHIN and not WITHIN[name][0] <= value <= WITHIN[name][1]:
         raise InputError(f"{what}: wanted {WITHIN[name][0]} to {WITHIN[name][1]}, got {shown(value)}")
     if isinstance(value, str):
-        _refuse_broken_text(value, what)
+        refuse_broken_text(value, what)
     return value
 
 
@@ -440,10 +444,3 @@ def check_placement(device: str, dtype: str, graphs: str) -> None:
         raise InputError(f"--device: wanted auto, cpu, cuda or cuda:N, got {shown(device)}")
     check_choice("dtype", dtype, "--dtype")
     check_choice("graphs", graphs, "--graphs")
-
-
-def _refuse_broken_text(text: str, what: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # bytes of a command line that are no UTF-8, or half of a UTF-16 pair
-        raise InputError(f"{what}: wanted text in UTF-8, got {text[:60]!a}") from None

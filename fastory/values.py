@@ -45,6 +45,7 @@ WITHIN = {
     "tolerance": (0, 2),
     "restart": (0.01, 1),
     "reference_momentum": (0, 0.99),
+    "reference_saturation": (0, 4),
     "sampling_rate": (0, 1),
 }
 
@@ -97,3 +98,11 @@ def window(value: Any, what: str) -> int | str:
     if type(number) is not int or not 1 <= number <= 1000:
         raise InputError(f"{what}: wanted 1 to 1000 frames, or all, got {shown(value)}")
     return number
+
+
+def refuse_broken_text(text: str, what: str) -> None:
+    """InputError, which begins with `what`, for text that no file in UTF-8 can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # bytes of a command line that are no UTF-8, or half of a UTF-16 pair
+        raise InputError(f"{what}: wanted text in UTF-8, got {text[:60]!a}") from None

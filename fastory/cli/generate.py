@@ -40,6 +40,21 @@ from fastory.cli.options import (
     option,
 )
 from fastory.cli.progress import show_drawing, show_json
+from fastory.cli.references import (
+    CastLimit,
+    ReferenceFit,
+    ReferenceInterval,
+    ReferenceMomentum,
+    ReferenceRamp,
+    ReferenceRise,
+    References,
+    ReferenceSaturation,
+    ReferenceScale,
+    ReferencesFrom,
+    ReferenceStart,
+    ReferenceWeighting,
+    Regions,
+)
 from fastory.cli.reporting import quiet_libraries, reported
 from fastory.errors import InputError
 from fastory.settings import choices
@@ -75,75 +90,12 @@ Preset = Annotated[
     ),
 ]
 Iterations = Annotated[int | None, option(METHOD, help="Rounds after round 0.")]
-ReferenceScale = Annotated[
-    str | None,
-    option(METHOD, metavar="FIRST:LAST", help="Weight of the references, first to last round."),
-]
-References = Annotated[
-    str | None,
-    choice(METHOD, choices("references"), help="Frames of the last round that a frame sees."),
-]
-ReferencesFrom = Annotated[
-    str | None,
-    choice(
-        METHOD,
-        choices("references_from"),
-        help="References are the last round's pictures, or this round's as soon as they are drawn.",
-    ),
-]
-ReferenceFit = Annotated[
-    str | None,
-    choice(METHOD, choices("reference_fit"), help="How a reference that is not square is fitted."),
-]
-ReferenceStart = Annotated[
-    int | None, option(METHOD, help="First round that sees the pictures of characters (default 1).")
-]
-Regions = Annotated[
-    str | None,
-    choice(
-        METHOD,
-        choices("regions"),
-        help="Own references for characters, where they stand; under the references `all` with `on` alone.",
-    ),
-]
-CastLimit = Annotated[
-    int | None,
-    option(
-        METHOD, metavar="K", help="References of a character at most, those that stand for all (default all)."
-    ),
-]
 Restart = Annotated[
     float | None,
     option(
         SAMPLING,
         metavar="SHARE",
         help="Rounds from 2 on begin from the last round's pictures and take this share of the steps (default 1: all).",
-    ),
-]
-ReferenceRise = Annotated[
-    int | None,
-    option(METHOD, metavar="ROUND", help="Round that has the last weight of references (default the last)."),
-]
-ReferenceMomentum = Annotated[
-    float | None,
-    option(
-        METHOD, metavar="M", help="Share of the rounds before in what a frame is as a reference (default 0)."
-    ),
-]
-ReferenceWeighting = Annotated[
-    str | None,
-    choice(
-        METHOD,
-        choices("reference_weighting"),
-        help="All references count alike (default), or those that differ from most others less.",
-    ),
-]
-ReferenceRamp = Annotated[
-    str | None,
-    option(
-        METHOD,
-        metavar="FIRST:LAST",
-        help="Factors of the references' weight, first to last step of a round (default 1:1).",
     ),
 ]
 Until = Annotated[
@@ -212,10 +164,6 @@ GuidanceInterval = Annotated[
     str | None,
     option(SAMPLING, metavar="START:END", help="Shares of the steps with guidance (default 0:1)."),
 ]
-ReferenceInterval = Annotated[
-    str | None,
-    option(METHOD, metavar="START:END", help="Shares of the steps that read references (default 0:1)."),
-]
 CacheInterval = Annotated[
     int | None, option(SAMPLING, metavar="N", help="Steps from one whole UNet call to the next (default 1).")
 ]
@@ -280,6 +228,7 @@ def generate(
     reference_momentum: ReferenceMomentum = None,
     reference_weighting: ReferenceWeighting = None,
     reference_ramp: ReferenceRamp = None,
+    reference_saturation: ReferenceSaturation = None,
     window: Window = None,
     drafts: Drafts = None,
     bank: Bank = None,

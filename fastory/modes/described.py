@@ -22,6 +22,9 @@ def rounds_described(settings: Settings) -> str:
         f"references {settings.references}" + (" as drawn" if settings.references_from == "latest" else ""),
         f"momentum {settings.reference_momentum:g}" if settings.reference_momentum else "",
         "less of those that differ from most" if settings.reference_weighting == "majority" else "",
+        f"in {settings.reference_saturation:g} times their saturation"
+        if settings.reference_saturation != 1
+        else "",
         f"{counted(settings.inner_steps, 'step')} before the last" if settings.inner_steps else "",
         f"from 2 on the last {settings.restart:g} of the steps"
         if settings.restarts(settings.iterations)
@@ -42,5 +45,6 @@ def values_described(settings: Settings, round: int) -> dict[str, Any]:
         if settings.reference_weighting != "equal"
         else None,
         "reference_ramp": settings.reference_ramp if settings.reference_ramp != (1.0, 1.0) else None,
+        "reference_saturation": settings.reference_saturation if settings.reference_saturation != 1 else None,
     }
     return {name: value for name, value in said.items() if value is not None}

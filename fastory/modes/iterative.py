@@ -365,15 +365,14 @@ class Iterative:
             why = f"whether a frame still changes is known after round {LOOKED_BACK - 1}, and there is none after it"
             reasons |= dict.fromkeys(("until", "tolerance"), why)
         if settings.iterations < 2:
-            reasons["restart"] = (
-                "rounds begin from the last one's pictures from round 2 on, and there is none"
-            )
+            reasons["restart"] = "rounds begin from pictures from round 2 on, and there is no such round"
         if settings.iterations <= settings.first_referring:
             reasons["reference_momentum"] = "no round sees a frame that was drawn more than once"
         if not settings.iterations:
             reasons["inner_steps"] = "without iterations there is one round, the last"
         if settings.iterations < settings.first_referring:
-            reasons["references"] = "without iterations no frame sees another one"
+            no_frames = "without iterations no frame sees another one"
+            reasons |= dict.fromkeys(("references", "reference_saturation"), no_frames)
             if not pictures or settings.reference_start > 0:
                 why = "without iterations nothing is a reference"
                 reasons |= dict.fromkeys(

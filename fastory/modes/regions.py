@@ -23,7 +23,7 @@ from fastory.errors import InputError
 from fastory.models.protocol import Caption, Model, UnetInputs
 from fastory.models.text import token_places
 from fastory.modes.weighting import weights_of
-from fastory.pictures import open_picture
+from fastory.pictures import open_picture, saturated
 from fastory.settings import MODES, Settings
 from fastory.story import Story
 
@@ -294,11 +294,11 @@ class Regions:
         if len(cast) == 1 and not self.laid_out[i]:
             return Seen(whole, {cast[0]: whole})
         masks = self._located(i, image)
-        own = {}
+        shown, own = saturated(image, self.settings.reference_saturation), {}
         for name, mask in masks.items():
             if i in self.sources[name]:
                 others = [shape for other, shape in masks.items() if other != name]
-                part = cut_out(image, mask, torch.stack(others).sum(0).clamp(max=1) if others else None)
+                part = cut_out(shown, mask, torch.stack(others).sum(0).clamp(max=1) if others else None)
                 if part is not None:
                     own[name] = self.model.encode_reference(part, self.settings.reference_fit)
         return Seen(whole, own, masks)
