@@ -211,6 +211,7 @@ def dearer() -> list[Candidate]:
     more: dict[str, Any] = {"reference_weighting": "majority", "reference_rise": 4}
     again += [risen(10, inner, noise="per-round", **more) for inner in (4, 10, 15)]
     again += [risen(10, inner, noise="per-round", **more, reference_saturation=1.15) for inner in (4, 15)]
+    again += [risen(12, 4, steps=7, noise="per-round", **more, reference_saturation=1.15)]
     again += [risen(10, 4, noise="per-frame", **more)]
     return [*several, *again, multistep(10, 15), multistep(16, 9)]
 
