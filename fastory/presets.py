@@ -53,7 +53,7 @@ PAPER_STEPS = 50
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "paper": _STORY_ADAPTER,
     "quick": {**_SEARCHED, "iterations": 5, "inner_steps": 12, "steps": 24},
-    # A last round of 50 steps undoes some of what 10 rounds of 12 agreed on; the same calls are two rounds more and a last of 24.
+    # A last round of 50 steps undoes some of what 10 rounds of 12 agreed on; in as many calls there are two rounds more.
     "best": {**_SEARCHED, "iterations": 12, "inner_steps": 12, "steps": 24, "reference_rise": 4},
     "story-iter": {
         **_STORY_ADAPTER,
