@@ -112,6 +112,7 @@ def test_the_builtin_model_as_the_hubs(hub: Path, builtin_folder: Path) -> None:
         "--references-from=last",
         "--scheduler=ddim",
         "--reference-scale=0.3:0.5",
+        "--reference-saturation=1",
     ]
     for name, folder in (("builtin", "one"), ("sd15", "two")):
         done = CliRunner().invoke(

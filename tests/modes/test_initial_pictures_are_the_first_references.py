@@ -122,6 +122,7 @@ def test_a_folder_of_pictures_is_read_in_the_order_of_names(
     few = [
         "--references-from",
         "last",
+        "--reference-saturation=1",
         "--scheduler",
         "ddim",
         "--regions",

@@ -55,9 +55,10 @@ def opened(compile: str) -> StoryModel:
 def drawn(
     model: StoryModel, frames: int, **values: Any
 ) -> tuple[list[np.ndarray], list[Compiling], list[str]]:
-    values = {"steps": 2, "iterations": 2, "batch_size": 2, "regions": "off", **values}
-    if values.get("mode") == "causal":
-        del values["iterations"]
+    few = {"steps": 2, "batch_size": 2, "regions": "off"}
+    # Stronger colours make two levels of what is one in a picture of the round before.
+    rounds = {} if values.get("mode") == "causal" else {"iterations": 2, "reference_saturation": 1.0}
+    values = {**few, **rounds, **values}
     events = list(generate(Story.from_captions(CAPTIONS[:frames]), model=model, **values))
     pictures = [np.asarray(event.image, np.int16) for event in events if isinstance(event, FrameDrawn)]
     notices = [event.message for event in events if isinstance(event, Notice)]

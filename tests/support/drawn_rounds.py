@@ -21,7 +21,7 @@ CAPTIONS = [
 
 Pictures = dict[tuple[int, int], Image.Image]
 # The schedule of Story-Adapter, for tests of the built-in model, which ships another one.
-PAPERS = {"references_from": "last", "inner_steps": 0, "scheduler": "ddim"}
+PAPERS = {"references_from": "last", "inner_steps": 0, "scheduler": "ddim", "reference_saturation": 1.0}
 
 
 class Kept:
