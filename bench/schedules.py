@@ -65,13 +65,8 @@ SETTLED = 3  # the round after which no story should change its common colour
 # What of the preset `paper` is its schedule; guidance, noise and regions stay the model's own.
 SCHEDULE = (
     *("iterations", "inner_steps", "reference_scale", "references_from", "scheduler", "until", "restart"),
-    *(
-        "reference_rise",
-        "reference_momentum",
-        "reference_weighting",
-        "reference_ramp",
-        "reference_saturation",
-    ),
+    *("reference_rise", "reference_momentum", "reference_weighting", "reference_ramp"),
+    "reference_saturation",
 )
 CALIBRATED = 16  # stories, whose drawn pictures say from which purity on a body counts as patched
 BANDS = (

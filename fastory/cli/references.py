@@ -1,4 +1,4 @@
-"""Options that say what iterative mode's references are: which pictures, whose, how fitted and how heavy."""
+"""Options that say what iterative mode's references are: which pictures, whose, how fitted, how colourful and how heavy."""
 
 from __future__ import annotations
 

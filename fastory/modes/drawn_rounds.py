@@ -52,11 +52,9 @@ class DrawnRounds:
 
     def encoded(self, k: int, frame: int, image: Image.Image, left_out: str | None) -> Seen:
         """What a picture of round k gives others. left_out: why it must not become a reference, None for one that may."""
-        whole = None
-        if not left_out:
-            shown = saturated(image, self.settings.reference_saturation)
-            whole = self.model.encode_reference(shown, self.settings.reference_fit)
-        seen = Seen(whole) if self.regions is None else self.regions.see(frame, image, whole)
+        shown = saturated(image, self.settings.reference_saturation)
+        whole = None if left_out else self.model.encode_reference(shown, self.settings.reference_fit)
+        seen = Seen(whole) if self.regions is None else self.regions.see(frame, image, shown, whole)
         if whole is not None and self.settings.restarts(k + 1):
             # From the picture as it is saved: a resumed run has no other.
             seen = replace(seen, latents=self.model.encode_picture(image))

@@ -23,7 +23,7 @@ from fastory.errors import InputError
 from fastory.models.protocol import Caption, Model, UnetInputs
 from fastory.models.text import token_places
 from fastory.modes.weighting import weights_of
-from fastory.pictures import open_picture, saturated
+from fastory.pictures import open_picture
 from fastory.settings import MODES, Settings
 from fastory.story import Story
 
@@ -286,15 +286,18 @@ class Regions:
         alone = [i for i in frames if len(self.casts[i]) == 1]
         return alone or frames
 
-    def see(self, i: int, image: Image.Image, whole: Tensor | None) -> Seen:
-        """What the picture of frame i gives the next round. whole: its reference tokens."""
+    def see(self, i: int, image: Image.Image, shown: Image.Image, whole: Tensor | None) -> Seen:
+        """What the picture of frame i gives the next round.
+
+        image: as it was drawn, where characters are looked for. shown: as a reference. whole: the reference tokens of `shown`.
+        """
         cast = list(self.casts[i])
         if whole is None or not cast:
             return Seen(whole)
         if len(cast) == 1 and not self.laid_out[i]:
             return Seen(whole, {cast[0]: whole})
         masks = self._located(i, image)
-        shown, own = saturated(image, self.settings.reference_saturation), {}
+        own = {}
         for name, mask in masks.items():
             if i in self.sources[name]:
                 others = [shape for other, shape in masks.items() if other != name]

@@ -165,7 +165,7 @@ def test_who_is_never_alone_is_seen_as_it_is_cut_out(model: StoryModel) -> None:
         [model.encode_caption(frame.caption) for frame in given.frames],
         (128, 128),
     )
-    seen = {i: regions.see(i, image, torch.zeros(1)) for (_, i), image in first.items()}
+    seen = {i: regions.see(i, image, image, torch.zeros(1)) for (_, i), image in first.items()}
     assert {i: set(one.own) for i, one in seen.items()} == {
         0: {"fox", "bear"},
         1: {"fox", "bear"},
@@ -176,7 +176,7 @@ def test_who_is_never_alone_is_seen_as_it_is_cut_out(model: StoryModel) -> None:
     known = Regions(
         model, beside, chosen(model), prompts, [model.encode_caption(p) for p in prompts], (128, 128)
     )
-    assert set(known.see(0, first[0, 0], torch.zeros(1)).own) == {"bear"}
+    assert set(known.see(0, first[0, 0], first[0, 0], torch.zeros(1)).own) == {"bear"}
 
 
 def test_boxes_say_where_without_a_call_and_swapped_ones_swap(model: StoryModel, tmp_path: Path) -> None:
@@ -304,7 +304,7 @@ def test_characters_are_looked_for_in_both_families(
     captions = [checkpoint.encode_caption(prompt) for prompt in prompts]
     regions = Regions(checkpoint, given, settings, prompts, captions, checkpoint.native_size)
     picture = Image.effect_noise(checkpoint.native_size, 60).convert("RGB")
-    found = regions.see(2, picture, checkpoint.encode_reference(picture)).masks
+    found = regions.see(2, picture, picture, checkpoint.encode_reference(picture)).masks
     assert set(found) == {"Ann", "Bob"}
     assert all(mask.min() >= 0 and mask.max() <= 1 for mask in found.values())
     assert sum(mask.sum() for mask in found.values()) > 0  # a UNet of noise may give all to one of them
@@ -347,7 +347,7 @@ def overlaps(model: StoryModel, seeds: Sequence[int]) -> np.ndarray:
             picture, boxes = draw_with_boxes(tale.cast, scene, rng)
             plain, settings = Story.from_captions([text]), chosen(model, regions="on")
             regions = Regions(model, plain, settings, [text], [model.encode_caption(text)], (128, 128))
-            seen: Seen = regions.see(0, picture, torch.zeros(1))
+            seen: Seen = regions.see(0, picture, picture, torch.zeros(1))
             truth = [regions.grid.box(box) for box in boxes]
             for slot, role in enumerate(scene.roles):
                 mask = seen.masks[tale.cast[role.member].species]

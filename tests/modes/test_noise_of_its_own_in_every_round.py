@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from drawn_rounds import CAPTIONS, draw, settings
 from ranks import run_alone_and_in_two
-from run_folders import contents, drawn, redraw_one
+from run_folders import contents, drawn, end_and_resume, is_step, redraw_one
 
 from fastory import Frame, Story, StoryModel, generate
-from fastory.events import FrameDrawn, Notice, StepDone
+from fastory.events import FrameDrawn, Notice
 
 SHORT = CAPTIONS[:3]
 STORY = Story.from_captions(SHORT, title="noise")
@@ -58,10 +58,7 @@ def test_where_every_frame_has_a_seed_the_noise_is_still_read(model: StoryModel)
 def test_a_run_is_resumed_to_the_same_bytes(model: StoryModel, tmp_path: Path) -> None:
     given = {"model": model, **GIVEN}
     list(generate(STORY, output=tmp_path / "whole", **given))
-    for event in generate(STORY, output=tmp_path / "cut", **given):
-        if isinstance(event, StepDone) and event.round == 2 and event.frames == (2,):
-            break
-    list(generate(STORY, output=tmp_path / "cut", **given))
+    end_and_resume(STORY, tmp_path / "cut", is_step(2, (2,)), **given)
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from drawn_rounds import CAPTIONS, Kept, Pictures, draw, settings
+from drawn_rounds import CAPTIONS, Kept, draw, noise, settings
 from PIL import Image
 from ranks import run_alone_and_in_two
-from run_folders import contents, redraw_one
+from run_folders import contents, end_and_resume, is_picture, redraw_one
 
 from fastory import InputError, Story, StoryModel, generate
-from fastory.events import FrameDrawn
 from fastory.modes.drawn_rounds import DrawnRounds
 from fastory.modes.iterative import prepare_round
 from fastory.modes.mode import StoryPlan
@@ -26,12 +24,6 @@ GIVEN = {"iterations": 3, "steps": 2, "reference_momentum": 0.6, "batch_size": 2
 @pytest.fixture(scope="module")
 def model() -> StoryModel:
     return StoryModel.open("builtin", device="cpu")
-
-
-def noise(rounds: int) -> Pictures:
-    rng = np.random.default_rng(5)
-    places = [(k, i) for k in range(rounds) for i in range(3)]
-    return {at: Image.fromarray(rng.integers(0, 256, (128, 128, 3), dtype=np.uint8)) for at in places}
 
 
 @pytest.mark.parametrize("one_by_one", [False, True])
@@ -93,10 +85,7 @@ def test_a_picture_that_is_left_out_is_no_reference_and_the_mean_begins_anew(mod
 def test_a_run_is_resumed_to_the_same_bytes(model: StoryModel, tmp_path: Path, latest: bool) -> None:
     given = {"model": model, **GIVEN} | ({"references_from": "latest"} if latest else {})
     list(generate(STORY, output=tmp_path / "whole", **given))
-    for event in generate(STORY, output=tmp_path / "cut", **given):
-        if isinstance(event, FrameDrawn) and (event.round, event.frame) == (3, 1):
-            break
-    list(generate(STORY, output=tmp_path / "cut", **given))
+    end_and_resume(STORY, tmp_path / "cut", is_picture(3, 1), **given)
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 

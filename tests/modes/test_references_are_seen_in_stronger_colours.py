@@ -7,14 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from drawn_rounds import CAPTIONS, Kept, Pictures, settings
+from drawn_rounds import CAPTIONS, Kept, noise, settings
 from PIL import Image
 from ranks import run_alone_and_in_two
-from run_folders import contents, redraw_one
+from run_folders import contents, end_and_resume, is_picture, redraw_one
 
 from fastory import InputError, Story, StoryModel, generate
 from fastory.conditioning.regions import cut_out
-from fastory.events import FrameDrawn
 from fastory.modes.drawn_rounds import DrawnRounds
 from fastory.modes.iterative import prepare_round
 from fastory.modes.mode import StoryPlan
@@ -39,12 +38,6 @@ frames:
 @pytest.fixture(scope="module")
 def model() -> StoryModel:
     return StoryModel.open("builtin", device="cpu")
-
-
-def noise(rounds: int) -> Pictures:
-    rng = np.random.default_rng(5)
-    places = [(k, i) for k in range(rounds) for i in range(3)]
-    return {at: Image.fromarray(rng.integers(0, 256, (128, 128, 3), dtype=np.uint8)) for at in places}
 
 
 def two(folder: Path, more: str = "") -> Story:
@@ -83,12 +76,12 @@ def test_a_cut_out_is_the_stronger_picture_and_characters_are_looked_for_in_the_
     prompts = [story.prompt(i) for i in range(2)]
     captions = [model.encode_caption(prompt) for prompt in prompts]
 
-    def seen(factor: float, whole: torch.Tensor) -> Seen:
+    def seen(factor: float) -> Seen:
         chosen = settings(references="others", reference_saturation=factor)
-        return Regions(model, story, chosen, prompts, captions, (128, 128)).see(1, picture, whole)
+        regions = Regions(model, story, chosen, prompts, captions, (128, 128))
+        return DrawnRounds(model, chosen, Kept({(0, 1): picture}), regions).as_reference(0, 1)
 
-    whole = model.encode_reference(picture)
-    plain, strong = seen(1.0, whole), seen(1.5, whole)
+    plain, strong = seen(1.0), seen(1.5)
     assert set(plain.masks) == set(strong.masks) == {"Ann", "Bob"}
     assert all(torch.equal(plain.masks[name], strong.masks[name]) for name in plain.masks)
     assert plain.own and plain.own.keys() == strong.own.keys()
@@ -121,10 +114,7 @@ def test_pictures_that_are_given_for_a_character_are_seen_as_they_are(
 def test_a_run_is_resumed_to_the_same_bytes(model: StoryModel, tmp_path: Path, latest: bool) -> None:
     given = {"model": model, **GIVEN, "references_from": "latest" if latest else "last"}
     list(generate(STORY, output=tmp_path / "whole", **given))
-    for event in generate(STORY, output=tmp_path / "cut", **given):
-        if isinstance(event, FrameDrawn) and (event.round, event.frame) == (2, 1):
-            break
-    list(generate(STORY, output=tmp_path / "cut", **given))
+    end_and_resume(STORY, tmp_path / "cut", is_picture(2, 1), **given)
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
     assert "in 1.3 times their saturation" in (tmp_path / "whole/storybook.html").read_text()
 

@@ -11,10 +11,10 @@ import torch
 from drawn_rounds import CAPTIONS, Kept, draw, settings
 from PIL import Image
 from ranks import run_alone_and_in_two
-from run_folders import contents, redraw_one
+from run_folders import contents, end_and_resume, is_picture, redraw_one
 
 from fastory import InputError, Story, StoryModel, generate
-from fastory.events import FrameDrawn, StepDone
+from fastory.events import StepDone
 from fastory.modes.iterative import iterative, prepare_round
 from fastory.modes.mode import StoryPlan
 from fastory.modes.weighting import majority_weights, ramp
@@ -132,10 +132,7 @@ def test_a_ramp_that_is_level_is_another_weight(model: StoryModel) -> None:
 
 def test_a_run_is_resumed_to_the_same_bytes(model: StoryModel, tmp_path: Path) -> None:
     list(generate(STORY, model=model, output=tmp_path / "whole", **GIVEN))
-    for event in generate(STORY, model=model, output=tmp_path / "cut", **GIVEN):
-        if isinstance(event, FrameDrawn) and (event.round, event.frame) == (2, 1):
-            break
-    list(generate(STORY, model=model, output=tmp_path / "cut", **GIVEN))
+    end_and_resume(STORY, tmp_path / "cut", is_picture(2, 1), model=model, **GIVEN)
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
     page = (tmp_path / "whole/storybook.html").read_text()
     assert "times 0.5 to 1 within a round" in page and "less of those that differ from most" in page

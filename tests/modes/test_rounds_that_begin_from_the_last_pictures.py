@@ -13,7 +13,7 @@ import torch
 from drawn_rounds import CAPTIONS, Kept, Pictures, draw, settings
 from PIL import Image
 from ranks import run_alone_and_in_two
-from run_folders import contents, redraw_one
+from run_folders import contents, end_and_resume, is_step, redraw_one
 
 from fastory import InputError, Story, StoryModel, generate
 from fastory.events import StepDone, StoryStarted
@@ -122,10 +122,7 @@ def test_a_run_resumes_to_the_same_bytes_and_its_steps_are_told(
     assert steps == {0: 12, 1: 12, 2: 6, 3: 6}
     (started,) = (event for event in events if isinstance(event, StoryStarted))
     assert started.steps_left == 36
-    for event in generate(STORY, output=tmp_path / "cut", **given):
-        if isinstance(event, StepDone) and event.round == 3 and event.frames == (2,):
-            break
-    list(generate(STORY, output=tmp_path / "cut", **given))
+    end_and_resume(STORY, tmp_path / "cut", is_step(3, (2,)), **given)
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
     with Image.open(tmp_path / "whole" / picture_name(2, 0)) as picture:
         said, line = json.loads(picture.text["fastory"]), picture.text["parameters"]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from counted_calls import calls
-from run_folders import contents
+from run_folders import contents, end_and_resume, is_picture
 
 from fastory import Settings, Story, StoryModel, generate
 from fastory.events import FrameDrawn
@@ -104,12 +104,7 @@ def test_resumed_to_the_same_bytes(model: StoryModel, mode: str, tmp_path: Path)
     given: dict[str, Any] = {"model": model, "mode": mode, "steps": 3, "cache_interval": 2, "batch_size": 1}
     given |= {"iterations": 1} if mode == "iterative" else {"drafts": 1}
     list(generate(story, output=tmp_path / "whole", **given))
-    events = generate(story, output=tmp_path / "cut", **given)
-    for event in events:
-        if isinstance(event, FrameDrawn):
-            break
-    events.close()
-    list(generate(story, output=tmp_path / "cut", **given))
+    end_and_resume(story, tmp_path / "cut", is_picture(0, 0), **given)
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 

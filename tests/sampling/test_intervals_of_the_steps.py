@@ -14,7 +14,7 @@ from counted_calls import calls
 from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from drawn_rounds import CAPTIONS, Kept, draw
 from PIL import Image
-from run_folders import contents
+from run_folders import contents, end_and_resume, is_picture
 
 from fastory import InputError, Settings, Story, StoryModel, generate
 from fastory.conditioning.references import ReferenceContext
@@ -133,12 +133,7 @@ def test_resumed_to_the_same_bytes(mode_name: str, tmp_path: Path) -> None:
     given: dict[str, Any] = {"model": model, "mode": mode_name, "steps": 4, "guidance_interval": "0:0.5"}
     given |= {"iterations": 1, "reference_interval": "0.5:1"} if mode_name == "iterative" else {"drafts": 1}
     list(generate(story, output=tmp_path / "whole", **given))
-    events = generate(story, output=tmp_path / "cut", **given)
-    for event in events:
-        if type(event).__name__ == "FrameDrawn":
-            break
-    events.close()
-    list(generate(story, output=tmp_path / "cut", **given))
+    end_and_resume(story, tmp_path / "cut", is_picture(0, 0), **given)
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 from PIL import Image
 
 from fastory import Story, StoryModel
@@ -47,3 +48,10 @@ def draw(
     plan = StoryPlan(Story.from_captions(captions), chosen, finished=Kept(kept or {}))
     events = iterative(model, plan, batch_sizes=[size])
     return {(e.round, e.frame): e.image for e in events if isinstance(e, FrameDrawn)}
+
+
+def noise(rounds: int) -> Pictures:
+    """Pictures of three frames that show nothing."""
+    rng = np.random.default_rng(5)
+    places = [(k, i) for k in range(rounds) for i in range(3)]
+    return {at: Image.fromarray(rng.integers(0, 256, (128, 128, 3), dtype=np.uint8)) for at in places}

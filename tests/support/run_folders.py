@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastory import Story, StoryModel, generate
-from fastory.events import Event, FrameDrawn
+from fastory.events import Event, FrameDrawn, StepDone
 from fastory.runs.manifest import manifest_bytes
 
 CAPTIONS = [
@@ -47,6 +47,24 @@ def contents(folder: Path) -> dict[str, str]:
             data = json.dumps(manifest, sort_keys=True).encode()
         found[str(path.relative_to(folder))] = hashlib.sha256(data).hexdigest()
     return found
+
+
+def end_and_resume(story: Story, folder: Path, last: Callable[[Event], bool], **given: Any) -> None:
+    """A run that ends behind the first event of which `last` is true, and goes on by the same call."""
+    events = generate(story, output=folder, **given)
+    assert any(last(event) for event in events)
+    events.close()
+    list(generate(story, output=folder, **given))
+
+
+def is_picture(round: int, frame: int) -> Callable[[Event], bool]:
+    """Whether an event is that picture, drawn."""
+    return lambda event: isinstance(event, FrameDrawn) and (event.round, event.frame) == (round, frame)
+
+
+def is_step(round: int, frames: tuple[int, ...]) -> Callable[[Event], bool]:
+    """Whether an event is a step of that round's micro-batch."""
+    return lambda event: isinstance(event, StepDone) and (event.round, event.frames) == (round, frames)
 
 
 def redraw_one(story: Story, frame: int, folder: Path, **given: Any) -> tuple[set[tuple[int, int]], set[int]]:
